@@ -1,0 +1,137 @@
+"""The embedded demo: aligned cartoon faces, drawn once on this machine and kept in a file."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.data.drawing import REVISION
+from ldm_lab.serialization import replacing
+
+log = logging.getLogger(__name__)
+
+
+class AvatarImages(ImageDataset):
+    """Cartoon heads and shoulders on a light background; image i is a function of (drawing_seed, i).
+
+    The first `num_train` images are for training, the next `num_val` are held out. Both lie in one file
+    in `cache_dir`, which `prepare` draws (about 11 ms an image and core) and which is mapped, not read.
+
+    Args:
+        split: "train" or "val".
+        cache_dir: folder for the drawn images; made if missing.
+        image_size: pixels, one number or (height, width).
+        num_train: number of training images.
+        num_val: number of held-out images.
+        drawing_seed: another seed, another set of faces.
+        flip: exchange left and right in half of the training images.
+        seed: of the flips.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        cache_dir: str | Path,
+        image_size: int | Sequence[int] = 64,
+        num_train: int = 4096,
+        num_val: int = 512,
+        drawing_seed: int = 0,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(split, image_size, flip=flip, seed=seed)
+        self.first, self.count = (0, num_train) if split == "train" else (num_train, num_val)
+        self.shape = (num_train + num_val, max(self.image_size), max(self.image_size), 3)
+        self.drawing_seed = drawing_seed
+        self.file = Path(cache_dir).expanduser() / (
+            f"avatars-{self.shape[0]}x{self.shape[1]}px-seed{drawing_seed}-r{REVISION}"
+            f"-avatars{version('python-avatars')}-resvg{version('resvg-py')}.npy"
+        )
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> Image.Image:
+        """Avatar `index` of the split, square."""
+        if not 0 <= index < self.count:
+            raise IndexError(f"image {index} of {self.count}")
+        return Image.fromarray(self.pixels[self.first + index])
+
+    def fingerprint(self) -> str:
+        """Stands for the file's name and the split."""
+        return digest([self.file.name, self.first, self.count])
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        """All images of both splits, `(N, S, S, 3)`, uint8, mapped from the file; drawn first if need be."""
+        self.prepare()
+        return np.load(self.file, mmap_mode="r")
+
+    def prepare(self) -> None:
+        """Draw the images, unless the file is there and whole."""
+        if self._is_whole():
+            return
+        count, size = self.shape[:2]
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            # Written elsewhere and renamed: whoever draws at the same time replaces the file by an equal one.
+            with replacing(self.file) as temporary, open(temporary, "wb") as file:
+                np.save(file, render(self.drawing_seed, count, size, processes=_usable_cores()))
+        except OSError as error:
+            raise ValueError(f"paths.cache={self.file.parent}: the avatars cannot be kept there: {error}") from error
+
+    def _is_whole(self) -> bool:
+        if not self.file.exists():
+            return False
+        try:
+            pixels = np.load(self.file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # cut short, or not our file at all
+            log.warning("%s is damaged: the avatars are drawn again", self.file)
+            return False
+        return pixels.shape == self.shape and pixels.dtype == np.uint8
+
+
+def render(seed: int, count: int, size: int, processes: int) -> np.ndarray:
+    """Draw avatars 0 to `count` with a progress bar: `(count, size, size, 3)`, uint8, for any `processes` alike."""
+    processes = max(1, min(processes, count))
+    images = np.empty((count, size, size, 3), np.uint8)
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_drawing(seed, size, first, count, processes)) for first in range(processes)]
+        for index in tqdm(range(count), desc="drawing avatars", unit="image"):
+            pixels = workers[index % processes].stdout.read(images[index].nbytes)
+            if len(pixels) < images[index].nbytes:
+                raise RuntimeError(f"avatar {index} could not be drawn: its process has stopped (see above)")
+            images[index] = np.frombuffer(pixels, np.uint8).reshape(size, size, 3)
+    return images
+
+
+@contextmanager
+def _drawing(seed: int, size: int, first: int, stop: int, step: int) -> Iterator[subprocess.Popen]:
+    """A process that writes the pixels of every `step`-th avatar; it ends with the block."""
+    # Not multiprocessing, which imports the main script, and with it torch and Lightning, in every worker.
+    command = [sys.executable, "-m", "ldm_lab.data.drawing", *map(str, (seed, size, first, stop, step))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # In a session of its own Ctrl-C does not reach it: it is we who stop it, without a traceback for each.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _usable_cores() -> int:
+    """Cores that this process may run on, at most 16: beyond that, starting costs more than it saves."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)

@@ -1,0 +1,184 @@
+"""The Lightning data module: training images as an endless stream, held-out images as equal shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm_lab.data.dataset import ImageDataset
+from ldm_lab.data.sampler import StreamBatchSampler, accumulation
+
+
+class ImageDataModule(lightning.LightningDataModule):
+    """Loaders for one pair of data sets.
+
+    The sampler already shares the stream among the devices: run the trainer with
+    `use_distributed_sampler=False` and `accumulate_grad_batches=datamodule.accumulation(world_size)`.
+    The training loader has no length.
+
+    Args:
+        train_set: images to train on.
+        val_set: held-out images.
+        global_batch_size: images for one optimizer step, on all devices together.
+        batch_size: images that one device holds at a time; None: its whole share of the global batch.
+        val_batch_size: the same for held-out images; None: as in training.
+        num_workers: processes that load for each device; 0 loads in the training process.
+        seed: of the order of the training images.
+
+    Attributes:
+        images_seen: position in the stream at which training begins. Whoever resumes a run sets it
+            before `Trainer.fit`.
+        stop: position at which the training loader ends; None: never.
+        compare_with_training: whether validation runs over training images too.
+    """
+
+    def __init__(
+        self,
+        train_set: ImageDataset,
+        val_set: ImageDataset,
+        global_batch_size: int,
+        batch_size: int | None = None,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if train_set.image_size != val_set.image_size:
+            raise ValueError(f"images of {train_set.image_size} for training but {val_set.image_size} held out")
+        self.train_set = train_set
+        self.val_set = val_set
+        self.global_batch_size = global_batch_size
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.images_seen = 0
+        self.stop: int | None = None
+        self.compare_with_training = False
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return self.train_set.image_size
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return len(self.train_set)
+
+    @property
+    def num_val(self) -> int:
+        """Number of held-out images."""
+        return len(self.val_set)
+
+    def fingerprint(self) -> dict[str, str]:
+        """A short text for each data set that changes when its images do."""
+        return {"train": self.train_set.fingerprint(), "val": self.val_set.fingerprint()}
+
+    def device_batch_size(self, world_size: int) -> int:
+        """Images that one of `world_size` devices holds at a time."""
+        if self.batch_size is not None:
+            return self.batch_size
+        # With more devices than images a device holds one; `accumulation` then says what is wrong.
+        return max(1, self.global_batch_size // world_size)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches for one optimizer step. Raises `ValueError` where they do not fill a global batch."""
+        return accumulation(self.global_batch_size, self.device_batch_size(world_size), world_size)
+
+    def prepare_data(self) -> None:
+        """Draw what is drawn once; Lightning calls this on one rank of each machine."""
+        self.train_set.prepare()
+        self.val_set.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check that every device gets its share; the data sets look at their images here for the first time."""
+        _, world_size = self._rank_and_world_size()
+        self.accumulation(world_size)
+        if self.num_train < 1:
+            raise ValueError("the training set is empty")
+        if self.num_val < world_size:
+            raise ValueError(
+                f"{self.num_val} held-out images for {world_size} devices, but each needs one: "
+                "use fewer devices, or hold out more (data.val_fraction)"
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,)."""
+        rank, world_size = self._rank_and_world_size()
+        sampler = StreamBatchSampler(
+            self.num_train,
+            self.global_batch_size,
+            self.device_batch_size(world_size),
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            start=self.images_seen,
+            stop=self.stop,
+        )
+        return DataLoader(self.train_set, batch_sampler=sampler, **self._loading())
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """The held-out images; with `compare_with_training` also as many training images, cropped alike.
+
+        The second set says what memorising looks like: there the loss falls on after it has stopped here.
+        """
+        loaders = [self._share(Chosen(self.val_set, range(self.num_val)))]
+        if self.compare_with_training:
+            loaders.append(self._share(Chosen(self.train_set, spread(self.num_val, self.num_train))))
+        return loaders
+
+    def training_images(self, count: int) -> Iterator[Tensor]:
+        """This rank's share of `count` training images (or all, where there are fewer): batches `(b, 3, H, W)`."""
+        count = min(count, self.num_train)
+        for batch in self._share(Chosen(self.train_set, spread(count, self.num_train))):
+            yield batch["image"]
+
+    def _share(self, images: Chosen) -> DataLoader:
+        """Every W-th image, as many on each rank, none twice.
+
+        Of a number that W does not divide, the last few (fewer than W) are left out, so that all ranks
+        run the same number of batches.
+        """
+        rank, world_size = self._rank_and_world_size()
+        share = range(rank, len(images) // world_size * world_size, world_size)
+        batch_size = self.val_batch_size or self.device_batch_size(world_size)
+        return DataLoader(images, batch_size=batch_size, sampler=share, **self._loading())
+
+    def preview(self, count: int) -> Tensor:
+        """The first `count` held-out images (fewer where there are not so many): `(n, 3, H, W)` in [-1, 1]."""
+        return torch.stack([self.val_set[index]["image"] for index in range(min(count, self.num_val))])
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loading(self) -> dict[str, int | bool]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": on_gpu,
+        }
+
+
+class Chosen(Dataset):
+    """Some images of a data set, as for validation; `position` is the place in the choice."""
+
+    def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return {**self.images[self.indices[place]], "position": place}
+
+
+def spread(count: int, size: int) -> list[int]:
+    """`count` indices, evenly over a data set of `size` images; with repeats where it has fewer."""
+    return [place * size // count for place in range(count)]

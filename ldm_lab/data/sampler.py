@@ -1,0 +1,115 @@
+"""The order in which training sees the images: a stream, and a function of (seed, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from ldm_lab.randomness import generator
+
+
+class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches for one device out of the global stream of training images, which has no end of its own.
+
+    Position n of the stream is in epoch `n // N` and shows image `permutation(seed, epoch)[n % N]` of
+    the N images. Global batch g covers the positions `[g * G, (g + 1) * G)`. It is taken in
+    micro-batches of b images on each of W devices: micro-batch k of rank r begins at
+    `g * G + (k * W + r) * b`. Which images make up a global batch does therefore not depend on b and W,
+    and a run resumes by naming the position that it has reached.
+
+    Yields lists of b pairs (index, position).
+
+    Args:
+        dataset_size: N, images in the data set; fewer than G is fine.
+        global_batch_size: G, images for one optimizer step.
+        batch_size: b, images that one device holds at a time.
+        seed: of the order.
+        rank: r, which device this is.
+        world_size: W, number of devices.
+        start: positions already seen, a multiple of G.
+        stop: position at which training ends; None: never.
+
+    Raises:
+        ValueError: G is not a multiple of b * W, `start` not one of G, or the data set is empty.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        global_batch_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        if dataset_size < 1:
+            raise ValueError("the training set is empty: there is nothing to draw batches from")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} devices: give a rank from 0 to {world_size - 1}")
+        accumulation(global_batch_size, batch_size, world_size)  # refuses what does not divide
+        if start < 0 or start % global_batch_size:
+            raise ValueError(
+                f"{start} images seen is not a whole number of global batches of {global_batch_size}: "
+                "continue with the data.global_batch_size that the run was started with"
+            )
+        self.dataset_size = dataset_size
+        self.global_batch_size = global_batch_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self.stop = stop
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.start + self.rank * self.batch_size
+        # Micro-batches follow each other at a distance of b * W, across global batches too: b * W divides G.
+        while self.stop is None or first < self.stop:
+            yield [(self.index(position), position) for position in range(first, first + self.batch_size)]
+            first += self.batch_size * self.world_size
+
+    def index(self, position: int) -> int:
+        """The image at a position of the stream."""
+        epoch, place = divmod(position, self.dataset_size)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.dataset_size, self.seed, epoch)
+        return int(self._order[place])
+
+
+def permutation(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of `size` images in one epoch: `(size,)`, int64."""
+    return torch.randperm(size, generator=generator(seed, "order", epoch))
+
+
+def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> int:
+    """Micro-batches that one device takes for one optimizer step: G / (b * W).
+
+    Raises:
+        ValueError: that is not a whole number; the message names the nearest values that are possible.
+    """
+    if min(global_batch_size, batch_size) < 1:
+        raise ValueError(
+            f"data.global_batch_size={global_batch_size}, data.batch_size={batch_size}: both must be 1 or more"
+        )
+    at_a_time = batch_size * world_size
+    if global_batch_size % at_a_time == 0:
+        return global_batch_size // at_a_time
+    below = global_batch_size // at_a_time * at_a_time
+    advice = f"data.global_batch_size={f'{below} or ' if below else ''}{below + at_a_time}"
+    if global_batch_size % world_size == 0:
+        advice += f", or data.batch_size={_nearest_divisor(global_batch_size // world_size, batch_size)}"
+    raise ValueError(
+        f"data.global_batch_size={global_batch_size} is not divisible by data.batch_size={batch_size} "
+        f"on {world_size} device(s), {at_a_time} images at a time: use {advice}"
+    )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0)
+    return min(divisors, key=lambda divisor: abs(divisor - wanted))

@@ -1,0 +1,27 @@
+"""The one place where a number per sample meets a batch of images."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def per_sample(values: Tensor, batch: Tensor) -> Tensor:
+    """Shape one number per sample, or one for all, such that it multiplies `batch`.
+
+    >>> import torch
+    >>> per_sample(torch.ones(4), torch.zeros(4, 3, 8, 8)).shape
+    torch.Size([4, 1, 1, 1])
+
+    Args:
+        values: `(B,)`, `(1,)` or `()`.
+        batch: `(B, ...)`.
+
+    Returns:
+        `values` as `(B, 1, ..., 1)` or `(1, 1, ..., 1)`, with as many dimensions as `batch`.
+
+    Raises:
+        ValueError: the number of values is neither 1 nor B.
+    """
+    if values.ndim > 1 or values.numel() not in (1, len(batch)):
+        raise ValueError(f"shape {tuple(values.shape)} is not one value per sample of a batch of {len(batch)}")
+    return values.reshape(-1, *[1] * (batch.ndim - 1))  # (B,) -> (B, 1, ..., 1)

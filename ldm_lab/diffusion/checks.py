@@ -1,0 +1,33 @@
+"""How a wrong setting is refused: one line that names the key, the value found and what is wanted."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection
+from numbers import Integral, Real
+
+
+def require(condition: bool, key: str, value: object, wanted: str) -> None:
+    """Raise a one-line `ValueError` about `key` unless `condition` holds.
+
+    >>> require(False, "eta", -1.0, "at least 0")
+    Traceback (most recent call last):
+    ValueError: eta=-1.0 is not allowed: it must be at least 0
+    """
+    if not condition:
+        raise ValueError(f"{key}={reprlib.repr(value)} is not allowed: it must be {wanted}")
+
+
+def require_choice(key: str, value: object, choices: Collection[str]) -> None:
+    """Raise a `ValueError` unless `value` is one of the names in `choices`."""
+    require(isinstance(value, str) and value in choices, key, value, "one of " + ", ".join(choices))
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a number: neither text, nor a truth value, nor missing."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is a whole number; `True` is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,0 +1,125 @@
+"""DDIM: Denoising Diffusion Implicit Models (Song et al. 2021, arXiv 2010.02502)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from ldm_lab.diffusion.checks import is_number, require
+from ldm_lab.diffusion.noise import step_noise
+from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, posterior_variance
+from ldm_lab.serialization import register_to_config
+
+
+class DDIMScheduler(Scheduler):
+    """Steps between any two noise levels, without noise (eta = 0) or with (eta = 1: ancestral, like DDPM).
+
+    For latents set `clip_sample=False`: they have no range. CompVis's own DDIM is
+    `beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1`.
+
+    >>> scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    >>> scheduler.set_timesteps(4)
+    >>> scheduler.timesteps
+    tensor([750, 500, 250,   0])
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: β of the first timestep.
+        beta_end: β of the last timestep.
+        beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
+        trained_betas: T betas in place of a schedule.
+        clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`.
+        set_alpha_to_one: whether the last step ends at a clean sample (ᾱ = 1) or at ᾱ of timestep 0.
+        steps_offset: added to the timesteps of "leading".
+        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
+        thresholding: dynamic thresholding of the predicted x0, in place of clipping.
+        dynamic_thresholding_ratio: its quantile.
+        clip_sample_range: see `clip_sample`.
+        sample_max_value: upper bound of the threshold, at least 1.
+        timestep_spacing: "leading", "trailing" or "linspace".
+        rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        require(isinstance(set_alpha_to_one, bool), "set_alpha_to_one", set_alpha_to_one, "true or false")
+        super().__init__(set_alpha_to_one)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: SupportsIndex,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+        prev_timestep: SupportsIndex | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of the chain (Song et al. 2021, eq. 12 and 16), computed in float32 at least:
+
+            x_prev = √ᾱ_prev x0 + √(1 - ᾱ_prev - σ²) ε + σ z,   σ² = η² (1 - ᾱ_prev)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_prev)
+
+        It goes from `timestep` to the next one of `timesteps`. The class of the same name in diffusers
+        goes to t - T // N instead: the same with "leading" spacing; with the others give that time as
+        `prev_timestep` to reproduce it.
+
+        Args:
+            model_output: what the network predicts at `sample`, `(B, ...)`.
+            timestep: t, one of `timesteps`. A tensor on a GPU is waited for.
+            sample: x_t, `(B, ...)`.
+            eta: η, at least 0.
+            use_clipped_model_output: derive ε again from the clipped x0.
+            generator: draws z, also in the last step; a list has one generator per sample. Not used if eta = 0.
+            variance_noise: z itself, instead of a generator.
+            return_dict: `False` for a plain tuple.
+            prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
+                `timestep` need not be listed then.
+
+        Raises:
+            ValueError: `set_timesteps` was not called; t is not listed; eta is below 0 or too large;
+                epsilon prediction where ᾱ_t = 0; shapes or the number of generators do not fit.
+        """
+        require(is_number(eta) and eta >= 0, "eta", eta, "a number, at least 0")
+        t, earlier = self._step_times(timestep, prev_timestep)
+        x_t = at_least_float32(sample)
+        x0, epsilon = self._denoise(model_output, t, x_t)
+        alpha_bar, alpha_bar_prev = self._alpha_bar_at(t), self._alpha_bar_at(earlier)
+        if use_clipped_model_output:
+            epsilon = (x_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
+
+        variance = eta**2 * posterior_variance(alpha_bar, alpha_bar_prev)
+        # At zero terminal SNR and eta = 1 nothing is left for ε; rounding must not make it less than nothing.
+        remaining = 1 - alpha_bar_prev - variance
+        require(remaining > -1e-9, "eta", eta, f"smaller: its noise exceeds the noise level after timestep {t}")
+        x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(remaining, 0.0)) * epsilon
+        if eta > 0:
+            x_prev = x_prev + math.sqrt(variance) * step_noise(x_t, generator, variance_noise)
+
+        output = SchedulerOutput(x_prev.to(sample.dtype), x0.to(sample.dtype))
+        return output if return_dict else tuple(output)

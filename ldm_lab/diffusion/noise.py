@@ -1,0 +1,60 @@
+"""Gaussian noise from generators that the caller owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def randn(
+    shape: Sequence[int],
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise of `shape` `(B, ...)` on `device`.
+
+    It is drawn on the generator's own device and moved afterwards, so that a CPU generator gives the
+    same numbers for every device.
+
+    >>> one, two = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    >>> pair = randn((2, 3), [one, two])
+    >>> bool((pair[1] == randn((1, 3), two.manual_seed(2))).all())
+    True
+
+    Args:
+        shape: the first entry is the batch size B.
+        generator: one for the whole batch; or B of them, each of which draws its own sample alone,
+            whatever else is in the batch; or `None` for torch's global generator.
+        device: where the noise is wanted.
+        dtype: the floating-point type in which it is drawn.
+
+    Raises:
+        ValueError: a list of generators whose length is not B.
+    """
+    if generator is None:
+        return torch.randn(*shape, device=device, dtype=dtype)
+    if isinstance(generator, torch.Generator):
+        return torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"generator: {len(generator)} given for a batch of {shape[0]}; give one for each sample")
+    return torch.cat([randn((1, *shape[1:]), own, device, dtype) for own in generator])
+
+
+def step_noise(
+    like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, variance_noise: Tensor | None
+) -> Tensor:
+    """The noise of one step: `variance_noise` where it is given, otherwise drawn from `generator`.
+
+    Raises:
+        ValueError: both are given, or the noise has not the shape of the sample.
+    """
+    if variance_noise is None:
+        return randn(like.shape, generator, like.device, like.dtype)
+    if generator is not None:
+        raise ValueError("generator and variance_noise exclude each other: pass one of them")
+    if variance_noise.shape != like.shape:
+        raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(like.shape)}")
+    return variance_noise.to(like)

@@ -1,0 +1,148 @@
+"""The denoising objective: noise an image, let the network predict, weigh the error.
+
+The network enters as a function `predict(x_t, t)`; which timesteps are drawn, how the error is measured
+and how it is weighted are parts that are handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldm_lab.diffusion.checks import is_number, require
+from ldm_lab.diffusion.parameterization import Parameterization
+from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified
+
+
+class L2Loss:
+    """Squared error, averaged over each sample."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """`(B, ...)`, `(B, ...)` -> `(B,)`."""
+        return (prediction - target).square().flatten(1).mean(1)
+
+
+class L1Loss:
+    """Absolute error, averaged over each sample."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """`(B, ...)`, `(B, ...)` -> `(B,)`."""
+        return (prediction - target).abs().flatten(1).mean(1)
+
+
+class Weighting(Protocol):
+    """How much the error at a noise level counts."""
+
+    def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
+        """Weights `(B,)` for signal-to-noise ratios ᾱ_t / (1 - ᾱ_t), `(B,)`."""
+
+
+class PlainWeighting:
+    """Every error counts as it is ("simple" objective, Ho et al. 2020, eq. 14)."""
+
+    def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
+        """Ones, `(B,)`."""
+        return torch.ones_like(snr)
+
+
+class MinSNRWeighting:
+    """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556, section 3.4): the error in x0 counts min(SNR, γ).
+
+    In terms of what the network predicts: min(SNR, γ) for x0, min(SNR, γ) / SNR for the noise and
+    min(SNR, γ) / (SNR + 1) for the velocity.
+
+    >>> from ldm_lab.diffusion.parameterization import Epsilon
+    >>> MinSNRWeighting(gamma=5.0)(torch.tensor([0.1, 50.0]), Epsilon())
+    tensor([1.0000, 0.1000])
+
+    Args:
+        gamma: γ, above 0.
+    """
+
+    def __init__(self, gamma: float = 5.0) -> None:
+        require(is_number(gamma) and gamma > 0, "gamma", gamma, "a number above 0")
+        self.gamma = gamma
+
+    def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
+        """Weights `(B,)`."""
+        return snr.clamp(max=self.gamma) / parameterization.error_scale(snr)
+
+
+class DenoisingObjective:
+    """The training loss of a diffusion model, per sample and in float32.
+
+    Args:
+        scheduler: adds the noise and says what the network predicts.
+        loss: `L2Loss()` or `L1Loss()`.
+        weighting: `PlainWeighting()` or `MinSNRWeighting(gamma)`.
+        timesteps: `UniformTimesteps()` or `LowDiscrepancyTimesteps()`.
+
+    Raises:
+        ValueError: epsilon prediction with zero terminal SNR: no clean sample follows from the noise there.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        weighting: Weighting,
+        timesteps: DrawTimesteps,
+    ) -> None:
+        if scheduler.parameterization.needs_signal and scheduler.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"prediction_type={scheduler.config.prediction_type!r} cannot be trained with zero terminal SNR: "
+                "set prediction_type=v_prediction, or rescale_betas_zero_snr=false"
+            )
+        self.scheduler = scheduler
+        self.loss = loss
+        self.weighting = weighting
+        self.timesteps = timesteps
+
+    def draw_timesteps(self, seed: int, positions: Tensor | Sequence[int], batch_size: int) -> Tensor:
+        """Timesteps `(B,)`, int64 on the CPU, of the images at `positions` of the training stream.
+
+        Args:
+            seed: the seed of the run.
+            positions: places in the global stream of training images, `(B,)`.
+            batch_size: of the global batch, all devices and micro-batches together.
+        """
+        return self.timesteps(seed, positions, batch_size, len(self.scheduler))
+
+    def validation_timesteps(self, count: int) -> Tensor:
+        """Fixed timesteps for `count` held-out images, spread evenly over the range, `(count,)`, int64."""
+        return self.at(stratified(count))
+
+    def at(self, fractions: Tensor) -> Tensor:
+        """The timesteps at fractions of the range of time, in [0, 1): 0 is the least noise."""
+        return discretize(fractions, len(self.scheduler))
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict, `(B, ...)`."""
+        return self.scheduler.get_target(x0, noise, timesteps)
+
+    def __call__(
+        self, predict: Callable[[Tensor, Tensor], Tensor], x0: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        """The weighted loss of each sample, `(B,)`, float32.
+
+        Args:
+            predict: the network, `(x_t (B, ...), t (B,)) -> (B, ...)`.
+            x0: clean samples, `(B, ...)`.
+            noise: standard normal, of the same shape.
+            timesteps: `(B,)`, integers in 0..T-1.
+
+        Raises:
+            ValueError: the shapes of x0, the noise and the prediction differ.
+        """
+        if noise.shape != x0.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the samples {tuple(x0.shape)}")
+        timesteps = timesteps.to(x0.device)
+        prediction = predict(self.scheduler.add_noise(x0, noise, timesteps), timesteps)
+        if prediction.shape != x0.shape:
+            raise ValueError(f"the network predicts shape {tuple(prediction.shape)} for samples {tuple(x0.shape)}")
+        error = self.loss(prediction.float(), self.target(x0.float(), noise.float(), timesteps))
+        return error * self.weighting(self.scheduler.snr(timesteps), self.scheduler.parameterization)

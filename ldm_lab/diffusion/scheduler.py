@@ -1,0 +1,294 @@
+"""What all schedulers share: the noise levels, the forward process, the list of timesteps, the config.
+
+A scheduler is the same object in training (`add_noise`, `get_velocity`) and in sampling (`set_timesteps`,
+`step`). Notation: ᾱ_t is `alphas_cumprod[t]`, α_t = √ᾱ_t the rate of the signal, σ_t = √(1 - ᾱ_t) that of
+the noise. Constructor arguments and files are those of the classes of the same name in diffusers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, SupportsIndex
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ldm_lab.diffusion.broadcast import per_sample
+from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
+from ldm_lab.diffusion.schedules import make_betas
+from ldm_lab.diffusion.spacing import SPACINGS
+from ldm_lab.diffusion.thresholding import dynamic_threshold
+from ldm_lab.serialization import Configurable, LoadError
+
+END = -1  # the "timestep" after the last one: a clean sample
+
+
+class SchedulerOutput(NamedTuple):
+    """Result of one step, in the shape and type of the sample that was given.
+
+    Attributes:
+        prev_sample: the sample at the earlier, less noisy timestep.
+        pred_original_sample: the prediction of x0 that the step was made with.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class Scheduler(Configurable):
+    """Base of all schedulers.
+
+    A subclass takes its settings as constructor arguments under `register_to_config` (they are read
+    from `self.config` here) and adds `step`.
+
+    Attributes:
+        betas: β_t, `(T,)`, float32.
+        alphas: 1 - β_t, `(T,)`, float32.
+        alphas_cumprod: ᾱ_t, the cumulative product of `alphas`, `(T,)`, float32.
+        final_alpha_cumprod: ᾱ after the last step, `()`, float32.
+        init_noise_sigma: standard deviation of the noise that sampling starts from.
+        timesteps: the timesteps to visit, falling, `(num_inference_steps,)`, int64.
+        num_inference_steps: their number; `None` until `set_timesteps`.
+    """
+
+    config_name = "scheduler_config.json"
+    ignores_unknown = True
+
+    def __init__(self, set_alpha_to_one: bool = True) -> None:
+        config = self.config
+        betas = make_betas(
+            config.beta_schedule,
+            config.num_train_timesteps,
+            config.beta_start,
+            config.beta_end,
+            config.trained_betas,
+            config.rescale_betas_zero_snr,
+        )
+        self._check_config()
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        self.betas, self.alphas, self.alphas_cumprod = betas.float(), (1 - betas).float(), alpha_bar.float()
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(len(betas) - 1, -1, -1, device="cpu")
+        # A step needs a few scalars: as Python numbers they are exact, and no device waits for them.
+        self._alpha_bar: list[float] = alpha_bar.tolist()
+        self._final_alpha_bar = 1.0 if set_alpha_to_one else self._alpha_bar[0]
+        self.final_alpha_cumprod = torch.tensor(self._final_alpha_bar, device="cpu")
+        # Training needs α_t and σ_t for a batch of t, on the batch's device: (2, T), copied there once.
+        self._rates = {torch.device("cpu"): torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()}
+        self._earlier: dict[int, int] | None = None
+
+    def _check_config(self) -> None:
+        config = self.config
+        require_choice("prediction_type", config.prediction_type, PARAMETERIZATIONS)
+        require_choice("timestep_spacing", config.timestep_spacing, SPACINGS)
+        offset, clip, limit = config.steps_offset, config.clip_sample_range, config.sample_max_value
+        require(is_integer(offset) and offset >= 0, "steps_offset", offset, "a whole number, at least 0")
+        require(is_number(clip) and clip > 0, "clip_sample_range", clip, "a number above 0")
+        require(is_number(limit) and limit >= 1, "sample_max_value", limit, "a number, at least 1")
+        ratio = config.dynamic_thresholding_ratio
+        require(is_number(ratio) and 0 <= ratio <= 1, "dynamic_thresholding_ratio", ratio, "between 0 and 1")
+        for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+            require(isinstance(config[key], bool), key, config[key], "true or false")
+
+    def __len__(self) -> int:
+        return len(self._alpha_bar)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder/scheduler_config.json`."""
+        self.save_config(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> Self:
+        """Build from `folder[/subfolder]/scheduler_config.json`, ours or the namesake's.
+
+        Raises:
+            LoadError: the file is missing, is not JSON, or holds a setting that is not allowed.
+        """
+        config = cls.load_config(folder, subfolder)
+        try:
+            return cls.from_config(config)
+        except (TypeError, ValueError) as error:
+            raise LoadError(f"{Path(folder, subfolder or '') / cls.config_name}: {error}") from error
+
+    # The forward process and its inverse, for a batch with its own timestep per sample.
+
+    @property
+    def parameterization(self) -> Parameterization:
+        """What the network predicts: x0, the noise or the velocity."""
+        return PARAMETERIZATIONS[self.config.prediction_type]
+
+    def rates(self, timesteps: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t as float32 tensors that broadcast against `batch`, on its device.
+
+        Args:
+            timesteps: `(B,)` or one for all, integers in 0..T-1.
+            batch: `(B, ...)`.
+
+        Raises:
+            ValueError: as many timesteps as fit neither, or, where looking costs no synchronisation
+                (on the CPU), a timestep out of range.
+        """
+        if timesteps.device.type == "cpu" and timesteps.numel():
+            low, high = int(timesteps.min()), int(timesteps.max())
+            require(low >= 0 and high < len(self), "timesteps", [low, high], f"within 0..{len(self) - 1}")
+        if batch.device not in self._rates:
+            self._rates[batch.device] = self._rates[torch.device("cpu")].to(batch.device)
+        # With a 0-dimensional index this would be a view: a GPU is then waited for, and a table that validation
+        # copied in inference mode could not serve training.
+        alpha, sigma = self._rates[batch.device][:, torch.atleast_1d(timesteps).to(batch.device)]
+        return per_sample(alpha, batch), per_sample(sigma, batch)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio α_t² / σ_t² of each of `timesteps`, `(B,)`, float32, on their device."""
+        alpha, sigma = self.rates(timesteps, timesteps)
+        return (alpha / sigma).square()
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Draw from q(x_t | x0): x_t = α_t x0 + σ_t ε (Ho et al. 2020, eq. 4; "q_sample").
+
+        Args:
+            original_samples: x0, `(B, ...)`.
+            noise: ε, standard normal, of the same shape.
+            timesteps: `(B,)`, integers in 0..T-1.
+
+        Returns:
+            x_t in the shape and type of x0; computed in float32 at least.
+        """
+        alpha, sigma = self.rates(timesteps, original_samples)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = α_t ε - σ_t x0 (Salimans & Ho 2022), shapes and type as in `add_noise`."""
+        alpha, sigma = self.rates(timesteps, sample)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def get_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict (`prediction_type`), shapes and type as in `add_noise`."""
+        alpha, sigma = self.rates(timesteps, original_samples)
+        return self.parameterization.target(original_samples, noise, alpha, sigma).to(original_samples.dtype)
+
+    def predict_x0(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
+        """The clean sample that a prediction at x_t = `sample` amounts to, neither clipped nor thresholded.
+
+        Args:
+            model_output: `(B, ...)`.
+            timesteps: `(B,)`, integers in 0..T-1.
+            sample: x_t, `(B, ...)`.
+        """
+        x_t = at_least_float32(sample)
+        x0, _ = self.parameterization.x0_and_epsilon(model_output.to(x_t.dtype), x_t, *self.rates(timesteps, sample))
+        return x0.to(sample.dtype)
+
+    # The list of timesteps.
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The network's input for `sample`: the sample itself."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the timesteps that sampling visits: exactly N of them, falling.
+
+        Args:
+            num_inference_steps: N in 1..T, spread as `timestep_spacing` says; `steps_offset` is added to
+                those of "leading".
+            device: where `timesteps` goes. On the CPU, the default, `step` never waits for a GPU.
+            timesteps: the timesteps themselves, instead of N.
+
+        Raises:
+            ValueError: N, or a timestep, is out of range; the timesteps do not fall.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps needs either num_inference_steps or timesteps")
+        chosen = self._spaced(num_inference_steps) if timesteps is None else [_index(t) for t in timesteps]
+        falls = all(later > earlier for later, earlier in itertools.pairwise(chosen))
+        require(bool(chosen) and falls, "timesteps", chosen, "a falling sequence")
+        require(chosen[0] < len(self) and chosen[-1] >= 0, "timesteps", chosen, f"within 0..{len(self) - 1}")
+        self._earlier = dict(zip(chosen, [*chosen[1:], END], strict=True))
+        self.num_inference_steps = len(chosen)
+        self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device or "cpu")
+
+    def _spaced(self, count: int | None) -> list[int]:
+        total, spacing = len(self), self.config.timestep_spacing
+        require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
+        offset = self.config.steps_offset if spacing == "leading" else 0
+        chosen = [t + offset for t in SPACINGS[spacing](count, total)]
+        last = f"small enough that {count} steps end before timestep {total}"
+        require(chosen[0] < total, "steps_offset", offset, last)
+        return chosen
+
+    def previous_timestep(self, timestep: SupportsIndex) -> int:
+        """The timestep that follows `timestep` in the list, or -1 after the last.
+
+        Raises:
+            ValueError: before `set_timesteps`, or for a timestep that is not in the list.
+        """
+        if self._earlier is None:
+            raise ValueError("no timesteps yet: call set_timesteps(num_inference_steps) before step")
+        t = _index(timestep)
+        if t not in self._earlier:
+            raise ValueError(f"timestep={t} is not one of the {len(self._earlier)} in scheduler.timesteps")
+        return self._earlier[t]
+
+    # What the steps of the subclasses are made of. A step has one timestep for the whole batch.
+
+    def _step_times(self, timestep: SupportsIndex, prev_timestep: SupportsIndex | None) -> tuple[int, int]:
+        """The timestep of the step and the one it goes to (below 0: the end)."""
+        t = _index(timestep)
+        if prev_timestep is None:
+            return t, self.previous_timestep(t)
+        earlier = _index(prev_timestep)
+        require(0 <= t < len(self), "timestep", t, f"within 0..{len(self) - 1}")
+        require(earlier < t, "prev_timestep", earlier, f"below timestep={t}")
+        return t, earlier
+
+    def _alpha_bar_at(self, timestep: int) -> float:
+        """ᾱ_t in double precision; below 0 that of the end of the chain."""
+        return self._alpha_bar[timestep] if timestep >= 0 else self._final_alpha_bar
+
+    def _denoise(self, model_output: Tensor, t: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0, clipped or thresholded as configured, and ε; in the type of `x_t`."""
+        if model_output.shape != x_t.shape:
+            raise ValueError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(x_t.shape)}")
+        alpha_bar = self._alpha_bar[t]
+        if alpha_bar == 0 and self.parameterization.needs_signal:
+            raise ValueError(
+                f"prediction_type={self.config.prediction_type!r} says nothing of x0 at timestep {t}, where "
+                "alphas_cumprod is 0 (zero terminal SNR): use 'v_prediction', or rescale_betas_zero_snr=False"
+            )
+        rates = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+        x0, epsilon = self.parameterization.x0_and_epsilon(model_output.to(x_t.dtype), x_t, *rates)
+        config = self.config
+        if config.thresholding:
+            x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        elif config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return x0, epsilon
+
+
+def posterior_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
+    """Variance of q(x_prev | x_t, x0), β̃_t in Ho et al. 2020, eq. 7, between any two noise levels."""
+    return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+
+
+def at_least_float32(sample: Tensor) -> Tensor:
+    """`sample` in a type that a step can be computed in: half precision becomes float32."""
+    return sample.to(torch.promote_types(sample.dtype, torch.float32))
+
+
+def _index(timestep: SupportsIndex) -> int:
+    try:
+        return operator.index(timestep)
+    except TypeError:
+        raise ValueError(f"timestep={timestep!r} is not one whole number: a step has one for the whole batch") from None

@@ -1,0 +1,109 @@
+"""Beta schedules: how much noise each of the T training timesteps adds.
+
+Every function returns float64 of shape `(T,)` on the CPU: a product of a thousand factors is no place
+for single precision. Rounding to float32 happens once, where the tables are stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+
+MAX_COSINE_BETA = 0.999  # Nichol & Dhariwal 2021, below eq. 17: avoids a singularity near t = T
+
+
+def linear(num_train_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """β grows linearly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
+    return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64, device="cpu")
+
+
+def scaled_linear(num_train_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """√β grows linearly (Rombach et al. 2022; their configs call this schedule "linear").
+
+    >>> scaled_linear(3, 0.01, 0.09).sqrt()
+    tensor([0.1000, 0.2000, 0.3000], dtype=torch.float64)
+    """
+    return linear(num_train_timesteps, math.sqrt(beta_start), math.sqrt(beta_end)).square()
+
+
+def squaredcos_cap_v2(num_train_timesteps: int, *_: float) -> Tensor:
+    """ᾱ follows a squared cosine, β capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); has no range of β."""
+    time = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64, device="cpu")
+    alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_COSINE_BETA)  # (T+1,) -> (T,)
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "squaredcos_cap_v2": squaredcos_cap_v2,
+}
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale √ᾱ such that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2024, arXiv 2305.08891, algorithm 1)."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root.square()
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
+
+
+def make_betas(
+    beta_schedule: str,
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    trained_betas: Sequence[float] | None = None,
+    rescale_betas_zero_snr: bool = False,
+) -> Tensor:
+    """The betas that a scheduler's settings describe, checked; `(T,)`, float64.
+
+    Args:
+        beta_schedule: a name in `BETA_SCHEDULES`.
+        num_train_timesteps: T.
+        beta_start: β of the first timestep, in (0, 1); no meaning for the cosine schedule.
+        beta_end: β of the last timestep, in (0, 1).
+        trained_betas: T betas that take the place of the schedule.
+        rescale_betas_zero_snr: apply `rescale_zero_terminal_snr` at the end.
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+    positive = is_integer(num_train_timesteps) and num_train_timesteps >= 1
+    require(positive, "num_train_timesteps", num_train_timesteps, "a whole number, at least 1")
+    require_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+    for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        require(is_number(value) and 0 < value < 1, key, value, "between 0 and 1, both excluded")
+    if trained_betas is None:
+        betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+    else:
+        betas = _checked_betas(trained_betas, num_train_timesteps)
+    if not rescale_betas_zero_snr:
+        return betas
+    require(len(betas) > 1, "num_train_timesteps", len(betas), "at least 2 with rescale_betas_zero_snr")
+    return rescale_zero_terminal_snr(betas)
+
+
+def _checked_betas(trained_betas: Sequence[float], num_train_timesteps: int) -> Tensor:
+    try:
+        betas = torch.tensor([float(beta) for beta in trained_betas], dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError):
+        raise ValueError("trained_betas must be a list of numbers") from None
+    if len(betas) != num_train_timesteps:
+        count = len(betas)
+        raise ValueError(
+            f"trained_betas has {count} values, num_train_timesteps={num_train_timesteps}: make them equal"
+        )
+    # Only the last timestep may be pure noise (β = 1): after it there is nothing left to add noise to.
+    allowed = (betas > 0) & (betas < 1)
+    allowed[-1] |= betas[-1] == 1
+    for index in (~allowed).nonzero().flatten().tolist():
+        wanted = "between 0 and 1, both excluded (the last may be 1)"
+        require(False, f"trained_betas[{index}]", float(betas[index]), wanted)
+    return betas

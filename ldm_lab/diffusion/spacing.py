@@ -1,0 +1,46 @@
+"""Which of the T training timesteps a sampler visits (Lin et al. 2024, arXiv 2305.08891, table 2).
+
+Each function returns N different timesteps, falling, for every N in 1..T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def leading(num_steps: int, num_train_timesteps: int) -> list[int]:
+    """Multiples of T // N, ending at 0. Never starts at T - 1, where there is most noise, unless N = T.
+
+    >>> leading(5, 1000)
+    [800, 600, 400, 200, 0]
+    """
+    stride = num_train_timesteps // num_steps
+    return [index * stride for index in reversed(range(num_steps))]
+
+
+def trailing(num_steps: int, num_train_timesteps: int) -> list[int]:
+    """Equal strides of T / N, starting at T - 1: what a schedule with zero terminal SNR needs.
+
+    >>> trailing(5, 1000)
+    [999, 799, 599, 399, 199]
+    """
+    # T / N with the rounding error that numpy's `arange` makes: ties then fall as in the namesake's list.
+    stride = num_train_timesteps - (num_train_timesteps - num_train_timesteps / num_steps)
+    return [round(num_train_timesteps - index * stride) - 1 for index in range(num_steps)]
+
+
+def linspace(num_steps: int, num_train_timesteps: int) -> list[int]:
+    """From T - 1 to 0, both included; a single step is taken at 0.
+
+    >>> linspace(5, 1000)
+    [999, 749, 500, 250, 0]
+    """
+    stride = (num_train_timesteps - 1) / max(num_steps - 1, 1)
+    return [round(index * stride) for index in reversed(range(num_steps))]
+
+
+SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
+    "leading": leading,
+    "trailing": trailing,
+    "linspace": linspace,
+}

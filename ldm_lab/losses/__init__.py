@@ -1,0 +1,1 @@
+"""What the first stage is trained on: pixels, perception, the codebook and an adversary."""

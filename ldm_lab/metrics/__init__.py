@@ -1,0 +1,1 @@
+"""Measures of quality that are reported, never trained on."""

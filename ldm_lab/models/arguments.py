@@ -1,0 +1,59 @@
+"""Checks of constructor arguments: one clear line that names the key, the value and what is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def require(key: str, value: Any, *supported: Any) -> None:  # noqa: ANN401
+    """Raise `ValueError` unless `value` is one of `supported`."""
+    if value not in supported:
+        raise ValueError(f"{key}={value!r} is not supported: use {' or '.join(map(repr, supported))}")
+
+
+def require_positive(**values: int) -> None:
+    """Raise `ValueError` unless every value is an integer of at least 1."""
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key}={value!r} is not a positive integer")
+
+
+def require_divides(key: str, value: int, width: int) -> None:
+    """Raise `ValueError` unless `value` divides the width of a block."""
+    if width % value:
+        raise ValueError(f"{key}={value} does not divide {width}, a width of block_out_channels")
+
+
+def attention_by_block(key: str, types: Sequence[str], plain: str) -> list[bool]:
+    """For each block type whether the block has attention: `plain` has none, `"Attn" + plain` has.
+
+    The folders of 2022 prefix some types with "UNetRes", which says nothing.
+    """
+    names = [name.removeprefix("UNetRes") for name in types]
+    for name in names:
+        require(key, name, plain, f"Attn{plain}")
+    return [name == f"Attn{plain}" for name in names]
+
+
+def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **block_types: Sequence[str]) -> None:
+    """Raise `ValueError` unless there is one width for each block, and `norm_num_groups` divides each."""
+    widths = list(block_out_channels)
+    for key, types in block_types.items():
+        if len(types) != len(widths):
+            raise ValueError(f"{key} has {len(types)} entries, block_out_channels={widths} has {len(widths)}")
+    if not widths:
+        raise ValueError("block_out_channels is empty: it needs the width of at least one block")
+    require_positive(norm_num_groups=norm_num_groups)
+    for width in widths:
+        require_positive(block_out_channels=width)
+        require_divides("norm_num_groups", norm_num_groups, width)
+
+
+def require_input(shape: Sequence[int], channels: int, factor: int, owner: str) -> None:
+    """Raise `ValueError` unless `shape` is `(B, channels, H, W)` with H and W multiples of `factor`."""
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(f"{owner} takes (B, {channels}, H, W), got a tensor of shape {tuple(shape)}")
+    height, width = shape[2:]
+    if height % factor or width % factor:
+        raise ValueError(f"{owner} takes heights and widths that are multiples of {factor}, got {height}x{width}")

@@ -1,0 +1,105 @@
+"""Vector quantization (van den Oord et al. 2017, arXiv 1711.00937): latents replaced by their nearest codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class QuantizerInfo(NamedTuple):
+    """Which codes a batch was given.
+
+    Attributes:
+        perplexity: exp of the entropy of the codes' frequencies in the batch (0-dim); n if all are used alike.
+        min_encodings: always None, as in the namesake; one-hot rows would take N x n entries.
+        indices: the number of each latent's code, `(B*H*W,)`, int64.
+    """
+
+    perplexity: Tensor
+    min_encodings: None
+    indices: Tensor
+
+
+class QuantizerOutput(NamedTuple):
+    """Quantized latents `(B, C, H, W)`, the loss of codebook and commitment (0-dim, float32), and the codes."""
+
+    quantized: Tensor
+    loss: Tensor
+    info: QuantizerInfo
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook of `n_e` vectors; gradients pass the choice straight through.
+
+    The loss is (van den Oord et al. 2017, equation 3, second and third term; sg stops the gradient, the mean
+    is over all entries):
+
+        legacy=True:   mean((z - sg e)^2) + beta mean((sg z - e)^2)    what CompVis trained with
+        legacy=False:  beta mean((z - sg e)^2) + mean((sg z - e)^2)    what the paper says
+
+    Both have the same value; in the first the codes follow the latents slowly, in the second quickly.
+
+    Args:
+        n_e: number of codes.
+        vq_embed_dim: length of a code; 3 or 4 in latent diffusion.
+        beta: the smaller of the two weights.
+        legacy: which term it stands before. Like `beta`, an attribute that may be set later.
+    """
+
+    def __init__(self, n_e: int, vq_embed_dim: int, beta: float = 0.25, legacy: bool = True) -> None:
+        super().__init__()
+        self.n_e = n_e
+        self.vq_embed_dim = vq_embed_dim
+        self.beta = beta
+        self.legacy = legacy
+        self.embedding = nn.Embedding(n_e, vq_embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantize latents `(B, C, H, W)`. Distances and loss are float32 whatever the type of `z`."""
+        latents = z.float().permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
+        indices = self.nearest(latents.flatten(0, 2))  # (B*H*W,)
+        codes = self.embedding(indices).float().view(latents.shape)  # (B*H*W, C) -> (B, H, W, C)
+
+        commitment = (latents - codes.detach()).square().mean()
+        codebook = (latents.detach() - codes).square().mean()
+        weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
+        loss = weights[0] * commitment + weights[1] * codebook
+
+        quantized = latents + (codes - latents).detach()  # the value of the code, the gradient of the latent
+        quantized = quantized.permute(0, 3, 1, 2).to(z.dtype)  # (B, H, W, C) -> (B, C, H, W)
+        info = QuantizerInfo(perplexity(code_counts(indices, self.n_e)), None, indices)
+        return QuantizerOutput(quantized, loss, info)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """The number of the nearest code for each row: `(N, C) -> (N,)`.
+
+        |z|^2 is the same for all codes, so |e|^2 - 2 z.e decides. It is summed channel by channel, in one
+        N x n_e matrix: as a matrix product it would run in TF32 or bf16 where these are allowed, whose
+        errors are as large as the distance between neighbouring codes.
+        """
+        codes = self.embedding.weight.float()
+        scores = codes.square().sum(1).expand(len(latents), -1).clone()  # (n_e,) -> (N, n_e)
+        for latent, code in zip(latents.float().unbind(1), codes.unbind(1), strict=True):
+            scores.addcmul_(latent[:, None], code, value=-2)
+        return scores.argmin(1)
+
+    def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The codes with these numbers: `(..., C)`, or `(B, C, H, W)` if `shape` gives `(B, H, W, C)`."""
+        codes = self.embedding(indices)
+        return codes if shape is None else codes.view(*shape).permute(0, 3, 1, 2)
+
+
+def code_counts(indices: Tensor, n: int) -> Tensor:
+    """How often each of `n` codes occurs among `indices` `(N,)`: `(n,)`, float32."""
+    # bincount would make the host wait for the device, to learn the size of its result
+    return torch.zeros(n, device=indices.device).index_add_(0, indices, torch.ones(len(indices), device=indices.device))
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """Exp of the entropy of non-negative `counts` `(n,)`, which are normalised first; 0-dim, from 1 to n."""
+    return torch.special.entr(counts / counts.sum()).sum().exp()

@@ -1,0 +1,236 @@
+"""The denoising network: stage 2 of latent diffusion (Rombach et al. 2022, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_lab.models.arguments import (
+    attention_by_block,
+    require,
+    require_divides,
+    require_input,
+    require_positive,
+    require_widths,
+)
+from ldm_lab.models.outputs import UNet2DOutput
+from ldm_lab.nn.attention import AttentionBlock
+from ldm_lab.nn.blocks import DownBlock, MidBlock, UpBlock
+from ldm_lab.nn.embedding import TimestepEmbedding, sinusoid
+from ldm_lab.nn.resample import Downsample, Upsample
+from ldm_lab.nn.resnet import ResnetBlock
+from ldm_lab.serialization import PretrainedModel, register_to_config
+
+
+class UNet2DModel(PretrainedModel):
+    """A UNet that knows the timestep, with the arguments and state dict of `diffusers.UNet2DModel`.
+
+    Args:
+        sample_size: resolution of what it denoises, an integer or (height, width); information only.
+        in_channels: channels of the input.
+        out_channels: channels of the prediction.
+        center_input_sample: False alone is supported.
+        time_embedding_type: `positional` alone is supported.
+        time_embedding_dim: length of the time embedding; None means four times the first width.
+        freq_shift: see `nn.embedding.sinusoid`.
+        flip_sin_to_cos: see `nn.embedding.sinusoid`.
+        down_block_types: `DownBlock2D` or `AttnDownBlock2D` per resolution, highest first.
+        mid_block_type: `UNetMidBlock2D` alone is supported.
+        up_block_types: `UpBlock2D` or `AttnUpBlock2D` per resolution, lowest first.
+        block_out_channels: width per resolution, highest first.
+        layers_per_block: residual blocks per resolution on the way down; one more on the way up.
+        mid_block_scale_factor: 1 alone is supported.
+        downsample_padding: 1, or 0 for the asymmetric padding of autoencoders.
+        downsample_type: `conv` alone is supported.
+        upsample_type: `conv` alone is supported.
+        dropout: probability, in every residual block.
+        act_fn: `silu` alone is supported.
+        attention_head_dim: channels of one attention head; None means one head.
+        norm_num_groups: groups of every normalisation.
+        attn_norm_num_groups: groups of the middle attention's; None means `norm_num_groups`.
+        norm_eps: added to the variance by every normalisation.
+        resnet_time_scale_shift: `default` alone is supported: the time embedding is added.
+        add_attention: whether the middle block has attention.
+        class_embed_type: None alone is supported.
+        num_class_embeds: None alone is supported.
+        num_train_timesteps: has no effect with positional embeddings, as in the namesake.
+
+    Raises:
+        ValueError: a value is impossible or not supported.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | Sequence[int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: Sequence[int] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._check_arguments()
+        widths = list(block_out_channels)
+        time_channels = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
+        norm = {"groups": norm_num_groups, "eps": norm_eps}
+        resnet = partial(ResnetBlock, **norm, time_channels=time_channels, dropout=dropout)
+        attention = partial(AttentionBlock, dim_head=attention_head_dim, **norm)
+        mid_groups = norm_num_groups if attn_norm_num_groups is None else attn_norm_num_groups
+        mid_attention = partial(attention, groups=mid_groups)
+
+        self.time_embedding = TimestepEmbedding(widths[0], time_channels)
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks = self._down_blocks(resnet, attention)
+        self.mid_block = MidBlock(widths[-1], resnet, mid_attention if add_attention else nn.Identity)
+        self.up_blocks = self._up_blocks(resnet, attention)
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+
+    def _check_arguments(self) -> None:
+        config = self.config
+        for key, supported in _SUPPORTED.items():
+            require(key, config[key], *supported)
+        require_positive(**{key: config[key] for key in ("in_channels", "out_channels", "layers_per_block")})
+        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
+        require_positive(**{key: config[key] for key in optional if config[key] is not None})
+        types = {key: config[key] for key in ("down_block_types", "up_block_types")}
+        require_widths(config.block_out_channels, config.norm_num_groups, **types)
+        require_divides("attn_norm_num_groups", config.attn_norm_num_groups or 1, config.block_out_channels[-1])
+
+    def _down_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
+        """One block per resolution, highest first; all but the last halve the resolution."""
+        config, blocks = self.config, nn.ModuleList()
+        attended = attention_by_block("down_block_types", config.down_block_types, "DownBlock2D")
+        width, last = config.block_out_channels[0], len(attended) - 1
+        for level, out_width in enumerate(config.block_out_channels):
+            layers = {
+                "attention": attention if attended[level] else nn.Identity,
+                "downsample": None if level == last else partial(Downsample, padding=config.downsample_padding),
+            }
+            blocks.append(DownBlock(width, out_width, config.layers_per_block, resnet, **layers))
+            width = out_width
+        return blocks
+
+    def _up_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
+        """One block per resolution, lowest first; all but the last double the resolution."""
+        config, blocks = self.config, nn.ModuleList()
+        attended = attention_by_block("up_block_types", config.up_block_types, "UpBlock2D")
+        widths, layers_per_block, last = config.block_out_channels, config.layers_per_block, len(attended) - 1
+        # What the way down leaves: conv_in, then every residual block and, but for the last level, the downsampler.
+        skips = [widths[0], *(width for width in widths for _ in range(layers_per_block + 1))][:-1]
+        width = widths[-1]
+        for level, out_width in enumerate(reversed(widths)):
+            layers = {
+                "attention": attention if attended[level] else nn.Identity,
+                "upsample": None if level == last else Upsample,
+            }
+            skip_channels = [skips.pop() for _ in range(layers_per_block + 1)]
+            blocks.append(UpBlock(width, out_width, skip_channels, resnet, **layers))
+            width = out_width
+        return blocks
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Predict noise, clean latents or velocity, whichever the network was trained for.
+
+        Args:
+            sample: noisy input `(B, in_channels, H, W)`; H and W multiples of 2^(number of resolutions - 1).
+            timestep: of the training schedule: one number, a 0-dim tensor, or one for each sample `(B,)`.
+            class_labels: None alone is possible.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `.sample` `(B, out_channels, H, W)`.
+
+        Raises:
+            ValueError: class labels, or a shape that does not fit.
+        """
+        if class_labels is not None:
+            raise ValueError("class_labels were given, but this UNet2DModel is unconditional")
+        require_input(sample.shape, self.config.in_channels, 2 ** (len(self.down_blocks) - 1), "UNet2DModel")
+        time_embedding = self._embed_time(timestep, sample)
+
+        x = self.conv_in(sample)
+        skips = [x]
+        for block in self.down_blocks:
+            x = block(x, time_embedding, skips)
+        x = self.mid_block(x, time_embedding)
+        for block in self.up_blocks:
+            x = block(x, time_embedding, skips)
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return UNet2DOutput(x) if return_dict else (x,)
+
+    @torch.no_grad()
+    def zero_residuals(self) -> None:
+        """Let every residual branch and the output begin at zero, as a training from scratch does (CompVis).
+
+        Not done on construction: a network whose output is zero whatever comes in is of no use but to be trained.
+        """
+        last = [self.conv_out]
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                last.append(module.conv2)
+            elif isinstance(module, AttentionBlock):
+                last.append(module.to_out[0])
+        for layer in last:
+            layer.weight.zero_()
+            layer.bias.zero_()
+
+    def _embed_time(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """One number or `(B,)` -> `(B, time_channels)`."""
+        if not isinstance(timestep, Tensor):
+            timestep = torch.full((), timestep, device=sample.device)
+        if timestep.shape not in ((), (1,), sample.shape[:1]):
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, the batch has {len(sample)} samples")
+        timesteps = timestep.to(sample.device).expand(len(sample))
+        config = self.config
+        waves = sinusoid(timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+        return self.time_embedding(waves.to(self.dtype))
+
+
+# Of these arguments of the namesake, the values that the architecture here covers.
+_SUPPORTED = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_padding": (1, 0),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu",),
+    "resnet_time_scale_shift": ("default",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}

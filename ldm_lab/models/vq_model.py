@@ -1,0 +1,133 @@
+"""The autoencoder with a codebook: stage 1 of latent diffusion (Rombach et al. 2022, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ldm_lab.models.arguments import require, require_input, require_positive, require_widths
+from ldm_lab.models.decoder import Decoder
+from ldm_lab.models.encoder import Encoder
+from ldm_lab.models.outputs import DecoderOutput, EncoderOutput
+from ldm_lab.models.quantizer import VectorQuantizer
+from ldm_lab.serialization import PretrainedModel, register_to_config
+
+
+class VQModel(PretrainedModel):
+    """Encoder, codebook and decoder, with the arguments and state dict of `diffusers.VQModel`.
+
+    Images are `(B, in_channels, H, W)` in [-1, 1], H and W multiples of `downsample_factor`. Latents are the
+    output of the encoder *before* quantization, `(B, vq_embed_dim, H/f, W/f)`, unscaled: diffusion runs on
+    `config.scaling_factor * latents`, and whoever decodes divides first.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the reconstruction.
+        down_block_types: `DownEncoderBlock2D` or `AttnDownEncoderBlock2D` per resolution, highest first.
+        up_block_types: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D` per resolution, lowest first.
+        block_out_channels: width per resolution, highest first; f is 2^(their number - 1).
+        layers_per_block: residual blocks per resolution (the decoder has one more).
+        act_fn: `silu` alone is supported.
+        latent_channels: channels between the encoder and `quant_conv`.
+        sample_size: resolution of the training images; information only.
+        num_vq_embeddings: number of codes.
+        norm_num_groups: groups of every normalisation.
+        vq_embed_dim: length of a code; None means `latent_channels`.
+        scaling_factor: by which diffusion multiplies the latents.
+        norm_type: `group` alone is supported.
+        mid_block_add_attention: whether the middle blocks have attention (one head).
+        lookup_from_codebook: whether `decode(..., force_not_quantize=True)` takes indices of codes.
+        force_upcast: has no effect here, as in the namesake.
+
+    Raises:
+        ValueError: a value is impossible or not supported.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: Sequence[str] = ("DownEncoderBlock2D",),
+        up_block_types: Sequence[str] = ("UpDecoderBlock2D",),
+        block_out_channels: Sequence[int] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        # The namesake's default is 0.18215, which was measured for Stable Diffusion's KL autoencoder. The published
+        # VQ folders leave the key out, and their diffusion models were trained without scaling.
+        scaling_factor: float = 1.0,
+        norm_type: str = "group",
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+    ) -> None:
+        super().__init__()
+        require("act_fn", act_fn, "silu")
+        require("norm_type", norm_type, "group")
+        require_positive(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
+        types = {"down_block_types": down_block_types, "up_block_types": up_block_types}
+        require_widths(block_out_channels, norm_num_groups, **types)
+        vq_embed_dim = latent_channels if vq_embed_dim is None else vq_embed_dim
+        require_positive(
+            latent_channels=latent_channels, num_vq_embeddings=num_vq_embeddings, vq_embed_dim=vq_embed_dim
+        )
+        shared = (block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)
+
+        self.encoder = Encoder(in_channels, latent_channels, down_block_types, *shared)
+        self.quant_conv = nn.Conv2d(latent_channels, vq_embed_dim, 1)
+        self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim)
+        self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
+        self.decoder = Decoder(latent_channels, out_channels, up_block_types, *shared)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels of an image per position of its latents, along one side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
+        """Images `(B, in_channels, H, W)` -> `.latents` `(B, vq_embed_dim, H/f, W/f)`, not quantized, not scaled.
+
+        Raises:
+            ValueError: another number of channels, or a side that is no multiple of `downsample_factor`.
+        """
+        require_input(x.shape, self.config.in_channels, self.downsample_factor, "VQModel.encode")
+        latents = self.quant_conv(self.encoder(x))
+        return EncoderOutput(latents) if return_dict else (latents,)
+
+    def decode(
+        self,
+        h: Tensor,
+        force_not_quantize: bool = False,
+        return_dict: bool = True,
+        shape: Sequence[int] | None = None,
+    ) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Latents `(B, vq_embed_dim, h, w)`, not scaled -> `.sample` `(B, out_channels, f*h, f*w)` and `.commit_loss`.
+
+        Args:
+            h: the latents, which are quantized first.
+            force_not_quantize: decode `h` as it is; with `config.lookup_from_codebook`, `h` holds indices of codes.
+            return_dict: False gives `(sample, commit_loss)`.
+            shape: `(B, h, w, vq_embed_dim)`, for indices.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if force_not_quantize and self.config.lookup_from_codebook:
+            h = self.quantize.get_codebook_entry(h, shape)
+        require_input(h.shape, self.quantize.vq_embed_dim, 1, "VQModel.decode")
+        if force_not_quantize:
+            quantized, loss = h, h.new_zeros(())
+        else:
+            quantized, loss, _ = self.quantize(h)
+        sample = self.decoder(self.post_quant_conv(quantized))
+        return DecoderOutput(sample, loss) if return_dict else (sample, loss)
+
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
+        """Images -> their reconstruction `.sample` in the same shape, and `.commit_loss`."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)

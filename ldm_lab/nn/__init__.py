@@ -1,0 +1,1 @@
+"""Blocks that networks are built from: torch only, parameters named as in diffusers."""

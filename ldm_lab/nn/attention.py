@@ -1,0 +1,42 @@
+"""Self-attention over the positions of a feature map."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class AttentionBlock(nn.Module):
+    """GroupNorm, multi-head self-attention over all positions, and the input added.
+
+    Args:
+        channels: channels of the feature map.
+        dim_head: channels of one head; None means one head that has them all.
+        groups: groups of the normalisation.
+        eps: added to the variance by the normalisation.
+
+    Raises:
+        ValueError: `dim_head` does not divide `channels`.
+    """
+
+    def __init__(self, channels: int, dim_head: int | None = None, groups: int = 32, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.dim_head = dim_head or channels
+        if channels % self.dim_head:
+            raise ValueError(f"attention_head_dim={dim_head} does not divide the {channels} channels of a block")
+        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W) -> (B, C, H, W)`; memory grows with H*W, not with its square, where the kernel is fused."""
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        heads = (self._split(project(h)) for project in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(*heads)  # (B, heads, H*W, dim_head)
+        h = self.to_out(h.transpose(1, 2).flatten(2))  # (B, heads, H*W, dim_head) -> (B, H*W, C)
+        return x + h.transpose(1, 2).reshape(x.shape)  # (B, H*W, C) -> (B, C, H, W)
+
+    def _split(self, h: Tensor) -> Tensor:
+        return h.unflatten(2, (-1, self.dim_head)).transpose(1, 2)  # (B, H*W, C) -> (B, heads, H*W, dim_head)

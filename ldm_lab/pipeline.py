@@ -1,0 +1,232 @@
+"""The public face: `LDMPipeline(vqvae, unet, scheduler)`, called like its namesake in diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from typing_extensions import Self
+
+from ldm_lab import checkpoint
+from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.diffusion.ddpm import DDPMScheduler
+from ldm_lab.diffusion.noise import randn
+from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.images import to_numpy, to_pil, to_unit
+from ldm_lab.models.unet import UNet2DModel
+from ldm_lab.models.vq_model import VQModel
+from ldm_lab.serialization import LoadError, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+INDEX = "model_index.json"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class ImagePipelineOutput:
+    """What a call returns.
+
+    Attributes:
+        images: by `output_type`, a list of B PIL images; an array `(B, H, W, 3)` in [0, 1]; a tensor
+            `(B, 3, H, W)` in [0, 1]; or the scaled latents `(B, C, h, w)`.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+    def __getitem__(self, index: int | str) -> Any:  # noqa: ANN401
+        return self.images if index == "images" else (self.images,)[index]
+
+    def to_tuple(self) -> tuple:
+        """`(images,)`."""
+        return (self.images,)
+
+
+class LDMPipeline:
+    """Unconditional image generation: noise -> UNet and scheduler -> latents -> first stage -> images.
+
+    Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". Diffusion runs on
+    `scaling_factor * latents`; decoding divides by it and quantizes to the codebook.
+
+    Args:
+        vqvae: the first stage.
+        unet: predicts what `scheduler.config.prediction_type` says.
+        scheduler: the sampler; assign another to `pipe.scheduler` to change it.
+    """
+
+    # A folder may name these classes and no others: a config is data and cannot make us import anything.
+    classes: ClassVar[dict[str, tuple[type, ...]]] = {
+        "vqvae": (VQModel,),
+        "unet": (UNet2DModel,),
+        "scheduler": (DDIMScheduler, DDPMScheduler),
+    }
+
+    def __init__(self, vqvae: VQModel, unet: UNet2DModel, scheduler: Scheduler) -> None:
+        channels = vqvae.quantize.vq_embed_dim
+        if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
+            raise ValueError(
+                f"unet.in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}, but the"
+                f" latents of the autoencoder have {channels} channels: set both to {channels}, or take another autoencoder"
+            )
+        self.vqvae, self.unet, self.scheduler = vqvae, unet, scheduler
+        self._progress: dict[str, Any] = {}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The three parts by name: `LDMPipeline(**pipe.components)` shares them."""
+        return {"vqvae": self.vqvae, "unet": self.unet, "scheduler": self.scheduler}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the networks."""
+        return self.unet.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401
+        """Move both networks to a device and/or type, as `torch.nn.Module.to`."""
+        self.vqvae.to(*args, **kwargs)
+        self.unet.to(*args, **kwargs)
+        return self
+
+    def progress_bar(self, total: int) -> tqdm:
+        """The bar over the steps; see `set_progress_bar_config`."""
+        return tqdm(total=total, **self._progress)
+
+    def set_progress_bar_config(self, **settings: Any) -> None:  # noqa: ANN401
+        """Settings of tqdm for the bar, e.g. `disable=True`."""
+        self._progress = settings
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: Generators = None,
+        eta: float = 0.0,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        latents: Tensor | None = None,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            batch_size: how many.
+            generator: source of every random number, also of those that `eta` adds; a list holds one per
+                image, which makes each image independent of the batch it is drawn in.
+            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16).
+            num_inference_steps: evaluations of the UNet.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: `False` returns `(images,)`.
+            latents: the starting noise `(B, C, h, w)`, scaled as the scheduler works on them.
+            callback: called after each step with (step, timestep, latents).
+
+        Raises:
+            ValueError: an argument is out of its range; the message names it.
+        """
+        self._check(batch_size, output_type, latents)
+        if latents is None:
+            latents = randn(self._latent_shape(batch_size), generator=generator, device=self.device)
+            latents = latents * self.scheduler.init_noise_sigma
+        latents = self._denoise(latents.to(self.device), generator, eta, num_inference_steps, callback)
+        images = self._output(latents, output_type)
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+    def _check(self, batch_size: int, output_type: str, latents: Tensor | None) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}, must be one of {', '.join(OUTPUT_TYPES)}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, must be a positive integer")
+        channels = self.unet.config.in_channels
+        if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
+
+    def _latent_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("the UNet's config has no sample_size: pass latents=")
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, self.unet.config.in_channels, height, width
+
+    def _denoise(self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None) -> Tensor:
+        """Run the scheduler backwards. The latents stay in float32 whatever type the networks have."""
+        if eta and not isinstance(self.scheduler, DDIMScheduler):
+            raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has none: use DDIMScheduler or eta=0")
+        options = {"eta": eta} if isinstance(self.scheduler, DDIMScheduler) else {}
+        self.scheduler.set_timesteps(steps)
+        latents = latents.float()  # (B, C, h, w)
+        with self.progress_bar(total=steps) as bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                model_input = self.scheduler.scale_model_input(latents, timestep).to(self.dtype)
+                prediction = self.unet(model_input, timestep).sample.float()
+                latents = self.scheduler.step(prediction, timestep, latents, generator=generator, **options).prev_sample
+                bar.update()
+                if callback is not None:
+                    callback(index, int(timestep), latents)
+        return latents
+
+    def _output(self, latents: Tensor, output_type: str) -> list | np.ndarray | Tensor:
+        if output_type == "latent":
+            return latents
+        images = to_unit(self.decode(latents))
+        return {"pt": lambda x: x, "np": to_numpy, "pil": to_pil}[output_type](images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents `(B, C, h, w)` -> images `(B, 3, H, W)`, about [-1, 1], float32."""
+        latents = latents / self.vqvae.config.scaling_factor
+        return self.vqvae.decode(latents.to(self.vqvae.dtype)).sample.float()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that `from_pretrained`, ours or the namesake's, loads. The index is written last."""
+        folder = Path(folder)
+        for name, component in self.components.items():
+            component.save_pretrained(folder / name)
+        index = {name: ["diffusers", type(component).__name__] for name, component in self.components.items()}
+        write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> Self:
+        """Load a pipeline folder, a run folder (also of a run that is not finished) or a training checkpoint.
+
+        Raises:
+            LoadError: nothing of the kind is there, or it is damaged; one line says what and where.
+        """
+        path = Path(folder)
+        if (path / INDEX).is_file() and not checkpoint.is_unfinished(path):
+            return cls._from_folder(path).to(dtype=torch_dtype)
+        return cls._from_checkpoint(checkpoint.find(path)).to(dtype=torch_dtype)
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Self:
+        index = read_json(folder / INDEX)
+        if index.get("_class_name") != "LDMPipeline":
+            raise LoadError(f"{folder / INDEX}: describes a {index.get('_class_name')!r}, not an LDMPipeline")
+        parts = {}
+        for name, known in cls.classes.items():
+            entry = index.get(name)
+            wanted = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+            by_name = {kind.__name__: kind for kind in known}
+            if wanted not in by_name:
+                raise LoadError(f"{folder / INDEX}: {name} is a {wanted!r}; known are {', '.join(by_name)}")
+            parts[name] = by_name[wanted].from_pretrained(folder, subfolder=name)
+        return cls(**parts)
+
+    @classmethod
+    def _from_checkpoint(cls, path: Path) -> Self:
+        parts = checkpoint.networks(path, {"vqvae": VQModel, "unet": UNet2DModel})
+        config = checkpoint.describe(path)["configs"]["scheduler"]
+        return cls(**parts, scheduler=DDIMScheduler.from_config(config))

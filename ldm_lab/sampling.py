@@ -1,0 +1,133 @@
+"""From seeds to files, on any number of devices: indices -> `LDMPipeline` -> PNG, through `Trainer.predict`."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ldm_lab import checkpoint, randomness
+from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.diffusion.ddpm import DDPMScheduler
+from ldm_lab.images import grid, save_png, to_pil
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.serialization import read_json, replacing, write_json
+from ldm_lab.version import __version__
+
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+MANIFEST = "manifest.json"
+GRID_IMAGES = 64
+
+
+class SamplingModule(LightningModule):
+    """Draws sample i from (seed, i) and writes it as `<i>.png`: the same image on any number of devices.
+
+    Args:
+        pipe: the model; its scheduler is the sampler.
+        folder: where the images go.
+        seed: of all samples.
+        steps: evaluations of the UNet.
+        eta: 0 for deterministic DDIM.
+    """
+
+    def __init__(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList([pipe.vqvae, pipe.unet])  # so that Lightning moves them
+        self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
+        pipe.set_progress_bar_config(disable=True)
+
+    def predict_step(self, batch: Tensor, _: int) -> None:
+        """Indices `(B,)` -> B files."""
+        indices = batch.tolist()
+        generators = [randomness.generator(self.seed, "sample", index) for index in indices]
+        images = self.pipe(
+            len(indices), generators, self.eta, self.steps, output_type="pt"
+        ).images  # (B, 3, H, W) in [0, 1]
+        for index, image in zip(indices, to_pil(images.float()), strict=True):
+            save_png(image, image_path(self.folder, index))
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """The file of sample `index`, in a folder that holds samples alone, as evaluators want it."""
+    return folder / "images" / f"{index:06d}.png"
+
+
+def missing(folder: Path, num_samples: int) -> list[int]:
+    """The indices whose files are not there yet."""
+    return [index for index in range(num_samples) if not image_path(folder, index).is_file()]
+
+
+def default_folder(ckpt: str) -> Path:
+    """`samples/` in the run folder, or beside a file."""
+    path = Path(ckpt)
+    return path / "samples" if path.is_dir() else path.with_name(f"{path.stem}_samples")
+
+
+def loader(indices: list[int], batch_size: int) -> DataLoader:
+    """Batches of indices; Lightning shares them among the devices, none twice."""
+    return DataLoader(indices, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def use_sampler(pipe: LDMPipeline, name: str, eta: float | None) -> None:
+    """Give the pipeline the sampler of that name, with the noise schedule it was trained on.
+
+    Raises:
+        ValueError: there is no such sampler, or it takes no eta.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"sampler={name}: there are {', '.join(SCHEDULERS)}")
+    if name != "ddim" and eta:
+        raise ValueError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
+    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
+
+
+def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest: everything that the images follow from, and which versions made them."""
+    hashes = {name: checkpoint.fingerprint(getattr(pipe, name)) for name in ("unet", "vqvae")}
+    versions = {"ldm_lab": __version__, "torch": torch.__version__}
+    return {"ckpt": ckpt, "hashes": hashes, **settings, "scheduler": dict(pipe.scheduler.config), "versions": versions}
+
+
+def claim(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, or check that the folder's own is the same model with the same settings.
+
+    Raises:
+        ValueError: the folder holds samples of something else; nothing in it is touched.
+    """
+    path = folder / MANIFEST
+    if path.is_file():
+        old, new = read_json(path), json.loads(json.dumps(manifest))
+        changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
+        if changed:
+            values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
+            raise ValueError(f"output={folder} holds samples of other settings ({values}): choose another output=")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
+    write_json(path, manifest)
+
+
+def collect(folder: Path, num_samples: int) -> None:
+    """Write `grid.png` of the first images, and `samples.npz` as the ADM evaluator reads it."""
+    paths = [image_path(folder, index) for index in range(num_samples)]
+    tiles = [np.asarray(Image.open(path)) for path in paths[:GRID_IMAGES]]
+    save_png(grid(tiles), folder / "grid.png")
+    write_npz(folder / "samples.npz", paths, tiles[0].shape)
+
+
+def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> None:
+    """`arr_0`: `(N, H, W, 3)` uint8, image by image: 50,000 images never lie in memory together."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
+    with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_2_0(member, header)
+            for path in paths:
+                member.write(np.asarray(Image.open(path)).tobytes())

@@ -1,0 +1,278 @@
+"""How models and schedulers write and read their folders: a JSON config and safetensors weights.
+
+The layout is the one of diffusers (`config.json` or `scheduler_config.json`, and
+`diffusion_pytorch_model.safetensors`), so that folders move between the two libraries unconverted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ldm_lab.version import __version__
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LEGACY_WEIGHTS = "diffusion_pytorch_model.bin"  # folders of 2022; read with weights_only, never written
+
+
+class LoadError(ValueError):
+    """A file cannot be used as what it was given for; the message is one line that says why."""
+
+
+class FrozenConfig(dict):
+    """A config: a plain `dict` whose keys are attributes too, and which cannot be changed in place."""
+
+    def __getattr__(self, key: str) -> Any:  # noqa: ANN401
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(f"config has no key {key!r}; it has {sorted(self)}") from None
+
+    def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401
+        raise TypeError(f"config is frozen: use register_to_config({key}=...) instead")
+
+    def __setitem__(self, key: str, value: Any) -> None:  # noqa: ANN401
+        raise TypeError(f"config is frozen: use register_to_config({key}=...) instead")
+
+    def __deepcopy__(self, memo: dict) -> FrozenConfig:
+        return FrozenConfig(self)
+
+    def __reduce__(self) -> tuple:
+        return FrozenConfig, (dict(self),)
+
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def register_to_config(init: Init) -> Init:
+    """Decorate `__init__` so that its arguments, defaults included, are kept in `self.config`."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self: Configurable, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        values = {key: _plain(value) for key, value in list(bound.arguments.items())[1:]}
+        # A subclass that calls up registers its own, complete arguments first; the base must not overwrite them.
+        if "config" not in self.__dict__:
+            object.__setattr__(self, "config", FrozenConfig(values))
+        init(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """What JSON gives back for `value`: tuples (and the lists of a config library) become lists."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value]
+
+
+class Configurable:
+    """A class that is rebuilt from the arguments of its constructor, kept as JSON.
+
+    Attributes:
+        config_name: the file that holds the config.
+        ignores_unknown: whether `from_config` drops keys it does not know (schedulers do, so that one
+            scheduler can be built from another's config) or refuses them (models do: an unknown key
+            may mean another architecture).
+    """
+
+    config_name = "config.json"
+    ignores_unknown = False
+    config: FrozenConfig
+
+    def register_to_config(self, **values: Any) -> None:  # noqa: ANN401
+        """Change entries of the config, e.g. `vqvae.register_to_config(scaling_factor=1.0)`.
+
+        Raises:
+            TypeError: for a key that the constructor does not have.
+        """
+        for key in values:
+            if key not in self.config:
+                raise TypeError(f"{type(self).__name__} has no argument {key!r}; it has {sorted(self.config)}")
+        object.__setattr__(self, "config", FrozenConfig({**self.config, **values}))
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
+        """Build from a config (of ours or of the namesake); keyword arguments replace its entries.
+
+        Raises:
+            LoadError: a key, or the class named in it, is not one of this class.
+        """
+        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        if unknown := set(overrides) - known:
+            raise TypeError(f"{cls.__name__} has no argument {sorted(unknown)}; it has {sorted(known)}")
+        name = config.get("_class_name", cls.__name__)
+        if name != cls.__name__ and not cls.ignores_unknown:
+            raise LoadError(f"this config describes a {name!r}, not a {cls.__name__}")
+        values = {key: value for key, value in config.items() if not key.startswith("_")}
+        if (unknown := set(values) - known) and not cls.ignores_unknown:
+            raise LoadError(f"the config of this {cls.__name__} has keys that it does not know: {sorted(unknown)}")
+        return cls(**({key: value for key, value in values.items() if key in known} | overrides))
+
+    def to_json(self) -> dict[str, Any]:
+        """The config with the class name and version, as it is written to `config_name`."""
+        return {"_class_name": type(self).__name__, "_ldm_lab_version": __version__, **self.config}
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write `folder/config_name`."""
+        write_json(Path(folder) / self.config_name, self.to_json())
+
+    @classmethod
+    def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
+        """Read `folder[/subfolder]/config_name` as plain data."""
+        return read_json(Path(folder, subfolder or "") / cls.config_name)
+
+
+class PretrainedModel(Configurable, nn.Module):
+    """A network with a config: `from_pretrained`, `save_pretrained`, `device`, `dtype`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def exported_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that the namesake knows: what goes into a folder. State of training stays out."""
+        return self.state_dict()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and the weights (safetensors) into `folder`, each file whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {key: value.detach().contiguous().cpu() for key, value in self.exported_state_dict().items()}
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
+        self.save_config(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, subfolder: str | None = None, torch_dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load a folder written by `save_pretrained`, ours or the namesake's, in evaluation mode.
+
+        Raises:
+            LoadError: the folder, its config or its weights are missing, damaged or of another
+                architecture. A tensor missing or left over is an error: nothing is initialised silently.
+        """
+        folder = Path(folder, subfolder or "")
+        config = cls.load_config(folder)
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        model.load_weights(read_weights(folder), origin=str(folder), assign=True)
+        return model.to(dtype=torch_dtype).eval()
+
+    def load_weights(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
+        """Load `state` after checking that names and shapes are exactly those of this network.
+
+        Args:
+            state: tensors by name; names of 2022 are understood where the class knows them.
+            origin: where they come from, for the message.
+            assign: take the tensors themselves instead of copying their values.
+
+        Raises:
+            LoadError: a tensor is missing, left over or of another shape.
+        """
+        state = self.rename_legacy_keys(state)
+        own = self.exported_state_dict()
+        name = type(self).__name__
+        if missing := sorted(set(own) - set(state)):
+            raise LoadError(f"{origin}: no tensor {missing[0]!r} for this {name} ({len(missing)} missing)")
+        if unexpected := sorted(set(state) - set(own)):
+            raise LoadError(f"{origin}: {name} has no place for {unexpected[0]!r} ({len(unexpected)} left over)")
+        for key, value in own.items():
+            if value.shape != state[key].shape:
+                found, wanted = tuple(state[key].shape), tuple(value.shape)
+                raise LoadError(f"{origin}: {key} has shape {found}, this {name} needs {wanted}")
+        self.load_state_dict(state, strict=False, assign=assign)
+
+    @classmethod
+    def rename_legacy_keys(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Attention names of 2022 (`query`, `key`, `value`, `proj_attn`) -> today's."""
+        names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        return {".".join(names.get(part, part) for part in key.split(".")): value for key, value in state.items()}
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder, on the CPU. Raises `LoadError` where there are none to be had safely."""
+    try:
+        if (folder / WEIGHTS).is_file():
+            return load_file(folder / WEIGHTS)
+        if (folder / LEGACY_WEIGHTS).is_file():
+            return torch.load(folder / LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise LoadError(f"{folder}: the weights cannot be read: {_first_line(error)}") from error
+    raise LoadError(f"{folder}: neither {WEIGHTS} nor {LEGACY_WEIGHTS} is there")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`. Raises `LoadError` where the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path}: not readable as JSON: {_first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class replacing:  # noqa: N801 -- a context manager that reads like a verb
+    """`with replacing(path) as temporary:` write `temporary`, which then takes the place of `path` at once.
+
+    The file is flushed to disk before it is renamed; on an exception `path` stays as it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.temporary.unlink(missing_ok=True)
+            return
+        with open(self.temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self.temporary, self.path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

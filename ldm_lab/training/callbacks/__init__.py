@@ -1,0 +1,1 @@
+"""One callback a file; all are counted in images."""

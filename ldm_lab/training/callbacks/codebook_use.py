@@ -1,0 +1,38 @@
+"""How much of the codebook is alive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from ldm_lab.training.autoencoder_module import AutoencoderModule
+
+
+class CodebookUse(Callback):
+    """Logs, over the whole held-out set, which codes are used: `codebook/used_fraction` and `codebook/perplexity`.
+
+    Perplexity is exp(entropy) of the codes' frequencies: the number of codes that would be used as
+    evenly as possible to the same effect.
+    """
+
+    def on_validation_start(self, trainer: Trainer, module: AutoencoderModule) -> None:
+        """Count from zero."""
+        self._counts = torch.zeros(module.autoencoder.config.num_vq_embeddings, device=module.device)
+        self._hook = module.autoencoder.quantize.register_forward_hook(self._count)
+
+    def _count(self, quantizer: object, inputs: tuple, output: Any) -> None:  # noqa: ANN401
+        self._counts += torch.bincount(output.info.indices.flatten(), minlength=len(self._counts))
+
+    def on_validation_end(self, trainer: Trainer, module: AutoencoderModule) -> None:
+        """Stop counting."""
+        self._hook.remove()
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: AutoencoderModule) -> None:
+        """Add the ranks' counts up and log."""
+        counts = trainer.strategy.reduce(self._counts, reduce_op="sum")
+        frequencies = counts / counts.sum()
+        entropy = -(frequencies * frequencies.clamp_min(1e-12).log()).sum()
+        module.log("codebook/used_fraction", (counts > 0).float().mean(), batch_size=1)
+        module.log("codebook/perplexity", entropy.exp(), batch_size=1)

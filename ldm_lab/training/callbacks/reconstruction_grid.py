@@ -1,0 +1,38 @@
+"""What the autoencoder makes of held-out images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+
+from ldm_lab.training.autoencoder_module import AutoencoderModule
+from ldm_lab.training.callbacks.pictures import show
+
+
+class ReconstructionGrid(Callback):
+    """After each validation, a row of originals above a row of their reconstructions, always the same images.
+
+    Args:
+        folder: `samples/` of the stage.
+        images: how many.
+    """
+
+    def __init__(self, folder: str, images: int = 16) -> None:
+        self.folder, self.images = Path(folder), images
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: Trainer, module: AutoencoderModule) -> None:
+        """Reconstruct on rank 0 while the others go on."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        originals = trainer.datamodule.preview(self.images).to(module.device)  # (B, 3, H, W)
+        reconstructions = module.autoencoder.decode(module.autoencoder.encode(originals).latents).sample
+        width = min(8, len(originals))
+        rows = [
+            row
+            for start in range(0, len(originals), width)
+            for row in (originals[start : start + width], reconstructions[start : start + width].float())
+        ]
+        show(trainer, module, self.folder, "reconstructions", torch.cat(rows), columns=width)

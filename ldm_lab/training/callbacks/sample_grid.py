@@ -1,0 +1,49 @@
+"""What the diffusion model draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+
+from ldm_lab import randomness
+from ldm_lab.training.callbacks.every import Every
+from ldm_lab.training.callbacks.pictures import show
+from ldm_lab.training.diffusion_module import DiffusionModule
+
+
+class SampleGrid(Callback):
+    """Every so many images and at the end, samples of the averaged weights, always from the same noise.
+
+    Args:
+        folder: `samples/` of the stage.
+        every_images: interval in training images.
+        images: how many samples.
+        steps: DDIM steps.
+        seed: sample i is drawn from (seed, i), as in `sample.py`.
+    """
+
+    def __init__(self, folder: str, every_images: int, images: int = 36, steps: int = 20, seed: int = 0) -> None:
+        self.folder, self.every = Path(folder), Every(every_images)
+        self.images, self.steps, self.seed = images, steps, seed
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Begin to count."""
+        self.every.start(module)
+
+    def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
+        """Sample when due, and at the last step."""
+        if self.every.due(trainer, module) or trainer.global_step >= trainer.max_steps:
+            self.sample(trainer, module)
+
+    def sample(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Sample on rank 0 while the others go on."""
+        if not trainer.is_global_zero:
+            return
+        pipe = module.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        generators = [randomness.generator(self.seed, "sample", index) for index in range(self.images)]
+        with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+            output = pipe(self.images, generators, num_inference_steps=self.steps, output_type="pt")
+        show(trainer, module, self.folder, "samples", output.images * 2 - 1)

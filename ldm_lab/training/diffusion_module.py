@@ -1,0 +1,162 @@
+"""Stage 2: diffusion on the latents of a frozen autoencoder. Rombach et al. 2022, section 3.2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_lab import randomness
+from ldm_lab.diffusion.objective import DenoisingObjective
+from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.models.unet import UNet2DModel
+from ldm_lab.models.vq_model import VQModel
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.serialization import PretrainedModel
+from ldm_lab.training.ema import EMA
+from ldm_lab.training.stage_module import StageModule, trainable
+
+
+class DiffusionModule(StageModule):
+    """Trains a UNet to denoise scaled latents; validation, previews and the result use its moving average.
+
+    Args:
+        unet: the network that is trained.
+        autoencoder: the first stage; frozen.
+        scheduler: training noise now, sampling later: the same object.
+        objective: noise, target and weight of the denoising loss.
+        ema: makes the moving average of a network.
+        scaling_factor: a number, or "measure": 1 / std of the latents, taken once when training starts.
+        **training: optimizer, schedule and seed, see `StageModule`.
+
+    Raises:
+        ValueError: the UNet's channels are not those of the latents.
+    """
+
+    stage = "diffusion"
+    MEASURED_IMAGES = 2048
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        autoencoder: VQModel,
+        scheduler: Scheduler,
+        objective: DenoisingObjective,
+        ema: Callable[[UNet2DModel], EMA],
+        scaling_factor: float | str = 1.0,
+        **training: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(**training)
+        LDMPipeline(autoencoder, unet, scheduler)  # refuses parts that do not fit
+        unet.zero_residuals()
+        self.unet, self.ema = unet, ema(unet)
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.scheduler, self.objective = scheduler, objective
+        self.measures_scale = scaling_factor == "measure"
+        if not self.measures_scale:
+            autoencoder.register_to_config(scaling_factor=float(scaling_factor))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The UNet."""
+        return trainable(self.unet)
+
+    def exported(self) -> dict[str, tuple[str, PretrainedModel]]:
+        """The averaged UNet and the first stage, so that one file is a whole model."""
+        return {"unet": ("ema.model.", self.ema.model), "vqvae": ("autoencoder.", self.autoencoder)}
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Those of the networks and the scheduler."""
+        return {**super().configs(), "scheduler": dict(self.scheduler.config)}
+
+    def compile_networks(self) -> None:
+        """The UNet, its average and the encoder."""
+        for network in (self.unet, self.ema.model, self.autoencoder.encoder):
+            network.compile()
+
+    def pipeline(self) -> LDMPipeline:
+        """The model as it stands, with averaged weights."""
+        return LDMPipeline(self.autoencoder, self.ema.model, self.scheduler)
+
+    def train(self, mode: bool = True) -> DiffusionModule:
+        """Only the UNet has a training mode."""
+        super().train(mode)
+        self.autoencoder.eval()
+        self.ema.eval()
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` in [-1, 1] -> scaled latents `(B, C, h, w)`, float32."""
+        return self.autoencoder.encode(images).latents.float() * self.autoencoder.config.scaling_factor
+
+    def _latent_size(self, image_size: Sequence[int]) -> tuple[int, int]:
+        height, width = (side // self.autoencoder.downsample_factor for side in image_size)
+        return height, width
+
+    def setup(self, stage: str) -> None:
+        """Write the size of the latents into the UNet's config: sampling starts from noise of that size."""
+        height, width = self._latent_size(self.trainer.datamodule.image_size)
+        size = height if height == width else [height, width]
+        for network in (self.unet, self.ema.model):
+            network.register_to_config(sample_size=size)
+
+    def on_fit_start(self) -> None:
+        """Measure the latents' scale, unless a checkpoint brought it along."""
+        if not self.measures_scale:
+            return
+        sums = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares
+        for images in self.trainer.datamodule.training_images(self.MEASURED_IMAGES):
+            latents = self.encode(images.to(self.device)).double()
+            sums += torch.stack([torch.tensor(float(latents.numel())), latents.sum(), latents.square().sum()]).cpu()
+        count, total, squares = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
+        scale = (squares / count - (total / count) ** 2) ** -0.5
+        self.autoencoder.register_to_config(scaling_factor=scale)
+        self.measures_scale = False
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Draw noise and timesteps on the CPU: from (seed, position) in training, fixed in validation."""
+        shape = (self.autoencoder.quantize.vq_embed_dim, *self._latent_size(batch["image"].shape[-2:]))
+        positions = batch["position"].tolist()
+        data = self.trainer.datamodule
+        if self.trainer.training:
+            batch["noise"] = randomness.normal(self.seed, "noise", positions, shape)
+            batch["timestep"] = self.objective.draw_timesteps(self.seed, positions, data.global_batch_size)
+        else:
+            batch["noise"] = randomness.normal(self.seed, "validation noise", positions, shape)
+            batch["timestep"] = self.objective.validation_timesteps(data.num_val)[batch["position"]]
+        return batch
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """Images `(B, 3, H, W)` -> mean weighted denoising loss."""
+        latents = self.encode(batch["image"])
+        loss = self.objective(self._predict, latents, batch["noise"], batch["timestep"]).mean()
+        self.count(latents)
+        self.log_terms("train", {"loss": loss.detach()}, len(latents))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Step, then average: once per step of the optimizer, whatever is accumulated."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.unet)
+
+    def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
+        """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise."""
+        latents = self.encode(batch["image"])
+        losses = self.objective(self._predict_averaged, latents, batch["noise"], batch["timestep"])
+        name = ("loss", "loss_on_training_images")[dataloader_idx]
+        self.log_terms("val", {name: losses.mean()}, len(latents))
+
+    def _predict(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        return self.unet(latents, timesteps).sample
+
+    def _predict_averaged(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        return self.ema.model(latents, timesteps).sample
+
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        """Take the scale from the file: it was measured once and stays."""
+        super().on_load_checkpoint(state)
+        scale = state["ldm_lab"]["configs"]["vqvae"]["scaling_factor"]
+        self.autoencoder.register_to_config(scaling_factor=scale)
+        self.measures_scale = False

@@ -1,0 +1,172 @@
+"""One stage from start to end: the run folder, what is skipped, what is resumed, what is refused."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Trainer
+
+from ldm_lab import checkpoint
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.serialization import LoadError, read_json, replacing, write_json
+from ldm_lab.models.vq_model import VQModel
+from ldm_lab.training.callbacks.checkpoint import Checkpoint
+from ldm_lab.training.callbacks.export import Export
+from ldm_lab.training.callbacks.interrupt import Interrupt
+from ldm_lab.training.checkpoint_io import AtomicCheckpointIO
+from ldm_lab.training.stage_module import StageModule
+
+# What may differ between two starts of one run: it changes neither data, model nor objective.
+HARMLESS = ("trainer", "callbacks", "logger", "paths", "debug", "resume", "compile", "max_images", "autoencoder",
+            "validate_every", "checkpoint_every", "preview_every", "data.num_workers", "data.batch_size",
+            "data.val_batch_size", "data.pin_memory", "data.train_set.root", "data.val_set.root", "data.root",
+            "data.train_set.cache_dir", "data.val_set.cache_dir", "model.schedule")  # fmt: skip
+
+
+def is_first_process() -> bool:
+    """Whether this process may write; known before any process group exists."""
+    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<runs>/<name>/<stage>/`: config.yaml, checkpoints/, metrics.csv, samples/, final/, status.json."""
+
+    folder: Path
+
+    @property
+    def final(self) -> Path:
+        """The result."""
+        return self.folder / "final"
+
+    @property
+    def last(self) -> Path:
+        """The newest state."""
+        return self.folder / "checkpoints/last.ckpt"
+
+    def status(self) -> dict[str, Any]:
+        """What `status.json` says; nothing where there is none."""
+        path = self.folder / checkpoint.STATUS
+        return read_json(path) if path.is_file() else {}
+
+    def write_status(self, **values: Any) -> None:  # noqa: ANN401
+        """Write `status.json`."""
+        write_json(self.folder / checkpoint.STATUS, values)
+
+    def finished(self, max_images: int, autoencoder: str | None) -> dict[str, Any] | None:
+        """The status, if this stage is done at that length and with that first stage (its fingerprint).
+
+        Raises:
+            ValueError: it has seen more images than asked for, or was trained on another first stage.
+        """
+        status = self.status()
+        if status.get("autoencoder", autoencoder) != autoencoder:
+            raise ValueError(
+                f"{self.folder} was trained on another autoencoder ({status['autoencoder']}, now {autoencoder}):"
+                " choose another name=, or put the old one back"
+            )
+        if max_images < status.get("max_images", 0):
+            raise ValueError(
+                f"max_images={max_images}, but {self.folder} is made for {status['max_images']}:"
+                " a run can be continued, not shortened; choose another name="
+            )
+        return status if status.get("finished") and status["max_images"] == max_images else None
+
+    def prepare(self, config: dict[str, Any], resume: str) -> None:
+        """Check the folder against the config and write it down; nothing there is ever deleted.
+
+        Args:
+            config: the stage's config, resolved, as plain data.
+            resume: "auto" continues what is there, "never" wants an empty folder, "force" takes changed settings.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        if resume not in ("auto", "never", "force"):
+            raise ValueError(f"resume={resume}: must be auto, never or force")
+        if resume == "never" and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"resume=never, but {self.folder} is not empty: choose another name=")
+        path = self.folder / "config.yaml"
+        if path.is_file() and resume == "auto":
+            changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
+            if changed:
+                raise ValueError(
+                    f"{self.folder} was started with other settings: {'; '.join(changed)}."
+                    " Choose another name=, or resume=force to go on with the new ones"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+    """A nested dict as `{"a.b": value}`."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix[:-1]: tree}
+    return {key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that matter and differ, as `key: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys = [key for key in keys if not any(key == h or key.startswith(f"{h}.") for h in HARMLESS)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFolder, config: dict[str, Any]) -> bool:
+    """Train one stage to `max_images`, from its newest state if there is one.
+
+    Returns:
+        Whether it came to its end (`False`: it was interrupted, and everything is saved).
+    """
+    data.compare_with_training = module.stage == "diffusion"
+    set_lengths(trainer, data, config["max_images"], config["validate_every"])
+    if config["compile"]:
+        module.compile_networks()
+    start = run.last if run.last.is_file() else None
+    identity = {"stage": module.stage, "max_images": config["max_images"], "autoencoder": config["autoencoder_hash"]}
+    if start:
+        data.images_seen = checkpoint.describe(start)["images_seen"]
+    if is_first_process():
+        run.prepare(config, config["resume"])
+        run.write_status(finished=False, **identity)
+        for logger in trainer.loggers:
+            if hasattr(logger, "forget_after"):
+                logger.forget_after(data.images_seen)
+            logger.log_hyperparams(config)
+        if start:
+            print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
+    trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    finished = trainer.global_step >= trainer.max_steps
+    if finished and is_first_process():
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
+        kept = {key: value for key, value in sorted(metrics.items()) if key.startswith(("val/", "codebook/"))}
+        run.write_status(finished=True, **identity, **kept)
+    trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
+    return finished
+
+
+def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int, validate_every: int) -> None:
+    """Images -> the steps and batches that Lightning counts. The last step may run over `max_images`."""
+    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    trainer.fit_loop.epoch_loop.max_steps = -(-max_images // data.global_batch_size)
+    data.stop = trainer.max_steps * data.global_batch_size
+    trainer.val_check_interval = max(1, validate_every // data.global_batch_size) * trainer.accumulate_grad_batches
+
+
+def essentials(stage: str, every_images: int, callbacks: list, loggers: list) -> dict[str, Any]:
+    """Arguments of the trainer, with what no run can do without: checkpoints, a clean stop, the export."""
+    always = [Checkpoint(f"{stage}/checkpoints", every_images), Interrupt(), Export(stage)]
+    return {"callbacks": [*callbacks, *always], "logger": loggers or False, "plugins": [AtomicCheckpointIO()]}
+
+
+def first_stage(source: str, name: str) -> VQModel:
+    """The autoencoder of a stage 2. Raises `LoadError` with the command that makes one, where there is none."""
+    if not Path(source).exists():
+        raise LoadError(f"autoencoder={source} is not there; make it with: python train.py experiment={name}/autoencoder")
+    return checkpoint.load_autoencoder(source)

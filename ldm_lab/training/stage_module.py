@@ -1,0 +1,113 @@
+"""What the LightningModules of both stages share: progress in images, the optimizer, the checkpoint's entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm_lab import checkpoint, randomness
+from ldm_lab.serialization import LoadError, PretrainedModel
+from ldm_lab.version import __version__
+
+
+class StageModule(LightningModule):
+    """Base of the two stages.
+
+    Args:
+        optimizer: called with parameter groups.
+        schedule: images seen -> multiplier of the learning rate.
+        seed: every random number follows from it and an image's position.
+
+    Attributes:
+        images_seen: training images so far, over all ranks. Lightning's `global_step` counts batches.
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[dict]], torch.optim.Optimizer],
+        schedule: Callable[[int], float],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
+        self.images_seen = 0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, as optimizers take it."""
+        raise NotImplementedError
+
+    def exported(self) -> dict[str, tuple[str, PretrainedModel]]:
+        """Networks of the result: name -> (prefix in the state dict, network)."""
+        raise NotImplementedError
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Configs of the result by name, as plain data."""
+        return {name: dict(network.config) for name, (_, network) in self.exported().items()}
+
+    def compile_networks(self) -> None:
+        """Compile what is called in a step, in place: the keys of checkpoints stay as they are."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer; its learning rate follows the images of the steps taken."""
+        optimizer = self.make_optimizer(self.parameter_groups())
+        images_per_step = self.trainer.datamodule.global_batch_size
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step * images_per_step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Dropout and the like follow from (seed, images seen, rank), not from what was drawn before."""
+        state = randomness.generator(self.seed, "layers", self.images_seen, self.global_rank)
+        torch.manual_seed(state.initial_seed())
+
+    def count(self, images: Tensor) -> None:
+        """Add a batch `(B, ...)` of every rank to `images_seen`; an act of every `training_step`."""
+        self.images_seen += len(images) * self.trainer.world_size
+        self._log_images_seen()
+
+    def log_terms(self, prefix: str, terms: dict[str, Tensor], batch_size: int) -> None:
+        """Log scalars as `prefix/name`, beside the images seen, which every logger takes as its axis."""
+        validating = not self.training
+        self.log_dict(
+            {f"{prefix}/{name}": value for name, value in terms.items()},
+            batch_size=batch_size, on_step=not validating, on_epoch=validating,
+            sync_dist=validating, add_dataloader_idx=False,
+        )  # fmt: skip
+
+    def on_validation_epoch_end(self) -> None:
+        """The axis of all metrics, beside those of validation."""
+        self._log_images_seen()
+
+    def _log_images_seen(self) -> None:
+        # float64: Lightning's default float32 cannot count past 16.7 million images.
+        self.log("images_seen", torch.tensor(float(self.images_seen), dtype=torch.float64), batch_size=1)
+
+    def on_save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write the entry that makes the file explain itself (see `ldm_lab.checkpoint`)."""
+        state[checkpoint.ENTRY] = {
+            "stage": self.stage,
+            "images_seen": self.images_seen,
+            "version": __version__,
+            "configs": self.configs(),
+            "prefixes": {name: prefix for name, (prefix, _) in self.exported().items()},
+        }
+
+    def on_load_checkpoint(self, state: dict[str, Any]) -> None:
+        """Take up the count where the file left it."""
+        entry = state.get(checkpoint.ENTRY) or {}
+        if entry.get("stage") != self.stage:
+            raise LoadError(f"a checkpoint of stage {entry.get('stage')!r} cannot continue stage {self.stage!r}")
+        self.images_seen = int(entry["images_seen"])
+
+
+def trainable(*networks: nn.Module) -> list[dict[str, Any]]:
+    """One parameter group a network, those without trainable parameters left out."""
+    groups = [[p for p in network.parameters() if p.requires_grad] for network in networks]
+    return [{"params": group} for group in groups if group]

@@ -1,0 +1,53 @@
+"""Sample: `python sample.py ckpt=runs/celebahq num_samples=50000 trainer=ddp`. How: ldm_lab/sampling.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_lab.config import build, compose_sample, run
+
+USAGE = """Draw images from a trained model.
+
+  python sample.py ckpt=runs/celebahq                                   64 images with 50 steps of DDIM
+  python sample.py ckpt=runs/celebahq num_samples=50000 sampler.steps=200 trainer=ddp trainer.devices=8
+
+Keys: ckpt (run folder, pipeline folder or training checkpoint), num_samples, batch_size, seed, sampler (ddim, ddpm),
+sampler.steps, sampler.eta, output (folder), trainer. The same command again draws only what is missing."""
+
+
+def job(overrides: list[str]) -> None:
+    """Draw what is missing of the samples asked for."""
+    config = compose_sample(overrides)
+
+    from ldm_lab import sampling
+    from ldm_lab.pipeline import LDMPipeline
+    from ldm_lab.training import device
+    from ldm_lab.training.run import is_first_process
+
+    pipe = LDMPipeline.from_pretrained(config.ckpt)
+    name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
+    sampling.use_sampler(pipe, name, eta)
+    folder = Path(config.output or sampling.default_folder(config.ckpt) / f"{name}_{steps}_eta{eta:g}_seed{config.seed}")
+    trainer = build(
+        config.trainer,
+        "trainer",
+        precision=device.resolve_precision(config.trainer.precision, config.trainer.accelerator),
+        enable_progress_bar=True,
+        use_distributed_sampler=True,
+        logger=False,
+    )
+    settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
+    if is_first_process():
+        sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
+    indices = sampling.missing(folder, config.num_samples)
+    if indices:
+        module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta)
+        trainer.predict(module, sampling.loader(indices, config.batch_size), return_predictions=False)
+        trainer.strategy.barrier()
+    if is_first_process():
+        sampling.collect(folder, config.num_samples)
+        print(f"{config.num_samples:,} samples ({len(indices):,} new) in {folder}: grid.png, samples.npz, manifest.json")
+
+
+if __name__ == "__main__":
+    run("sample", job, USAGE)

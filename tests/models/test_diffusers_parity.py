@@ -1,0 +1,140 @@
+"""The networks against those of diffusers: recorded outputs, and the library itself where it is installed."""
+
+import inspect
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_lab.models.unet import UNet2DModel
+from ldm_lab.models.vq_model import VQModel
+from tests.helpers import GOLDEN, assert_close_relative
+from tests.models.weights import assert_equal_weights
+
+FOLDERS = ("ldm_tiny", "ldm_tiny_legacy")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "diffusers" / "golden.safetensors")
+
+
+def load(kind, folder):
+    subfolder = {VQModel: "vqvae", UNet2DModel: "unet"}[kind]
+    return kind.from_pretrained(GOLDEN / "diffusers" / folder, subfolder=subfolder)
+
+
+@pytest.mark.parametrize("kind", [VQModel, UNet2DModel])
+def test_folders_of_today_and_of_2022_hold_the_same(kind):
+    today, legacy = (load(kind, folder) for folder in FOLDERS)
+    assert_equal_weights(today, legacy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_recorded_outputs_of_the_autoencoder(golden, folder):
+    model = load(VQModel, folder)
+    latents = model.encode(golden["vq.input"]).latents
+    assert_close_relative(latents, golden["vq.encode"])
+    quantized, loss, info = model.quantize(latents)
+    assert torch.equal(info.indices.view_as(golden["vq.indices"]), golden["vq.indices"])
+    assert_close_relative(quantized, golden["vq.quantized"])
+    assert_close_relative(loss.view(1), golden["vq.loss_legacy_beta"])
+    assert_close_relative(model.decode(latents).sample, golden["vq.decode"])
+    unquantized = model.decode(latents, force_not_quantize=True).sample
+    assert_close_relative(unquantized, golden["vq.decode_force_not_quantize"])
+    assert_close_relative(model(golden["vq.input"]).sample, golden["vq.forward"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_recorded_outputs_of_the_unet(golden, folder):
+    model = load(UNet2DModel, folder)
+    x = golden["unet.input"]
+    for timestep, expected in zip(golden["unet.timesteps"], golden["unet.output"], strict=True):
+        assert_close_relative(model(x, timestep).sample, expected)
+    assert_close_relative(model(x, golden["unet.timesteps_vector"]).sample, golden["unet.output_vector_t"])
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
+def parameters(function):
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+@pytest.mark.parametrize("name", ["VQModel", "UNet2DModel"])
+def test_arguments_and_defaults(diffusers, name):
+    ours, theirs = {"VQModel": VQModel, "UNet2DModel": UNet2DModel}[name], getattr(diffusers, name)
+    expected = parameters(theirs.__init__)
+    if name == "VQModel":
+        expected["scaling_factor"] = 1.0  # the one deliberate difference
+    assert list(parameters(ours.__init__).items()) == list(expected.items())
+    for method in ("encode", "decode", "forward"):
+        if hasattr(theirs, method):
+            assert parameters(getattr(ours, method)) == parameters(getattr(theirs, method))
+
+
+VQ_CASES = {
+    "plain": {"mid_block_add_attention": False, "layers_per_block": 2},
+    "attention": {
+        "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
+    },
+    "other widths": {"in_channels": 1, "out_channels": 2, "latent_channels": 5, "vq_embed_dim": 4},
+}
+UNET_CASES = {
+    "one head": {"attention_head_dim": None, "layers_per_block": 2},
+    "time": {"freq_shift": 1, "flip_sin_to_cos": False, "time_embedding_dim": 24},
+    "no attention in the middle": {"add_attention": False, "downsample_padding": 0},
+    "groups": {"attn_norm_num_groups": 2, "norm_eps": 1e-3, "in_channels": 4, "out_channels": 6},
+    "prefix of 2022": {"down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"]},
+}
+
+
+def vq_arguments(case):
+    types = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return {**types, "block_out_channels": [8, 16], "norm_num_groups": 4, "scaling_factor": 1.5, **VQ_CASES[case]}
+
+
+def unet_arguments(case):
+    types = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    sizes = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+    return {**types, **sizes, **UNET_CASES[case]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", VQ_CASES)
+def test_autoencoders_go_there_and_back(diffusers, case, tmp_path):
+    torch.manual_seed(0)
+    ours = VQModel(**vq_arguments(case)).eval()
+    torch.nn.init.normal_(ours.quantize.embedding.weight)
+    images = torch.randn(2, ours.config.in_channels, 16, 16)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = diffusers.VQModel.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    assert_close_relative(ours.encode(images).latents, theirs.encode(images).latents)
+    assert_close_relative(ours(images).sample, theirs(images).sample)
+    assert theirs.config.scaling_factor == 1.5
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = VQModel.from_pretrained(tmp_path / "theirs")
+    assert back.config == ours.config
+    assert_equal_weights(back, ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", UNET_CASES)
+def test_unets_go_there_and_back(diffusers, case, tmp_path):
+    torch.manual_seed(0)
+    ours = UNet2DModel(**unet_arguments(case)).eval()
+    x, timesteps = torch.randn(2, ours.config.in_channels, 8, 8), torch.tensor([3, 800])
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    assert_close_relative(ours(x, timesteps).sample, theirs(x, timesteps).sample)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = UNet2DModel.from_pretrained(tmp_path / "theirs")
+    assert back.config == ours.config
+    assert_equal_weights(back, ours)

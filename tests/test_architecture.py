@@ -1,0 +1,92 @@
+"""Who may import whom. The table is the architecture: arrows go one way, and nothing imports what it does not list."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ldm_lab"
+
+# The leaves: torch (and the standard library) alone.
+LEAVES = {"version", "randomness", "serialization", "images", "sweep"}
+
+# Room -> rooms it may import, beside itself and the leaves.
+ROOMS = {
+    "nn": set(),
+    "diffusion": set(),
+    "models": {"nn"},
+    "losses": {"models", "nn"},
+    "metrics": set(),
+    "data": {"models"},
+    "interop": {"models", "diffusion"},
+    "checkpoint": {"models"},
+    "pipeline": {"models", "diffusion", "interop", "checkpoint"},
+    "sampling": {"pipeline", "diffusion", "checkpoint"},
+    "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint"},
+    "config": set(),
+    "__init__": set(),
+}
+LEAF_EDGES = {"serialization": {"version"}, "images": {"serialization"}}
+
+# Libraries that only some may import.
+LIGHTNING = {"training", "data.datamodule", "sampling"}
+HYDRA = {"config"}
+
+
+def modules():
+    return {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(path):
+    """Dotted names imported anywhere in a file, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(module):
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_arrows_go_one_way(name):
+    own = room(name)
+    assert own in ROOMS or own in LEAVES, f"{own} is not in the table: say what it may import"
+    allowed = LEAF_EDGES.get(own, set()) if own in LEAVES else ROOMS[own] | LEAVES
+    for target in imports(modules()[name]):
+        if target.startswith("ldm_lab."):
+            other = room(target.removeprefix("ldm_lab."))
+            assert other == own or other in allowed, f"{name} imports {target}, but {own} may import only {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_frameworks_stay_in_their_rooms(name):
+    libraries = {target.split(".")[0] for target in imports(modules()[name])}
+    if room(name) not in LIGHTNING and name not in LIGHTNING:
+        assert not libraries & {"lightning", "pytorch_lightning"}, f"{name} imports lightning"
+    if name not in HYDRA:
+        assert not libraries & {"hydra", "omegaconf"}, f"{name} imports hydra or omegaconf"
+
+
+@pytest.mark.parametrize("folder", ["nn", "diffusion"])
+def test_the_mathematics_is_pure(folder):
+    for name, path in modules().items():
+        if room(name) == folder:
+            outside = {target.split(".")[0] for target in imports(path)} - {"ldm_lab"}
+            third_party = {library for library in outside if library not in __import__("sys").stdlib_module_names}
+            assert third_party <= {"torch", "typing_extensions"}, f"{name} imports {third_party}"
+
+
+def test_importing_the_package_is_cheap():
+    import subprocess
+    import sys
+
+    code = "import sys, ldm_lab; print('torch' in sys.modules, ldm_lab.__version__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert out.split()[0] == "False"
