@@ -22,8 +22,10 @@ def job(overrides: list[str]) -> None:
     from ldm_lab import sampling
     from ldm_lab.pipeline import LDMPipeline
     from ldm_lab.training import device
+    from ldm_lab.training.quiet import quiet
     from ldm_lab.training.run import is_first_process
 
+    quiet()
     pipe = LDMPipeline.from_pretrained(config.ckpt)
     name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
     sampling.use_sampler(pipe, name, eta)

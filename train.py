@@ -66,7 +66,9 @@ def train_stage(config: DictConfig) -> float | None:
 
     from ldm_lab.checkpoint import fingerprint
     from ldm_lab.training import device, run as stage
+    from ldm_lab.training.quiet import quiet
 
+    quiet()
     folder = stage.RunFolder(Path(config.paths.stage))
     torch.manual_seed(config.seed)
     vqvae = stage.first_stage(config.autoencoder, config.name) if config.stage == "diffusion" else None
@@ -81,7 +83,7 @@ def train_stage(config: DictConfig) -> float | None:
         config.trainer,
         "trainer",
         precision=device.resolve_precision(config.trainer.precision, config.trainer.accelerator),
-        **stage.essentials(config.paths.stage, config.checkpoint_every, callbacks, loggers),
+        **stage.essentials(settings, callbacks, loggers),
     )
     say(f"{config.stage} on {device.describe(trainer)}")
     if not stage.fit(module, data, trainer, folder, settings):

@@ -145,7 +145,7 @@ def _knows(config: DictConfig, override: Override) -> bool:
         node = OmegaConf.select(config, parent) if parent else config
     except OmegaConfBaseException:
         return False
-    return OmegaConf.is_dict(node) and last in node
+    return OmegaConf.is_dict(node) and last in list(node)  # `in node` is false for keys without a value
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:

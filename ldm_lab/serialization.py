@@ -224,7 +224,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder, on the CPU. Raises `LoadError` where there are none to be had safely."""
     try:
         if (folder / WEIGHTS).is_file():
-            return load_file(folder / WEIGHTS)
+            # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
+            return {key: value.clone() for key, value in load_file(folder / WEIGHTS).items()}
         if (folder / LEGACY_WEIGHTS).is_file():
             return torch.load(folder / LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:

@@ -17,6 +17,7 @@ from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.export import Export
 from ldm_lab.training.callbacks.interrupt import Interrupt
+from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import AtomicCheckpointIO
 from ldm_lab.training.stage_module import StageModule
 
@@ -125,7 +126,7 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
         Whether it came to its end (`False`: it was interrupted, and everything is saved).
     """
     data.compare_with_training = module.stage == "diffusion"
-    set_lengths(trainer, data, config["max_images"], config["validate_every"])
+    set_lengths(trainer, data, config["max_images"])
     if config["compile"]:
         module.compile_networks()
     start = run.last if run.last.is_file() else None
@@ -151,17 +152,19 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
     return finished
 
 
-def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int, validate_every: int) -> None:
+def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int) -> None:
     """Images -> the steps and batches that Lightning counts. The last step may run over `max_images`."""
     trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
     trainer.fit_loop.epoch_loop.max_steps = -(-max_images // data.global_batch_size)
     data.stop = trainer.max_steps * data.global_batch_size
-    trainer.val_check_interval = max(1, validate_every // data.global_batch_size) * trainer.accumulate_grad_batches
+    trainer.val_check_interval = NEVER  # `Validate` decides
 
 
-def essentials(stage: str, every_images: int, callbacks: list, loggers: list) -> dict[str, Any]:
-    """Arguments of the trainer, with what no run can do without: checkpoints, a clean stop, the export."""
-    always = [Checkpoint(f"{stage}/checkpoints", every_images), Interrupt(), Export(stage)]
+def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[str, Any]:
+    """Arguments of the trainer, with what no run can do without: validation, checkpoints, a clean stop, the export."""
+    stage = config["paths"]["stage"]
+    checkpoints = Checkpoint(f"{stage}/checkpoints", config["checkpoint_every"])
+    always = [Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
     return {"callbacks": [*callbacks, *always], "logger": loggers or False, "plugins": [AtomicCheckpointIO()]}
 
 

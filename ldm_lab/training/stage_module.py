@@ -87,7 +87,8 @@ class StageModule(LightningModule):
 
     def _log_images_seen(self) -> None:
         # float64: Lightning's default float32 cannot count past 16.7 million images.
-        self.log("images_seen", torch.tensor(float(self.images_seen), dtype=torch.float64), batch_size=1)
+        seen = torch.tensor(float(self.images_seen), dtype=torch.float64)
+        self.log("images_seen", seen, batch_size=1, sync_dist=not self.training)
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the entry that makes the file explain itself (see `ldm_lab.checkpoint`)."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
+from ldm_lab.models.quantizer import code_counts, perplexity
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 
 
@@ -23,7 +24,7 @@ class CodebookUse(Callback):
         self._hook = module.autoencoder.quantize.register_forward_hook(self._count)
 
     def _count(self, quantizer: object, inputs: tuple, output: Any) -> None:  # noqa: ANN401
-        self._counts += torch.bincount(output.info.indices.flatten(), minlength=len(self._counts))
+        self._counts += code_counts(output.info.indices, len(self._counts))
 
     def on_validation_end(self, trainer: Trainer, module: AutoencoderModule) -> None:
         """Stop counting."""
@@ -32,7 +33,5 @@ class CodebookUse(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, module: AutoencoderModule) -> None:
         """Add the ranks' counts up and log."""
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum")
-        frequencies = counts / counts.sum()
-        entropy = -(frequencies * frequencies.clamp_min(1e-12).log()).sum()
-        module.log("codebook/used_fraction", (counts > 0).float().mean(), batch_size=1)
-        module.log("codebook/perplexity", entropy.exp(), batch_size=1)
+        module.log("codebook/used_fraction", (counts > 0).float().mean(), batch_size=1, sync_dist=True)
+        module.log("codebook/perplexity", perplexity(counts), batch_size=1, sync_dist=True)

@@ -48,6 +48,7 @@ class Interrupt(Callback):
             if isinstance(callback, Checkpoint) and trainer.global_step < trainer.max_steps:
                 callback.save(trainer)
         trainer.should_stop = True
+        trainer.limit_val_batches = 0  # or Lightning validates before it stops
 
     def _agreed(self, trainer: Trainer, module: StageModule, batch_idx: int) -> bool:
         if trainer.world_size == 1:

@@ -1,0 +1,23 @@
+"""Keeps Lightning's general advice off the screen; what it says of errors stays."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+# Each of these is on purpose, or of no use to the reader.
+_EXPECTED = (
+    r".*isinstance\(treespec, LeafSpec\).*",  # inside Lightning
+    r".*module\(s\) in eval mode at the start of training.*",  # the frozen first stage and the average
+    r".*have overridden `on_before_batch_transfer`.*",
+    r".*does not have many workers.*",  # data.num_workers is the user's choice
+    r".*predict returned None.*",  # the samples are files
+)
+
+
+def quiet() -> None:
+    """Call once before a trainer is made."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
