@@ -35,16 +35,17 @@ def job(overrides: list[str]) -> None:
         "trainer",
         precision=device.resolve_precision(config.trainer.precision, config.trainer.accelerator),
         enable_progress_bar=True,
-        use_distributed_sampler=True,
         logger=False,
     )
     settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
     if is_first_process():
+        print(sampling.state_of(config.ckpt), flush=True)
         sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
     indices = sampling.missing(folder, config.num_samples)
     if indices:
         module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta)
-        trainer.predict(module, sampling.loader(indices, config.batch_size), return_predictions=False)
+        mine = sampling.loader(indices, config.batch_size, trainer.global_rank, trainer.world_size)
+        trainer.predict(module, mine, return_predictions=False)
         trainer.strategy.barrier()
     if is_first_process():
         sampling.collect(folder, config.num_samples)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_lab.config import Recipe, build, build_all, plain, run
+from ldm_lab.config import INTERRUPTED, Recipe, build, build_all, plain, run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -87,7 +87,8 @@ def train_stage(config: DictConfig) -> float | None:
     )
     say(f"{config.stage} on {device.describe(trainer)}")
     if not stage.fit(module, data, trainer, folder, settings):
-        sys.exit(f"stopped and saved at {module.images_seen:,} images; the same command continues")
+        say(f"stopped and saved at {module.images_seen:,} images; the same command continues")
+        sys.exit(INTERRUPTED)
     metrics = folder.status()
     say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
     return metrics.get("val/loss")

@@ -15,7 +15,6 @@ Everything is dicts, lists, strings, numbers and tensors, so `torch.load(weights
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.serialization import LoadError, PretrainedModel, read_json, replacing
+from ldm_lab.serialization import LoadError, PretrainedModel, read_json, read_torch, replacing
 
 ENTRY = "ldm_lab"
 STATUS = "status.json"
@@ -46,10 +45,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise LoadError(f"{path}: not readable as a checkpoint: {str(error).strip().splitlines()[0]}") from error
+    state = read_torch(path, mmap)
     if not isinstance(state, dict) or not isinstance(state.get(ENTRY), dict) or "state_dict" not in state:
         raise LoadError(f"{path}: not a training checkpoint of ldm_lab")
     return state

@@ -32,6 +32,14 @@ from ldm_lab.sweep import job_name, pack, unpack
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STAGES = ("autoencoder", "diffusion")
 
+# Whole numbers, and the lowest that each may be.
+LOWEST = {
+    "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "seed": 0,
+    "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
+    "num_samples": 1, "batch_size": 1, "sampler.steps": 1,
+}  # fmt: skip
+INTERRUPTED = 130  # what shells expect of a command that Ctrl-C has ended
+
 
 class ConfigError(ValueError):
     """Something the user typed cannot be; the message is one line that says what to change."""
@@ -60,17 +68,14 @@ class Recipe:
     def compose(self) -> list[DictConfig]:
         """One resolved config a stage. Raises `ConfigError` for a key that no stage knows, or a bad value."""
         bases = [_compose("train", [f"experiment={stage}", *self._groups(stage)]) for stage in self.stages]
-        plain = [override for override in self.overrides if not is_group(override)]
-        for override in plain:
-            if not any(_knows(base, override) for base in bases):
-                known = sorted({key for base in bases for key in _keys(base)})
-                raise ConfigError(f"{override.input_line}: no stage has this key; {_near(override.key_or_group, known)}")
-        configs = []
-        for stage, base in zip(self.stages, bases, strict=True):
-            mine = [override.input_line for override in plain if _knows(base, override)]
-            config = _compose("train", [f"experiment={stage}", *self._groups(stage), *mine])
-            configs.append(check(config))
-        return configs
+        lines: list[list[str]] = [[] for _ in self.stages]
+        for override in self.overrides:
+            for stage in [] if is_group(override) else takers(override, bases):
+                lines[stage].append(override.input_line or "")
+        return [
+            check(_compose("train", [f"experiment={stage}", *self._groups(stage), *mine]))
+            for stage, mine in zip(self.stages, lines, strict=True)
+        ]
 
     def _groups(self, stage: str) -> list[str]:
         """The overrides that pick a file (`trainer=ddp`), for one stage."""
@@ -110,6 +115,8 @@ def group_line(override: Override, stage: str) -> str | None:
         if not folder.with_suffix(".yaml").is_file():
             options = sorted(p.stem for p in (CONFIGS / group).iterdir() if p.suffix == ".yaml" or p.is_dir())
             raise ConfigError(f"{override.input_line}: there is no such option; {_near(value, options)}")
+        if value in STAGES and value != stage:  # callbacks=diffusion
+            return None
         if group == "model" and stage in STAGES:
             module = str(yaml.safe_load(folder.with_suffix(".yaml").read_text(encoding="utf-8")).get("_target_"))
             return override.input_line if f".{stage}_module." in module else None
@@ -137,15 +144,35 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(_line(error)) from error
 
 
+def takers(override: Override, bases: list[DictConfig]) -> list[int]:
+    """Which of the stages an override is for, by place: those that have its key.
+
+    If none has, one that adds a key (`+key=value`) is for those with a place for it, else for all.
+    """
+    everyone = list(range(len(bases)))
+    if override.key_or_group.startswith("hydra."):
+        return everyone
+    if found := [place for place in everyone if _knows(bases[place], override)]:
+        return found
+    if override.is_add() or override.is_force_add():
+        parent = override.key_or_group.rpartition(".")[0]
+        return [place for place in everyone if _node(bases[place], parent) is not None] or everyone
+    known = sorted({key for base in bases for key in _keys(base)})
+    raise ConfigError(f"{override.input_line}: no stage has this key; {_near(override.key_or_group, known)}")
+
+
 def _knows(config: DictConfig, override: Override) -> bool:
-    if override.is_force_add() or override.is_add() or override.key_or_group.startswith("hydra."):
-        return True
     parent, _, last = override.key_or_group.rpartition(".")
+    return last in list(_node(config, parent) or [])  # `in node` is false for keys without a value
+
+
+def _node(config: DictConfig, key: str) -> DictConfig | None:
+    """The part of a config at `key`, which must hold keys itself."""
     try:
-        node = OmegaConf.select(config, parent) if parent else config
+        node = OmegaConf.select(config, key) if key else config
     except OmegaConfBaseException:
-        return False
-    return OmegaConf.is_dict(node) and last in list(node)  # `in node` is false for keys without a value
+        return None
+    return node if OmegaConf.is_dict(node) else None
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -160,21 +187,20 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 def check(config: DictConfig) -> DictConfig:
     """Resolve, and refuse values of the wrong kind before anything is built or read."""
-    positive = ("max_images", "data.global_batch_size", "data.batch_size", "num_samples", "batch_size", "sampler.steps")
-    for key in (*positive, "seed", "data.num_workers"):
-        try:
-            value = OmegaConf.select(config, key)
-        except OmegaConfBaseException as error:
-            raise ConfigError(_line(error)) from error
-        low = 1 if key in positive else 0
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-            raise ConfigError(f"{key}={value}: must be a whole number, at least {low}")
     try:
+        for key, low in LOWEST.items():
+            value = OmegaConf.select(config, key)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"{key}={value}: must be a whole number, at least {low}")
+        rate = OmegaConf.select(config, "model.optimizer.lr", default=1.0)
+        if not isinstance(rate, (int, float)) or rate <= 0:
+            raise ConfigError(f"model.optimizer.lr={rate}: must be a number above 0")
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(_line(error)) from error
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"{missing[0]}= must be given")
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing or not config.get("name", "unnamed"):
+        raise ConfigError(f"{(missing or ['name'])[0]}= must be given")
     return config
 
 
@@ -194,7 +220,7 @@ def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: AN
     own = {key: value for key, value in plain(node).items() if key not in parts}
     try:
         return instantiate({**own, "_partial_": True}, _convert_="all")(**parts)
-    except (InstantiationException, ValueError, TypeError, ImportError, OSError) as error:
+    except Exception as error:  # whatever a constructor says of arguments that it cannot take
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         raise ConfigError(f"{where}: {_line(cause)}") from error
 
@@ -235,6 +261,9 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
         if os.environ.get("LDM_LAB_TRACEBACK"):
             raise
         sys.exit(f"error: {_line(error)}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:

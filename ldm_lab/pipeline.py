@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "ldm_lab")  # whose classes an index may name
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -218,8 +219,8 @@ class LDMPipeline:
         parts = {}
         for name, known in cls.classes.items():
             entry = index.get(name)
-            wanted = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-            by_name = {kind.__name__: kind for kind in known}
+            wanted = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+            by_name = {f"{library}.{kind.__name__}": kind for library in LIBRARIES for kind in known}
             if wanted not in by_name:
                 raise LoadError(f"{folder / INDEX}: {name} is a {wanted!r}; known are {', '.join(by_name)}")
             parts[name] = by_name[wanted].from_pretrained(folder, subfolder=name)

@@ -18,7 +18,7 @@ from ldm_lab import checkpoint, randomness
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.images import grid, save_png, to_pil
-from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.pipeline import INDEX, LDMPipeline
 from ldm_lab.serialization import read_json, replacing, write_json
 from ldm_lab.version import __version__
 
@@ -40,6 +40,7 @@ class SamplingModule(LightningModule):
 
     def __init__(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than devices
         self.networks = nn.ModuleList([pipe.vqvae, pipe.unet])  # so that Lightning moves them
         self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
         pipe.set_progress_bar_config(disable=True)
@@ -65,15 +66,24 @@ def missing(folder: Path, num_samples: int) -> list[int]:
     return [index for index in range(num_samples) if not image_path(folder, index).is_file()]
 
 
+def state_of(ckpt: str) -> str:
+    """One line: which state of the model `LDMPipeline.from_pretrained(ckpt)` has taken."""
+    path = Path(ckpt)
+    if (path / INDEX).is_file() and not checkpoint.is_unfinished(path):
+        return f"{ckpt}: a finished model"
+    state = checkpoint.find(path)
+    return f"{state}: the state at {checkpoint.describe(state)['images_seen']:,} images of a run that is not finished"
+
+
 def default_folder(ckpt: str) -> Path:
     """`samples/` in the run folder, or beside a file."""
     path = Path(ckpt)
     return path / "samples" if path.is_dir() else path.with_name(f"{path.stem}_samples")
 
 
-def loader(indices: list[int], batch_size: int) -> DataLoader:
-    """Batches of indices; Lightning shares them among the devices, none twice."""
-    return DataLoader(indices, batch_size=batch_size)  # type: ignore[arg-type]
+def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device."""
+    return DataLoader(indices[rank::world_size], batch_size=batch_size)  # type: ignore[arg-type]
 
 
 def use_sampler(pipe: LDMPipeline, name: str, eta: float | None) -> None:
@@ -97,22 +107,22 @@ def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or check that the folder's own is the same model with the same settings.
+    """Write the manifest, or check that the samples there are of the same model with the same settings.
 
     Raises:
-        ValueError: the folder holds samples of something else; nothing in it is touched.
+        ValueError: the folder holds something else; nothing in it is touched.
     """
     path = folder / MANIFEST
-    if path.is_file():
-        old, new = read_json(path), json.loads(json.dumps(manifest))
-        changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
-        if changed:
-            values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
-            raise ValueError(f"output={folder} holds samples of other settings ({values}): choose another output=")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
-    write_json(path, manifest)
+    if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
+        write_json(path, manifest)
+        return
+    old, new = read_json(path), json.loads(json.dumps(manifest))
+    changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
+    if changed:
+        values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
+        raise ValueError(f"output={folder} holds samples of other settings ({values}): choose another output=")
 
 
 def collect(folder: Path, num_samples: int) -> None:

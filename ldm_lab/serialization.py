@@ -14,7 +14,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -43,11 +43,11 @@ class FrozenConfig(dict):
         except KeyError:
             raise AttributeError(f"config has no key {key!r}; it has {sorted(self)}") from None
 
-    def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401
-        raise TypeError(f"config is frozen: use register_to_config({key}=...) instead")
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("a config is frozen: use register_to_config(key=value) instead")
 
-    def __setitem__(self, key: str, value: Any) -> None:  # noqa: ANN401
-        raise TypeError(f"config is frozen: use register_to_config({key}=...) instead")
+    __setattr__ = __setitem__ = __delattr__ = __delitem__ = __ior__ = _refuse
+    update = setdefault = pop = popitem = clear = _refuse
 
     def __deepcopy__(self, memo: dict) -> FrozenConfig:
         return FrozenConfig(self)
@@ -77,7 +77,9 @@ def register_to_config(init: Init) -> Init:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """What JSON gives back for `value`: tuples (and the lists of a config library) become lists."""
+    """What JSON gives back for `value`: tuples, arrays, tensors (and the lists of a config library) become lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         return value
     if isinstance(value, dict):
@@ -108,7 +110,8 @@ class Configurable:
         for key in values:
             if key not in self.config:
                 raise TypeError(f"{type(self).__name__} has no argument {key!r}; it has {sorted(self.config)}")
-        object.__setattr__(self, "config", FrozenConfig({**self.config, **values}))
+        changed = {key: _plain(value) for key, value in values.items()}
+        object.__setattr__(self, "config", FrozenConfig({**self.config, **changed}))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
@@ -184,8 +187,11 @@ class PretrainedModel(Configurable, nn.Module):
         """
         folder = Path(folder, subfolder or "")
         config = cls.load_config(folder)
-        with torch.device("meta"):
-            model = cls.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        except (TypeError, ValueError, AttributeError) as error:  # whatever a constructor makes of a value of another kind
+            raise LoadError(f"{folder / cls.config_name}: {_first_line(error)}") from error
         model.load_weights(read_weights(folder), origin=str(folder), assign=True)
         return model.to(dtype=torch_dtype).eval()
 
@@ -198,7 +204,7 @@ class PretrainedModel(Configurable, nn.Module):
             assign: take the tensors themselves instead of copying their values.
 
         Raises:
-            LoadError: a tensor is missing, left over or of another shape.
+            LoadError: a tensor is missing, left over or of another shape or kind.
         """
         state = self.rename_legacy_keys(state)
         own = self.exported_state_dict()
@@ -211,6 +217,8 @@ class PretrainedModel(Configurable, nn.Module):
             if value.shape != state[key].shape:
                 found, wanted = tuple(state[key].shape), tuple(value.shape)
                 raise LoadError(f"{origin}: {key} has shape {found}, this {name} needs {wanted}")
+            if value.is_floating_point() != state[key].is_floating_point():
+                raise LoadError(f"{origin}: {key} holds {state[key].dtype}, this {name} needs {value.dtype}")
         self.load_state_dict(state, strict=False, assign=assign)
 
     @classmethod
@@ -222,15 +230,43 @@ class PretrainedModel(Configurable, nn.Module):
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder, on the CPU. Raises `LoadError` where there are none to be had safely."""
-    try:
-        if (folder / WEIGHTS).is_file():
+    path, legacy = folder / WEIGHTS, folder / LEGACY_WEIGHTS
+    if path.is_file():
+        try:
             # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
-            return {key: value.clone() for key, value in load_file(folder / WEIGHTS).items()}
-        if (folder / LEGACY_WEIGHTS).is_file():
-            return torch.load(folder / LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise LoadError(f"{folder}: the weights cannot be read: {_first_line(error)}") from error
+            return {key: value.clone() for key, value in load_file(path).items()}
+        except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+            raise LoadError(f"{path}: cannot be read: {_first_line(error)}") from error
+    if legacy.is_file():
+        state = read_torch(legacy)
+        if not isinstance(state, dict) or not all(_is_named_tensor(item) for item in state.items()):
+            raise LoadError(f"{legacy}: does not hold tensors by name")
+        return state
     raise LoadError(f"{folder}: neither {WEIGHTS} nor {LEGACY_WEIGHTS} is there")
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
+    """What `torch.save` wrote to `path`, on the CPU; nothing that the file holds is run.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors on disk until they are used.
+
+    Raises:
+        LoadError: the file is damaged, or holds other things than tensors and plain data.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load it all the same
+        message = f"{path}: damaged, or holds more than tensors and plain data, which could run code and is not loaded"
+        raise LoadError(message) from error
+    except Exception as error:  # a damaged file makes the unpickler fail in any way there is
+        raise LoadError(f"{path}: cannot be read: {_first_line(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from lightning import Trainer
 
 from ldm_lab import checkpoint
 from ldm_lab.data.datamodule import ImageDataModule
-from ldm_lab.serialization import LoadError, read_json, replacing, write_json
 from ldm_lab.models.vq_model import VQModel
+from ldm_lab.serialization import LoadError, read_json, replacing, write_json
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.export import Export
 from ldm_lab.training.callbacks.interrupt import Interrupt
@@ -21,11 +21,11 @@ from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import AtomicCheckpointIO
 from ldm_lab.training.stage_module import StageModule
 
-# What may differ between two starts of one run: it changes neither data, model nor objective.
-HARMLESS = ("trainer", "callbacks", "logger", "paths", "debug", "resume", "compile", "max_images", "autoencoder",
-            "validate_every", "checkpoint_every", "preview_every", "data.num_workers", "data.batch_size",
-            "data.val_batch_size", "data.pin_memory", "data.train_set.root", "data.val_set.root", "data.root",
-            "data.train_set.cache_dir", "data.val_set.cache_dir", "model.schedule")  # fmt: skip
+# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
+# and of the data where it lies and how it is read. (A schedule follows `max_images`; the first stage has its own check.)
+HARMLESS_GROUPS = ("trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
+                   "checkpoint_every", "preview_every", "autoencoder", "model.schedule")  # fmt: skip
+HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size")
 
 
 def is_first_process() -> bool:
@@ -115,8 +115,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that matter and differ, as `key: old -> new`."""
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    keys = [key for key in keys if not any(key == h or key.startswith(f"{h}.") for h in HARMLESS)]
+    keys = [key for key in keys if not is_harmless(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a changed setting leaves the run what it is."""
+    if key.startswith("data."):
+        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
+    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)
 
 
 def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFolder, config: dict[str, Any]) -> bool:
