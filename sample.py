@@ -29,7 +29,8 @@ def job(overrides: list[str]) -> None:
     pipe = LDMPipeline.from_pretrained(config.ckpt)
     name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
     sampling.use_sampler(pipe, name, eta)
-    folder = Path(config.output or sampling.default_folder(config.ckpt) / f"{name}_{steps}_eta{eta:g}_seed{config.seed}")
+    own = f"{name}_{steps}_eta{eta:g}_seed{config.seed}"
+    folder = Path(config.output or sampling.default_folder(config.ckpt) / own)
     trainer = build(
         config.trainer,
         "trainer",
@@ -49,7 +50,8 @@ def job(overrides: list[str]) -> None:
         trainer.strategy.barrier()
     if is_first_process():
         sampling.collect(folder, config.num_samples)
-        print(f"{config.num_samples:,} samples ({len(indices):,} new) in {folder}: grid.png, samples.npz, manifest.json")
+        counts = f"{config.num_samples:,} samples ({len(indices):,} new)"
+        print(f"{counts} in {folder}: grid.png, samples.npz, manifest.json")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -61,7 +61,7 @@ class Recipe:
         experiment = str(names[-1]) if names else default
         path = CONFIGS / "experiment" / f"{experiment}.yaml"
         if not path.is_file():
-            raise ConfigError(f"experiment={experiment}: there is no such experiment; {_near(experiment, experiments())}")
+            raise ConfigError(f"experiment={experiment}: no such experiment; {_near(experiment, experiments())}")
         stages = yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", [experiment])
         return cls(experiment, tuple(stages), tuple(o for o in parsed if o.key_or_group != "experiment"))
 
@@ -226,7 +226,7 @@ def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: AN
 
 
 def build_all(nodes: DictConfig, where: str) -> list[Any]:
-    """The objects of a group such as `callbacks`; an entry without a `_target_` only sets values of one that is not there."""
+    """The objects of a group such as `callbacks`; one without a `_target_` sets values of one that is not there."""
     return [build(node, f"{where}.{name}") for name, node in nodes.items() if node and "_target_" in node]
 
 
@@ -258,12 +258,17 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
         else:
             job(overrides)
     except ValueError as error:
-        if os.environ.get("LDM_LAB_TRACEBACK"):
-            raise
-        sys.exit(f"error: {_line(error)}")
+        fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def fail(error: ValueError) -> NoReturn:
+    """End with one line on stderr; `LDM_LAB_TRACEBACK=1` shows where it came from."""
+    if os.environ.get("LDM_LAB_TRACEBACK"):
+        raise error
+    sys.exit(f"error: {_line(error)}")
 
 
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
@@ -271,7 +276,8 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     parsed = parse_overrides(lines)
     first = [next(_values(override)) for override in parsed]
     recipe = Recipe.parse(first)
-    for config in recipe.compose():
+    configs = recipe.compose()
+    for config in configs:
         if "ddp" in str(config.trainer.get("strategy")) and config.trainer.devices != 1:
             raise ConfigError(
                 f"-m with trainer.devices={config.trainer.devices}: the children of a sweep would replay the whole"
@@ -284,9 +290,12 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
-        return job([*unnamed, f"name='{job_name(base, swept, mine)}'"])
+        try:
+            return job([*unnamed, f"name='{job_name(base, swept, mine)}'"])
+        except ValueError as error:  # Hydra would show a traceback
+            fail(error)
 
-    sys.argv = [sys.argv[0], "-m", *pack(lines)]
+    sys.argv = [sys.argv[0], "-m", f"paths.runs='{configs[0].paths.runs}'", *pack(lines)]
     run_job()
 
 

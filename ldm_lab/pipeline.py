@@ -76,7 +76,7 @@ class LDMPipeline:
         if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
             raise ValueError(
                 f"unet.in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}, but the"
-                f" latents of the autoencoder have {channels} channels: set both to {channels}, or take another autoencoder"
+                f" latents of the autoencoder have {channels} channels: set both to {channels}, or take another one"
             )
         self.vqvae, self.unet, self.scheduler = vqvae, unet, scheduler
         self._progress: dict[str, Any] = {}
@@ -163,7 +163,9 @@ class LDMPipeline:
         height, width = (size, size) if isinstance(size, int) else size
         return batch_size, self.unet.config.in_channels, height, width
 
-    def _denoise(self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None) -> Tensor:
+    def _denoise(
+        self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None
+    ) -> Tensor:
         """Run the scheduler backwards. The latents stay in float32 whatever type the networks have."""
         if eta and not isinstance(self.scheduler, DDIMScheduler):
             raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has none: use DDIMScheduler or eta=0")
@@ -222,7 +224,7 @@ class LDMPipeline:
             wanted = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
             by_name = {f"{library}.{kind.__name__}": kind for library in LIBRARIES for kind in known}
             if wanted not in by_name:
-                raise LoadError(f"{folder / INDEX}: {name} is a {wanted!r}; known are {', '.join(by_name)}")
+                raise LoadError(f"{folder / INDEX}: {name} is {wanted}; known are {', '.join(by_name)}")
             parts[name] = by_name[wanted].from_pretrained(folder, subfolder=name)
         return cls(**parts)
 

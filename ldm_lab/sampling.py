@@ -136,8 +136,11 @@ def collect(folder: Path, num_samples: int) -> None:
 def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> None:
     """`arr_0`: `(N, H, W, 3)` uint8, image by image: 50,000 images never lie in memory together."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
-    with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_2_0(member, header)
-            for path in paths:
-                member.write(np.asarray(Image.open(path)).tobytes())
+    with (
+        replacing(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_2_0(member, header)
+        for path in paths:
+            member.write(np.asarray(Image.open(path)).tobytes())

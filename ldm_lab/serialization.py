@@ -190,7 +190,7 @@ class PretrainedModel(Configurable, nn.Module):
         try:
             with torch.device("meta"):
                 model = cls.from_config(config)
-        except (TypeError, ValueError, AttributeError) as error:  # whatever a constructor makes of a value of another kind
+        except (TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"{folder / cls.config_name}: {_first_line(error)}") from error
         model.load_weights(read_weights(folder), origin=str(folder), assign=True)
         return model.to(dtype=torch_dtype).eval()

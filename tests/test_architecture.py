@@ -35,7 +35,9 @@ HYDRA = {"config"}
 
 
 def modules():
-    return {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")}
+    return {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
+    }
 
 
 def imports(path):
@@ -62,7 +64,9 @@ def test_arrows_go_one_way(name):
     for target in imports(modules()[name]):
         if target.startswith("ldm_lab."):
             other = room(target.removeprefix("ldm_lab."))
-            assert other == own or other in allowed, f"{name} imports {target}, but {own} may import only {sorted(allowed)}"
+            assert other == own or other in allowed, (
+                f"{name} imports {target}, but {own} may import only {sorted(allowed)}"
+            )
 
 
 @pytest.mark.parametrize("name", sorted(modules()))

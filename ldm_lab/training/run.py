@@ -22,9 +22,11 @@ from ldm_lab.training.checkpoint_io import AtomicCheckpointIO
 from ldm_lab.training.stage_module import StageModule
 
 # What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
-# and of the data where it lies and how it is read. (A schedule follows `max_images`; the first stage has its own check.)
-HARMLESS_GROUPS = ("trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
-                   "checkpoint_every", "preview_every", "autoencoder", "model.schedule")  # fmt: skip
+# and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
+HARMLESS_GROUPS = (
+    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
+    "checkpoint_every", "preview_every", "autoencoder", "autoencoder_hash", "model.schedule",
+)  # fmt: skip
 HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size")
 
 
@@ -58,49 +60,60 @@ class RunFolder:
         """Write `status.json`."""
         write_json(self.folder / checkpoint.STATUS, values)
 
-    def finished(self, max_images: int, autoencoder: str | None) -> dict[str, Any] | None:
-        """The status, if this stage is done at that length and with that first stage (its fingerprint).
+    def has_state(self) -> bool:
+        """Whether anything was trained here; a start that failed before its first checkpoint binds nobody."""
+        return self.last.is_file() or self.final.is_dir()
 
-        Raises:
-            ValueError: it has seen more images than asked for, or was trained on another first stage.
-        """
-        status = self.status()
-        if status.get("autoencoder", autoencoder) != autoencoder:
-            raise ValueError(
-                f"{self.folder} was trained on another autoencoder ({status['autoencoder']}, now {autoencoder}):"
-                " choose another name=, or put the old one back"
-            )
-        if max_images < status.get("max_images", 0):
-            raise ValueError(
-                f"max_images={max_images}, but {self.folder} is made for {status['max_images']}:"
-                " a run can be continued, not shortened; choose another name="
-            )
-        return status if status.get("finished") and status["max_images"] == max_images else None
+    def check(self, config: dict[str, Any]) -> None:
+        """Compare the folder with the config of a stage that would go on in it; nothing is touched.
 
-    def prepare(self, config: dict[str, Any], resume: str) -> None:
-        """Check the folder against the config and write it down; nothing there is ever deleted.
+        `resume=auto` continues what is there, `never` wants an empty folder, `force` takes changed settings.
 
         Args:
             config: the stage's config, resolved, as plain data.
-            resume: "auto" continues what is there, "never" wants an empty folder, "force" takes changed settings.
 
         Raises:
             ValueError: the folder holds something else.
         """
+        resume, max_images = config["resume"], config["max_images"]
         if resume not in ("auto", "never", "force"):
             raise ValueError(f"resume={resume}: must be auto, never or force")
         if resume == "never" and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"resume=never, but {self.folder} is not empty: choose another name=")
         path = self.folder / "config.yaml"
-        if path.is_file() and resume == "auto":
-            changed = differences(yaml.safe_load(path.read_text(encoding="utf-8")), config)
-            if changed:
-                raise ValueError(
-                    f"{self.folder} was started with other settings: {'; '.join(changed)}."
-                    " Choose another name=, or resume=force to go on with the new ones"
-                )
+        if not (self.has_state() and path.is_file()):
+            return
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if max_images < old["max_images"]:
+            raise ValueError(
+                f"max_images={max_images}, but {self.folder} is made for {old['max_images']}:"
+                " a run can be continued, not shortened; choose another name="
+            )
+        if resume == "auto" and (changed := differences(old, config)):
+            raise ValueError(
+                f"{self.folder} was started with other settings: {'; '.join(changed)}."
+                " Choose another name=, or resume=force to go on with the new ones"
+            )
+
+    def finished(self, max_images: int, autoencoder: str | None) -> dict[str, Any] | None:
+        """The status, if this stage is done at that length and with that first stage (its fingerprint).
+
+        Raises:
+            ValueError: it was trained on another first stage.
+        """
+        status = self.status()
+        if self.has_state() and status.get("autoencoder", autoencoder) != autoencoder:
+            raise ValueError(
+                f"{self.folder} was trained on another autoencoder ({status['autoencoder']}, now {autoencoder}):"
+                f" choose another name=, or go on with its own, autoencoder={self.last}"
+            )
+        done = status.get("finished") and status["max_images"] == max_images and self.final.is_dir()
+        return status if done else None
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write `config.yaml`, making the folder where there is none."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replacing(self.folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
@@ -121,6 +134,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def is_harmless(key: str) -> bool:
     """Whether a changed setting leaves the run what it is."""
+    if key == "trainer.gradient_clip_val":
+        return False
     if key.startswith("data."):
         return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
     return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)
@@ -130,7 +145,7 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
     """Train one stage to `max_images`, from its newest state if there is one.
 
     Returns:
-        Whether it came to its end (`False`: it was interrupted, and everything is saved).
+        Whether it came to its end and may be followed by another (`False`: it was interrupted; everything is saved).
     """
     data.compare_with_training = module.stage == "diffusion"
     set_lengths(trainer, data, config["max_images"])
@@ -141,7 +156,7 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
     if start:
         data.images_seen = checkpoint.describe(start)["images_seen"]
     if is_first_process():
-        run.prepare(config, config["resume"])
+        run.write_config(config)
         run.write_status(finished=False, **identity)
         for logger in trainer.loggers:
             if hasattr(logger, "forget_after"):
@@ -151,12 +166,14 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
     finished = trainer.global_step >= trainer.max_steps
+    if finished and "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
+        trainer.validate(module, data, verbose=False)
     if finished and is_first_process():
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
         kept = {key: value for key, value in sorted(metrics.items()) if key.startswith(("val/", "codebook/"))}
         run.write_status(finished=True, **identity, **kept)
     trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
-    return finished
+    return finished and not any(isinstance(c, Interrupt) and c.received for c in trainer.callbacks)
 
 
 def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int) -> None:
@@ -175,8 +192,8 @@ def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[s
     return {"callbacks": [*callbacks, *always], "logger": loggers or False, "plugins": [AtomicCheckpointIO()]}
 
 
-def first_stage(source: str, name: str) -> VQModel:
+def first_stage(source: str | None, command: str) -> VQModel:
     """The autoencoder of a stage 2. Raises `LoadError` with the command that makes one, where there is none."""
-    if not Path(source).exists():
-        raise LoadError(f"autoencoder={source} is not there; make it with: python train.py experiment={name}/autoencoder")
+    if not source or not Path(source).exists():
+        raise LoadError(f"autoencoder={source} is not there; make it with: {command}")
     return checkpoint.load_autoencoder(source)

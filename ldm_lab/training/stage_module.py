@@ -62,6 +62,15 @@ class StageModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step * images_per_step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Let rates follow the settings, also where a checkpoint brought those of an earlier start (`resume=force`)."""
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        fresh = self.make_optimizer(self.parameter_groups())
+        scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
+        for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update({key: value for key, value in new.items() if key != "params"})
+            group["lr"] = new["lr"] * self.schedule(self.images_seen)
+
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Dropout and the like follow from (seed, images seen, rank), not from what was drawn before."""
         state = randomness.generator(self.seed, "layers", self.images_seen, self.global_rank)
@@ -101,10 +110,17 @@ class StageModule(LightningModule):
         }
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
-        """Take up the count where the file left it."""
+        """Take up the count where the file left it. Raises `LoadError` where it is of another architecture."""
         entry = state.get(checkpoint.ENTRY) or {}
         if entry.get("stage") != self.stage:
             raise LoadError(f"a checkpoint of stage {entry.get('stage')!r} cannot continue stage {self.stage!r}")
+        saved, own = ({key: tuple(t.shape) for key, t in d.items()} for d in (state["state_dict"], self.state_dict()))
+        if different := sorted(key for key in {**saved, **own} if saved.get(key) != own.get(key)):
+            key = different[0]
+            raise LoadError(
+                f"the checkpoint is of another network ({key} has shape {saved.get(key)} there, {own.get(key)} here):"
+                " choose another name=, or the settings it was made with"
+            )
         self.images_seen = int(entry["images_seen"])
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
 
 from ldm_lab.training.callbacks.every import Every
+from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.stage_module import StageModule
 
 
@@ -31,6 +31,9 @@ class Checkpoint(Callback):
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
         """Begin to count."""
         self.every.start(module)
+        if trainer.is_global_zero:
+            for stale in self.folder.glob(".*.tmp"):  # what a killed process was writing
+                stale.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: Any) -> None:  # noqa: ANN401
         """Save when due, and at the last step, before its validation."""
@@ -41,9 +44,7 @@ class Checkpoint(Callback):
     def save(self, trainer: Trainer) -> None:
         """Write now; every rank must call it. Until the new file is whole the old one keeps its name."""
         if trainer.is_global_zero and self.last.is_file():
-            previous = self.folder / "previous.ckpt"
-            previous.unlink(missing_ok=True)
-            os.link(self.last, previous)
+            place(self.last, self.folder / "previous.ckpt")
         for logger in trainer.loggers:
             if hasattr(logger, "flush"):
                 logger.flush()  # what was measured before this state is never measured again

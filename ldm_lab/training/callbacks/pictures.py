@@ -11,7 +11,9 @@ from ldm_lab.images import grid, save_png, to_uint8, to_unit
 from ldm_lab.training.stage_module import StageModule
 
 
-def show(trainer: Trainer, module: StageModule, folder: Path, name: str, images: Tensor, columns: int | None = None) -> None:
+def show(
+    trainer: Trainer, module: StageModule, folder: Path, name: str, images: Tensor, columns: int | None = None
+) -> None:
     """Write the grid of `(B, 3, H, W)` images in [-1, 1] as `folder/name_<images seen>.png` and log it as `name`."""
     picture = grid(to_uint8(to_unit(images.float())), columns)
     save_png(picture, folder / f"{name}_{module.images_seen:09d}.png")

@@ -61,7 +61,12 @@ class Progress(Callback):
             self._validation.close()
             self._validation = None
 
-    def teardown(self, trainer: Trainer, module: StageModule, stage: str) -> None:
+    def on_exception(self, trainer: Trainer, module: StageModule, exception: BaseException) -> None:
+        """Close the bars, so that the message begins on a line of its own."""
+        self.on_validation_end(trainer, module)
+        self.on_train_end(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()

@@ -75,7 +75,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the file, but in long runs, whose file is large, not after each row: at most a twentieth of the time."""
+        """Write the file; but in a long run, whose file is large, not after each row: at most 1/20 of the time."""
         if time.monotonic() > self._next_save:
             self.flush()
 

@@ -92,7 +92,7 @@ class WandbLogger(Logger):
             return
         try:
             act(self.experiment)
-        except Exception as error:  # noqa: BLE001 -- whatever is wrong with W&B, the training goes on
+        except Exception as error:  # whatever is wrong with W&B, the training goes on
             self._away = True
             log.warning("W&B is away (%s): training goes on, metrics.csv has everything", error)
 
@@ -110,9 +110,13 @@ class WandbLogger(Logger):
     @rank_zero_only
     def log_picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         """A picture, under one key, so that W&B shows it over images seen."""
-        import wandb
 
-        self._safely(lambda run: run.log({f"pictures/{name}": wandb.Image(picture), AXIS: images_seen}))
+        def show(run: Any) -> None:  # noqa: ANN401
+            import wandb
+
+            run.log({f"pictures/{name}": wandb.Image(picture), AXIS: images_seen})
+
+        self._safely(show)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

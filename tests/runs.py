@@ -1,0 +1,89 @@
+"""Training in this process: `debug=tiny`, without W&B, and without a trace in the process."""
+
+import contextlib
+import csv
+import logging
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from train import job
+
+EXPERIMENTS = ("avatars", "celebahq")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Leave random numbers, warnings and levels of loggers as they were; check that training gave the signals back."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        assert [signal.getsignal(number) for number in SIGNALS] == handlers, "a signal was not given back"
+
+
+def train(runs, *overrides):
+    """`python train.py debug=tiny logger=csv paths.runs=<runs> <overrides>`; returns the last `val/loss`."""
+    with undisturbed():
+        return job(["debug=tiny", "logger=csv", f"paths.runs={runs}", *overrides])
+
+
+def copy(runs, target, name="celebahq"):
+    """A run of its own folder in `target`, which is returned. Files are linked: training replaces them, whole."""
+    shutil.copytree(Path(runs) / name, Path(target) / name, copy_function=os.link)
+    return Path(target)
+
+
+def snapshot(folder):
+    """Every file below `folder` with its size and time of change: equal if nothing was touched."""
+    return {p.relative_to(folder): (p.stat().st_size, p.stat().st_mtime_ns) for p in Path(folder).rglob("*")}
+
+
+def metrics(stage_folder):
+    """The rows of metrics.csv as numbers, by images seen."""
+    with open(stage_folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    by_images = {int(row["images_seen"]): row for row in rows}
+    assert len(by_images) == len(rows), "a row is there twice"
+    return by_images
+
+
+def final_weights(stage_folder):
+    """The networks of a finished stage, by file."""
+    final = Path(stage_folder) / "final"
+    return {path.relative_to(final).as_posix(): load_file(path) for path in sorted(final.rglob(WEIGHTS))}
+
+
+def last_checkpoint(stage_folder):
+    """The newest training checkpoint, read as it must be readable."""
+    return torch.load(Path(stage_folder) / "checkpoints/last.ckpt", weights_only=True)
+
+
+def assert_equal(one, other, where=""):
+    """Nested plain data and tensors are equal, these bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for place, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where}/{place}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where

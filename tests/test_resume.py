@@ -1,0 +1,178 @@
+"""What was interrupted continues as if nothing had happened; what cannot be continued is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ldm_lab.serialization import LoadError
+from tests.helpers import assert_close_relative
+from tests.runs import assert_equal, copy, final_weights, last_checkpoint, metrics, train
+
+RECIPE, STAGE_1, STAGE_2 = (f"experiment=celebahq{stage}" for stage in ("", "/autoencoder", "/diffusion"))
+STAGES = ("autoencoder", "diffusion")
+MEASURED = "perf/images_per_second"  # the one metric that is a matter of the clock
+
+# train/loss of the ten steps of each stage of `experiment=celebahq debug=tiny`, which is of eight steps and continued
+# with `max_images=80`; recorded with torch 2.14 on a CPU. A change that is not meant to change training must
+# reproduce them.
+LOSSES = {
+    "autoencoder": [2.6982, 2.42972, 2.44952, 2.455, 2.31986, 2.13608, 2.12552, 2.09371, 1.94776, 1.99221],
+    "diffusion": [0.99991, 0.94997, 1.09715, 0.98768, 0.97687, 1.0097, 0.94323, 0.95463, 1.00015, 0.97202],
+}
+
+
+def interrupt(stage, images, **more):
+    """Overrides that send Ctrl-C to the step which begins at `images` images of a stage."""
+    arguments = {"_target_": "tests.callbacks.Signal", "stage": stage, "images": images, **more}
+    return [f"+callbacks.interrupt.{key}={value}" for key, value in arguments.items()]
+
+
+def status(stage_folder):
+    return json.loads((stage_folder / "status.json").read_text())
+
+
+def without_stage_2(tiny_runs, tmp_path):
+    """A copy of a run that has only its autoencoder."""
+    runs = copy(tiny_runs, tmp_path)
+    shutil.rmtree(runs / "celebahq/diffusion")
+    return runs
+
+
+def assert_same_training(stage_folder, reference):
+    assert_equal(final_weights(stage_folder), final_weights(reference))
+    states = [last_checkpoint(folder) for folder in (stage_folder, reference)]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ldm_lab"):
+        assert_equal(states[0][part], states[1][part], part)
+    rows = [
+        {n: {k: v for k, v in row.items() if k != MEASURED} for n, row in metrics(f).items()}
+        for f in (stage_folder, reference)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny_runs, tmp_path, capsys):
+    """Ctrl-C in stage 1, in the last step of stage 1, and in stage 2; each time the same command goes on."""
+    folder = tmp_path / "celebahq"
+    for stage, begins, ends in (("autoencoder", 32, 40), ("autoencoder", 56, 64), ("diffusion", 32, 40)):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path, RECIPE, *interrupt(stage, begins))
+        assert stop.value.code == 130
+        assert f"stopped and saved at {ends} images; the same command continues" in capsys.readouterr().out
+        assert last_checkpoint(folder / stage)["ldm_lab"]["images_seen"] == ends
+        assert status(folder / stage)["finished"] is (ends == 64)
+        assert (folder / stage / "final").is_dir() is (ends == 64)
+        assert (folder / "diffusion").exists() is (stage == "diffusion")
+    train(tmp_path, RECIPE)
+    assert f"continuing {folder}/diffusion at 40 of 64 images" in capsys.readouterr().out
+    for stage in STAGES:
+        assert_same_training(folder / stage, tiny_runs / "celebahq" / stage)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_loses_no_more_than_an_interval(tiny_runs, tmp_path, capsys):
+    runs = without_stage_2(tiny_runs, tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train(runs, STAGE_2, *interrupt("diffusion", 40, times=2))
+    assert stop.value.code != 0
+    stale = (
+        runs / "celebahq/diffusion/checkpoints/.last.ckpt.1.tmp"
+    )  # as a process leaves it that is killed while saving
+    stale.write_bytes(b"half a file")
+    train(runs, STAGE_2)
+    assert "at 32 of 64 images" in capsys.readouterr().out
+    assert not stale.exists()
+    assert_same_training(runs / "celebahq/diffusion", tiny_runs / "celebahq/diffusion")
+
+
+def test_more_images_continue_even_over_a_power_cut_at_the_end(tiny_runs, tmp_path):
+    runs = copy(tiny_runs, tmp_path)
+    folder = runs / "celebahq/diffusion"
+    scores = status(folder)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(runs, STAGE_2, "max_images=80", "+callbacks.cut._target_=tests.callbacks.FailAtTheEnd")
+    assert status(folder)["finished"] is False
+    assert_equal(final_weights(folder), final_weights(tiny_runs / "celebahq/diffusion"))  # what was there stays
+    train(runs, STAGE_2, "max_images=80")
+    rows = metrics(folder)
+    assert rows[80]["val/loss"] == pytest.approx(status(folder)["val/loss"], rel=1e-5)
+    assert status(folder)["val/loss"] < scores["val/loss"]
+    state = last_checkpoint(folder)["state_dict"]
+    for key, value in final_weights(runs / "celebahq/diffusion")["unet/diffusion_pytorch_model.safetensors"].items():
+        assert torch.equal(value, state[f"ema.model.{key}"]), key
+    assert (runs / "celebahq/unet/config.json").samefile(folder / "final/unet/config.json")
+    assert [rows[n]["train/loss"] for n in range(8, 88, 8)] == pytest.approx(LOSSES["diffusion"], rel=1e-3)
+
+
+def test_a_stage_2_keeps_its_autoencoder(tiny_runs, tmp_path, capsys):
+    runs = copy(tiny_runs, tmp_path)
+    train(runs, STAGE_1, "max_images=80")
+    advice = f"experiment=celebahq/diffusion debug=tiny paths.runs={runs}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"Done. Next: python train.py {advice}"
+    rows = metrics(runs / "celebahq/autoencoder")
+    assert [rows[n]["train/loss"] for n in range(8, 88, 8)] == pytest.approx(LOSSES["autoencoder"], rel=1e-3)
+    last = runs / "celebahq/diffusion/checkpoints/last.ckpt"
+    for length in ("max_images=64", "max_images=72"):  # finished, and to be continued
+        with pytest.raises(ValueError, match="celebahq/diffusion was trained on another autoencoder") as error:
+            train(runs, STAGE_2, length)
+    advice = f"autoencoder={last}"
+    assert str(error.value).endswith(f"choose another name=, or go on with its own, {advice}")
+    train(runs, STAGE_2, "max_images=72", advice)
+    assert metrics(runs / "celebahq/diffusion")[72].keys() >= {"train/loss", "val/loss"}
+
+
+def test_accumulation_and_a_given_autoencoder_change_nothing(tiny_runs, tmp_path, capsys):
+    train(tmp_path, RECIPE, f"autoencoder={tiny_runs}/celebahq", "data.batch_size=4")
+    assert f"autoencoder={tiny_runs}/celebahq is given: its stage is skipped" in capsys.readouterr().out
+    assert not (tmp_path / "celebahq/autoencoder").exists()
+    one, other = (final_weights(runs / "celebahq/diffusion") for runs in (tmp_path, tiny_runs))
+    assert_equal(one["vqvae/diffusion_pytorch_model.safetensors"], other["vqvae/diffusion_pytorch_model.safetensors"])
+    for key, value in other["unet/diffusion_pytorch_model.safetensors"].items():
+        assert_close_relative(
+            one["unet/diffusion_pytorch_model.safetensors"][key], value, 1e-3
+        )  # Adam enlarges rounding
+
+
+def test_force_goes_on_with_the_new_settings(tiny_runs, tmp_path):
+    runs = copy(tiny_runs, tmp_path)
+    train(runs, STAGE_2, "max_images=72", "model.optimizer.lr=0.5e-3", "resume=force")
+    rows = metrics(runs / "celebahq/diffusion")
+    assert [rows[n]["train/lr"] for n in (64, 72)] == [9.6e-5, 0.5e-3]
+    train(runs, STAGE_2, "max_images=80", "model.optimizer.lr=0.5e-3")  # they are the run's own now
+    assert metrics(runs / "celebahq/diffusion")[80]["train/lr"] == 0.5e-3
+
+
+def test_a_checkpoint_of_something_else_is_refused(tiny_runs, tmp_path):
+    runs = copy(tiny_runs, tmp_path)
+    more = (STAGE_2, "max_images=72")
+    with pytest.raises(LoadError, match=r"of another network .*choose another name=") as error:
+        train(runs, *more, "model.unet.layers_per_block=2", "resume=force")
+    assert "\n" not in str(error.value)
+    last = runs / "celebahq/diffusion/checkpoints/last.ckpt"
+    last.unlink()
+    shutil.copy(runs / "celebahq/autoencoder/checkpoints/last.ckpt", last)
+    with pytest.raises(LoadError, match="of stage 'autoencoder' cannot continue stage 'diffusion'"):
+        train(runs, *more, "resume=force")
+    last.unlink()
+    last.write_bytes(b"not a checkpoint")
+    with pytest.raises(LoadError, match=r"last\.ckpt: "):
+        train(runs, *more, "resume=force")
+
+
+def test_a_start_that_failed_binds_nobody(tmp_path):
+    """Nothing was trained: the next start may have other settings."""
+    failing = ("weightless._target_=ldm_lab.losses.perceptual.LPIPS", "+weightless.weights=/nowhere")
+    with pytest.raises(ValueError, match="weights=/nowhere"):
+        train(tmp_path, STAGE_1, *failing)
+    assert (tmp_path / "celebahq/autoencoder/config.yaml").is_file()
+    train(tmp_path, STAGE_1, "max_images=8")
+    assert sorted(metrics(tmp_path / "celebahq/autoencoder")) == [8]
+
+
+def test_a_lost_result_is_exported_again(tiny_runs, tmp_path):
+    runs = copy(tiny_runs, tmp_path)
+    for stage in STAGES:
+        shutil.rmtree(runs / "celebahq" / stage / "final")
+    train(runs, RECIPE)
+    for stage in STAGES:
+        assert_same_training(runs / "celebahq" / stage, tiny_runs / "celebahq" / stage)

@@ -1,0 +1,115 @@
+"""`python sample.py`: from the command line to files, in one process and in two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from ldm_lab.config import ConfigError
+from ldm_lab.sampling import image_path
+from tests.helpers import GOLDEN, contents
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = GOLDEN / "diffusers" / "ldm_tiny"
+
+
+def command(output, **settings):
+    settings = {"num_samples": 3, "batch_size": 1, "sampler.steps": 2, "trainer": "cpu", **settings}
+    return [f"ckpt={MODEL}", f"output={output}", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def assert_array_holds_the_images(folder, count):
+    with np.load(folder / "samples.npz") as archive:
+        images = archive["arr_0"]
+    assert np.array_equal(images, [np.asarray(Image.open(image_path(folder, index))) for index in range(count)])
+
+
+def test_the_command_writes_everything_and_adds_what_is_missing(tmp_path, capsys):
+    sample.job(command(tmp_path, num_samples=2, batch_size=2))
+    assert "2 samples (2 new)" in capsys.readouterr().out
+    first = contents(tmp_path)
+    assert sorted(first) == [
+        "grid.png",
+        "images/000000.png",
+        "images/000001.png",
+        "manifest.json",
+        "samples.npz",
+    ]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+
+    sample.job(command(tmp_path, num_samples=3, batch_size=2))
+    assert "3 samples (1 new)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert_array_holds_the_images(tmp_path, 3)
+
+    image_path(tmp_path, 0).unlink()
+    sample.job(command(tmp_path, num_samples=2, batch_size=2))
+    assert "2 samples (1 new)" in capsys.readouterr().out
+    again = contents(tmp_path)
+    assert_array_holds_the_images(tmp_path, 2)
+    assert again["images/000001.png"] == first["images/000001.png"]
+    assert again["manifest.json"] == first["manifest.json"]
+
+
+def test_the_command_refuses_other_settings(tmp_path):
+    sample.job(command(tmp_path, num_samples=1))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        sample.job(command(tmp_path, num_samples=2, seed=1))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0: must be a whole number, at least 1"),
+        ({"batch_size": "many"}, "batch_size=many: must be a whole number"),
+        ({"sampler.steps": 1001}, "num_inference_steps"),
+        ({"sampler": "euler"}, "sampler=euler"),
+        ({"sampler": "ddpm", "sampler.eta": 0.5}, r"sampler\.eta=0\.5: ddpm has none"),
+        ({"sampler.colour": "red"}, r"sampler\.colour=red: no such key"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be(tmp_path, settings, message):
+    output = tmp_path / "output"
+    with pytest.raises(ValueError, match=message) as error:
+        sample.job(command(output, **settings))
+    assert "\n" not in str(error.value)
+    assert not (output / "images").exists()
+
+
+def test_a_model_must_be_given_and_be_there(tmp_path):
+    with pytest.raises(ConfigError, match="ckpt= must be given"):
+        sample.job(["trainer=cpu"])
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        sample.job([f"ckpt={tmp_path / 'nowhere'}", "trainer=cpu"])
+
+
+def run_sample(*arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "sample.py", *arguments]
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(tmp_path):
+    ddp = {"trainer": "ddp", "trainer.accelerator": "cpu", "trainer.devices": 2}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sample.job(command(tmp_path / "one"))
+    torch.set_num_threads(threads)
+    assert "3 samples (3 new)" in run_sample(*command(tmp_path / "two", **ddp))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+    # fewer samples than processes
+    image_path(tmp_path / "two", 1).unlink()
+    assert "3 samples (1 new)" in run_sample(*command(tmp_path / "two", **ddp))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -1,0 +1,83 @@
+"""`-m`: recipes through Hydra's sweeper, a run of its own name for each job."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldm_lab.checkpoint import fingerprint
+from ldm_lab.config import parse_overrides
+from ldm_lab.models.vq_model import VQModel
+from ldm_lab.sweep import job_name, pack, unpack
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "train.py", "-m", "debug=tiny", "logger=csv", "callbacks=none"]
+
+
+def sweep(*overrides):
+    return subprocess.run([*COMMAND, *overrides], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["experiment=celebahq", "trainer=ddp", "trainer.devices=2", "data.root=/a b/c"],
+        ["+callbacks.mine._target_=a.B", "++model.ema.decay=0.5", "~callbacks.sample_grid", "~logger.wandb=null"],
+        ["data.image_size=[64,32]", "name='a=b'", "seed=1", "seed=2"],
+        ["+x.y={a:1,b:[2,3]}"],
+    ],
+)
+def test_overrides_travel_unchanged(lines):
+    packed = pack(lines)
+    parse_overrides(packed)  # Hydra's grammar takes them
+    expected = [line if "=" in line else f"{line}=null" for line in lines]  # `~key` needs a value to travel
+    assert unpack(packed) == expected
+    assert len({line.split("=", 1)[0] for line in packed}) == len(lines), "one would overwrite another"
+
+
+def test_settings_of_hydra_are_not_packed():
+    lines = ["hydra.sweep.dir=/x", "hydra/launcher=joblib", "seed=1,2"]
+    assert pack(lines) == [*lines[:2], "+set.s2.seed=1,2"]
+    assert unpack(["hydra.sweep.dir=/x", "paths.runs=/y", "+set.s2.seed=1"]) == ["seed=1"]
+
+
+def test_a_job_is_named_after_its_swept_values():
+    swept = ["seed", "model.unet.dropout", "mine"]
+    lines = ["experiment=celebahq", "seed=3", "++model.unet.dropout=0.1", "max_images=8", "+mine=/a b/c"]
+    assert job_name("celebahq", swept, lines) == "celebahq-seed=3-model.unet.dropout=0.1-mine=_a_b_c"
+    assert job_name("mine", [], lines) == "mine"
+    other = [line.replace("max_images=8", "max_images=16") for line in lines]
+    assert job_name("celebahq", swept, other) == job_name("celebahq", swept, lines)  # nothing else decides
+
+
+def test_several_devices_are_refused_in_one_line():
+    refused = sweep("trainer=ddp", "trainer.devices=2", "seed=1,2")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("error: -m with trainer.devices=2: ")
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_each_job_is_a_run_with_its_own_autoencoder(tmp_path):
+    done = sweep("experiment=avatars", "seed=1,2", f"paths.runs={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    runs = [tmp_path / f"avatars-seed={seed}" for seed in (1, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["avatars-seed=1", "avatars-seed=2", "multirun"]
+    assert [path.name for path in (tmp_path / "multirun").iterdir()] == ["multirun.yaml"]
+    hashes = []
+    for run in runs:
+        status = json.loads((run / "diffusion/status.json").read_text())
+        hashes.append(status["autoencoder"])
+        assert status["finished"] is True
+        own = VQModel.from_pretrained(run / "autoencoder/final")
+        assert status["autoencoder"] == fingerprint(own)
+        assert fingerprint(VQModel.from_pretrained(run / "vqvae")) == fingerprint(own)
+    assert hashes[0] != hashes[1]
+    again = sweep("experiment=avatars", "seed=1,nonsense", f"paths.runs={tmp_path}")  # the first job is found again
+    assert again.returncode == 1
+    assert again.stdout.count("nothing to do") == 2
+    assert again.stderr.splitlines()[-1] == "error: seed=nonsense: must be a whole number, at least 0"

@@ -1,0 +1,211 @@
+"""When callbacks act, and what they leave on disk."""
+
+import errno
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from ldm_lab.training.callbacks.checkpoint import Checkpoint
+from ldm_lab.training.callbacks.every import Every
+from ldm_lab.training.callbacks.export import publish
+from ldm_lab.training.callbacks.interrupt import Interrupt
+from ldm_lab.training.callbacks.validate import NEVER, Validate
+from ldm_lab.training.checkpoint_io import place
+
+
+class FakeTrainer(SimpleNamespace):
+    """As much of a trainer as callbacks look at; `train` calls them batch by batch."""
+
+    def __init__(self, steps, global_batch_size=8, accumulation=1, world_size=1, start=0):
+        super().__init__(
+            max_steps=steps, global_step=start // global_batch_size, world_size=world_size, is_global_zero=True,
+            should_stop=False, val_check_batch=None, limit_val_batches=1.0, loggers=[], callbacks=[], saves=[],
+            datamodule=SimpleNamespace(global_batch_size=global_batch_size),
+            strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+        )  # fmt: skip
+        self.accumulation = accumulation
+        self.module = SimpleNamespace(images_seen=start, device="cpu", stage="diffusion")
+
+    def save_checkpoint(self, path):
+        self.saves.append(self.module.images_seen)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name("new")
+        temporary.write_text(str(self.module.images_seen))
+        os.replace(temporary, path)
+
+    def train(self, *callbacks, each_batch=lambda images_seen: None):
+        self.callbacks = list(callbacks)
+        for callback in callbacks:
+            callback.setup(self, self.module, "fit")
+            callback.on_train_start(self, self.module)
+        batch = self.datamodule.global_batch_size // self.accumulation
+        while self.global_step < self.max_steps and not self.should_stop:
+            self.module.images_seen += batch
+            self.global_step = self.module.images_seen // self.datamodule.global_batch_size
+            each_batch(self.module.images_seen)
+            for callback in callbacks:
+                callback.on_train_batch_end(self, self.module, {}, {}, 0)
+        for callback in callbacks:
+            callback.on_train_end(self, self.module)
+            callback.teardown(self, self.module, "fit")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [(16, [16, 32, 48, 64, 72]), (20, [24, 40, 64, 72]), (1, [*range(8, 80, 8)]), (1000, [72])],
+)
+def test_checkpoints_are_counted_in_images_and_never_inside_a_step(tmp_path, accumulation, interval, expected):
+    trainer = FakeTrainer(steps=9, accumulation=accumulation)
+    trainer.train(Checkpoint(tmp_path, interval))
+    assert trainer.saves == expected
+
+
+def test_counting_goes_on_where_a_resumed_run_stands(tmp_path):
+    trainer = FakeTrainer(steps=9, start=40)
+    trainer.train(Checkpoint(tmp_path, 16))
+    assert trainer.saves == [48, 64, 72]
+
+
+def test_every_is_due_once_for_each_multiple():
+    every, module = Every(20), SimpleNamespace(images_seen=0)
+    trainer = FakeTrainer(steps=1)
+    due = []
+    for module.images_seen in (8, 16, 20, 24, 24, 32, 80, 88):
+        due.append(every.due(trainer, module))
+    assert due == [False, False, False, True, False, False, True, False]
+
+
+def test_the_checkpoint_before_stays(tmp_path):
+    trainer = FakeTrainer(steps=4)
+    trainer.train(Checkpoint(tmp_path, 8))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"last.ckpt": "32", "previous.ckpt": "24"}
+
+
+def test_a_save_that_fails_loses_neither(tmp_path):
+    FakeTrainer(steps=2).train(Checkpoint(tmp_path, 8))
+    trainer = FakeTrainer(steps=3, start=16)
+
+    def disk_full(path):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    trainer.save_checkpoint = disk_full
+    for _ in range(2):  # also where both names are already one file
+        with pytest.raises(OSError, match="no space"):
+            Checkpoint(tmp_path, 8).save(trainer)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"last.ckpt": "16", "previous.ckpt": "16"}
+
+
+def test_metrics_are_on_disk_before_the_state_that_will_not_repeat_them(tmp_path):
+    trainer, order = FakeTrainer(steps=1), []
+    trainer.loggers = [SimpleNamespace(flush=lambda: order.append("metrics")), SimpleNamespace()]
+    trainer.save_checkpoint = lambda path: order.append("state")
+    Checkpoint(tmp_path, 8).save(trainer)
+    assert order == ["metrics", "state"]
+
+
+def test_leftovers_of_a_killed_process_are_cleared_away(tmp_path):
+    for name in (".last.ckpt.99.tmp", "mine.txt"):
+        (tmp_path / name).write_text("x")
+    Checkpoint(tmp_path, 8).on_train_start(FakeTrainer(steps=1), SimpleNamespace(images_seen=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_with_and_without_hard_links(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*_):
+            raise OSError(errno.EPERM, "this disk has no links")
+
+        monkeypatch.setattr(os, "link", refuse)
+    source, target = tmp_path / "source", tmp_path / "new/target"
+    for content in ("one", "two"):
+        source.unlink(missing_ok=True)
+        source.write_text(content)
+        for _ in range(2):
+            place(source, target)
+            assert target.read_text() == content
+        assert target.samefile(source) is links
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_the_index_is_published_last(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr("ldm_lab.training.callbacks.export.place", lambda source, target: order.append(target))
+    for name in ("model_index.json", "unet/config.json", "vqvae/config.json"):
+        (tmp_path / "final" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "final" / name).touch()
+    publish(tmp_path / "final", tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in order[:-1]} == {"unet/config.json", "vqvae/config.json"}
+    assert order[-1] == tmp_path / "model_index.json"
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_validation_is_counted_in_images_and_comes_at_the_end(accumulation):
+    trainer, validated = FakeTrainer(steps=5, accumulation=accumulation), []
+    validate = Validate(16)
+
+    class Look(Validate):
+        def on_train_batch_end(self, trainer, module, *_):
+            assert trainer.val_check_batch in (1, NEVER)
+            if trainer.val_check_batch == 1:
+                validated.append(module.images_seen)
+
+    trainer.train(validate, Look(1))
+    assert validated == [16, 32, 40]
+
+
+# --- Ctrl-C
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_signal_ends_the_step_saves_and_stops(tmp_path, number, accumulation):
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    trainer = FakeTrainer(steps=9, accumulation=accumulation)
+    checkpoint, interrupt = Checkpoint(tmp_path, 1000), Interrupt()
+    first_batch_of_step_3 = 16 + 8 // accumulation
+    trainer.train(
+        checkpoint, interrupt, each_batch=lambda n: n == first_batch_of_step_3 and signal.raise_signal(number)
+    )
+    assert (trainer.module.images_seen, trainer.saves) == (24, [24])
+    assert trainer.limit_val_batches == 0, "Lightning would validate before it stops"
+    assert interrupt.received == number
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    interrupt, trainer = Interrupt(), FakeTrainer(steps=9)
+    interrupt.setup(trainer, trainer.module, "fit")
+    interrupt.on_train_start(trainer, trainer.module)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        interrupt.teardown(trainer, trainer.module, "fit")
+
+
+def test_a_signal_in_the_last_step_lets_the_stage_end(tmp_path):
+    trainer, interrupt = FakeTrainer(steps=3), Interrupt()
+    trainer.train(interrupt, each_batch=lambda n: n == 24 and signal.raise_signal(signal.SIGINT))
+    assert (trainer.should_stop, trainer.limit_val_batches) == (False, 1.0)
+    assert interrupt.received == signal.SIGINT  # the next stage does not begin
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_ranks_agree_every_few_steps_whatever_is_accumulated(tmp_path, accumulation):
+    """Another rank has received the signal: this one hears of it when they compare notes."""
+    trainer, interrupt, asked = FakeTrainer(steps=99, accumulation=accumulation, world_size=2), Interrupt(), []
+
+    def reduce(flag, reduce_op):
+        asked.append(trainer.global_step)
+        return flag.fill_(signal.SIGINT) if trainer.global_step >= 10 else flag
+
+    trainer.strategy.reduce = reduce
+    trainer.train(Checkpoint(tmp_path, 10**6), interrupt)
+    assert asked == [Interrupt.EVERY, 2 * Interrupt.EVERY, 2 * Interrupt.EVERY]  # and once at the end
+    assert trainer.saves == [2 * Interrupt.EVERY * 8]

@@ -1,0 +1,197 @@
+"""The run folder: what counts as changed, as finished, as somebody else's; and which device is said."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from ldm_lab.serialization import LoadError
+from ldm_lab.training import device
+from ldm_lab.training.run import RunFolder, differences, first_stage, flatten, is_first_process
+
+CONFIG = {
+    "resume": "auto",
+    "max_images": 64,
+    "seed": 0,
+    "data": {"image_size": [64, 32], "module": {"num_workers": 0, "train_set": {"root": "/a", "num_train": 5}}},
+    "model": {"optimizer": {"lr": 1e-3}, "schedule": {"max_images": 64}, "autoencoder": {"dropout": 0.0}},
+    "trainer": {"devices": 1, "gradient_clip_val": None},
+    "callbacks": {},
+    "autoencoder": "/runs/x",
+}
+
+
+def changed(**values):
+    """CONFIG with `a__b=value` instead of `a.b`."""
+    config = yaml.safe_load(yaml.safe_dump(CONFIG))
+    for key, value in values.items():
+        *path, last = key.split("__")
+        node = config
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return config
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder in which something was trained."""
+    run = RunFolder(tmp_path / "run/autoencoder")
+    run.write_config(CONFIG)
+    run.write_status(finished=True, stage="diffusion", max_images=64, autoencoder="abc", **{"val/loss": 0.5})
+    run.last.parent.mkdir()
+    run.last.touch()
+    run.final.mkdir()
+    return run
+
+
+def test_flatten_names_every_leaf():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"seed": 1}, ["seed: 0 -> 1"]),
+        ({"model__optimizer__lr": 2e-3}, ["model.optimizer.lr: 0.001 -> 0.002"]),
+        ({"model__optimizer__betas": [0.5, 0.9]}, ["model.optimizer.betas: None -> [0.5, 0.9]"]),
+        ({"data__image_size": 64}, ["data.image_size: [64, 32] -> 64"]),
+        ({"data__module__train_set__num_train": 6}, ["data.module.train_set.num_train: 5 -> 6"]),
+        ({"trainer__gradient_clip_val": 1.0}, ["trainer.gradient_clip_val: None -> 1.0"]),
+        ({"model__autoencoder__dropout": 0.1}, ["model.autoencoder.dropout: 0.0 -> 0.1"]),
+        # what changes neither data, model nor objective
+        ({"data__module__num_workers": 4, "data__module__train_set__root": "/b", "trainer__devices": 8}, []),
+        ({"max_images": 128, "model__schedule__max_images": 128, "autoencoder": "/runs/y", "resume": "never"}, []),
+        ({"callbacks__progress": {"_target_": "a.B"}}, []),
+    ],
+)
+def test_differences_are_the_settings_that_matter(values, expected):
+    assert differences(CONFIG, changed(**values)) == expected
+
+
+def test_a_folder_takes_its_own_settings_and_longer_runs(folder):
+    folder.check(CONFIG)
+    folder.check(changed(max_images=128))
+    folder.check(changed(seed=1, resume="force"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": 1}, r"run/autoencoder was started with other settings: seed: 0 -> 1\. Choose another name="),
+        ({"max_images": 32}, "max_images=32, but .* is made for 64"),
+        ({"max_images": 32, "resume": "force"}, "max_images=32, but .* is made for 64"),
+        ({"resume": "never"}, "resume=never, but .* is not empty"),
+        ({"resume": "maybe"}, "resume=maybe: must be auto, never or force"),
+    ],
+)
+def test_a_folder_refuses_others(folder, values, message):
+    with pytest.raises(ValueError, match=message):
+        folder.check(changed(**values))
+
+
+def test_a_folder_without_a_state_takes_all_but_never(folder):
+    shutil.rmtree(folder.last.parent)
+    shutil.rmtree(folder.final)
+    folder.check(changed(seed=1, max_images=8))
+    assert folder.finished(64, "another") is None
+    with pytest.raises(ValueError, match="not empty"):
+        folder.check(changed(resume="never"))
+    shutil.rmtree(folder.folder)
+    folder.check(changed(resume="never"))
+
+
+def test_finished_means_at_that_length_with_that_autoencoder_and_the_result_there(folder):
+    assert folder.finished(64, "abc")["val/loss"] == 0.5
+    assert folder.finished(128, "abc") is None
+    with pytest.raises(ValueError, match=r"another autoencoder \(abc, now xyz\): choose another name=.*last\.ckpt"):
+        folder.finished(64, "xyz")
+    folder.write_status(finished=False, max_images=64, autoencoder="abc")
+    assert folder.finished(64, "abc") is None
+    folder.write_status(finished=True, max_images=64, autoencoder="abc")
+    folder.final.rmdir()
+    assert folder.finished(64, "abc") is None
+    assert RunFolder(folder.folder / "nothing").finished(64, None) is None
+
+
+def test_a_damaged_status_is_named(folder):
+    (folder.folder / "status.json").write_text("{")
+    with pytest.raises(LoadError, match=r"status\.json: not readable"):
+        folder.finished(64, "abc")
+
+
+@pytest.mark.parametrize("source", [None, "", "/nowhere"])
+def test_a_missing_autoencoder_comes_with_the_command(source):
+    with pytest.raises(LoadError, match=f"autoencoder={source} is not there; make it with: do this"):
+        first_stage(source, "do this")
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_the_first_process_is_known_before_any_group_exists(monkeypatch, variable):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_first_process()
+    for value, first in (("0", True), ("", True), ("1", False)):
+        monkeypatch.setenv(variable, value)
+        assert is_first_process() is first
+
+
+# --- the device
+
+
+def machine(monkeypatch, gpu=False, gpu_bf16=False, cpu_bf16=False, amx=False, card=False, cuda_build="13.0"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.version, "cuda", cuda_build)
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/nvidia-smi" if card else None)
+
+
+@pytest.mark.parametrize(
+    ("has", "accelerator", "expected"),
+    [
+        ({"gpu": True, "gpu_bf16": True}, "auto", "bf16-mixed"),
+        ({"gpu": True, "gpu_bf16": False, "cpu_bf16": True}, "auto", "32-true"),
+        ({"gpu": True, "gpu_bf16": True}, "cpu", "32-true"),
+        ({"cpu_bf16": True}, "auto", "bf16-mixed"),
+        ({"amx": True}, "cpu", "bf16-mixed"),
+        ({}, "auto", "32-true"),
+    ],
+)
+def test_precision_follows_the_device(monkeypatch, has, accelerator, expected):
+    machine(monkeypatch, **has)
+    assert device.resolve_precision("auto", accelerator) == expected
+    assert device.resolve_precision("16-mixed", accelerator) == "16-mixed"
+    assert device.resolve_precision(32, accelerator) == 32
+
+
+def trainer(kind="cpu"):
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(kind)), world_size=2, precision="32-true")
+
+
+def test_the_device_is_said(monkeypatch):
+    machine(monkeypatch)
+    assert device.describe(trainer()) == f"2 x {torch.get_num_threads()} CPU threads, 32-true"
+    machine(monkeypatch, gpu=True, card=True)
+    assert device.describe(trainer("cuda")) == "2 x NVIDIA A100, 32-true"
+    assert device.describe(trainer("mps")) == "2 x mps, 32-true"
+
+
+@pytest.mark.parametrize(
+    ("has", "why"),
+    [
+        ({"cuda_build": None}, "this torch is built without CUDA"),
+        ({"cuda_build": "13.0"}, "needs a driver for CUDA 13.0"),
+        ({"gpu": True}, "trainer.accelerator asks for the CPU"),
+    ],
+)
+def test_a_card_is_never_passed_over_in_silence(monkeypatch, has, why):
+    machine(monkeypatch, card=True, **has)
+    line = device.describe(trainer())
+    assert "There is an NVIDIA card that is not used: " in line
+    assert why in line
+    assert "\n" not in line
