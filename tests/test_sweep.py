@@ -18,7 +18,10 @@ COMMAND = [sys.executable, "train.py", "-m", "debug=tiny", "logger=csv", "callba
 
 
 def sweep(*overrides):
-    return subprocess.run([*COMMAND, *overrides], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*COMMAND, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(
