@@ -6,14 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_lab.config import INTERRUPTED, ConfigError, Recipe, build, build_all, plain, run
+from ldm_lab.config import INTERRUPTED, Recipe, build, build_all, plain, run
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from ldm_lab.models.unet import UNet2DModel
-    from ldm_lab.models.vq_model import VQModel
-    from ldm_lab.serialization import PretrainedModel
 
 USAGE = """Train a latent diffusion model: an autoencoder, then diffusion on its latents.
 
@@ -32,6 +28,9 @@ def job(overrides: list[str]) -> float | None:
     """Run the stages of one recipe, each with the autoencoder that the recipe has just made."""
     recipe = Recipe.parse(overrides)
     configs = recipe.compose()
+
+    from ldm_lab.training.run import say
+
     if len(configs) > 1 and any(override.key_or_group == "autoencoder" for override in recipe.overrides):
         configs = [config for config in configs if config.stage != "autoencoder"]
         say(f"autoencoder={configs[0].autoencoder} is given: its stage is skipped")
@@ -39,72 +38,45 @@ def job(overrides: list[str]) -> float | None:
         say("This is the demo: cartoon faces, both stages, about ten minutes on two CPU cores.")
         say("Others: python train.py experiment=celebahq data.root=FOLDER; more with --help")
     say(f"{recipe.experiment} -> {configs[0].paths.runs}/{configs[0].name}")
-    networks: list[PretrainedModel] = []
-    for config in configs:
-        networks.append(announce(config, *networks))
-    if configs[0].stage == "autoencoder":
-        check_size(configs[0].data.image_size, *networks)
+    preflight(configs)
     metric = None
     for before, config in zip([None, *configs], configs, strict=False):
         if before is not None:
             config.autoencoder = f"{before.paths.stage}/final"
-        metric = train_stage(config, stage_command(recipe, "autoencoder"))
+        metric = train_stage(config, recipe.command("autoencoder"))
     sampling = f"python sample.py ckpt={configs[-1].paths.runs}/{configs[-1].name}"
-    say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else stage_command(recipe, 'diffusion')}")
+    say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else recipe.command('diffusion')}")
     return metric
 
 
-def announce(config: DictConfig, autoencoder: VQModel | None = None) -> PretrainedModel:
-    """Say what a stage will train; what cannot be is refused here, for all stages before the first is trained.
-
-    Args:
-        config: of the stage.
-        autoencoder: the network of the stage before, if the recipe has one.
-
-    Returns:
-        The stage's network, without memory for its weights.
-    """
+def preflight(configs: list[DictConfig]) -> None:
+    """Say what each stage will train; what cannot be is refused before the first of them is trained."""
     import torch
 
-    from ldm_lab.pipeline import LDMPipeline
-    from ldm_lab.training.run import RunFolder, is_first_process
+    from ldm_lab.training.preflight import check_fit
+    from ldm_lab.training.run import RunFolder, is_first_process, say
 
-    if is_first_process():  # the others start when this one has begun to write
-        RunFolder(Path(config.paths.stage)).check(plain(config))
-    key = {"autoencoder": "autoencoder", "diffusion": "unet"}[config.stage]
-    with torch.device("meta"):
-        network = build(config.model[key], f"model.{key}")
-    size = f"{type(network).__name__} with {network.num_parameters() / 1e6:,.1f} M parameters"
-    say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
-    if config.stage == "diffusion":
-        scheduler = build(config.model.scheduler, "model.scheduler")
-        build(config.model.objective, "model.objective", scheduler=scheduler)
-        if autoencoder is not None:
-            LDMPipeline(autoencoder, network, scheduler)  # refuses parts that do not fit
-    return network
+    made = {}
+    for config in configs:
+        if is_first_process():  # the others start when this one has begun to write
+            RunFolder(Path(config.paths.stage)).check(plain(config))
+        with torch.device("meta"):  # no memory for weights
+            made |= stage_parts(config)
+        network = made["unet" if config.stage == "diffusion" else "autoencoder"]
+        size = f"{type(network).__name__} with {network.num_parameters() / 1e6:,.1f} M parameters"
+        say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
+    if "autoencoder" in made:
+        check_fit(configs[0].data.image_size, made["autoencoder"], made.get("unet"))
 
 
-def check_size(image_size: int | list[int], autoencoder: VQModel, unet: UNet2DModel | None = None) -> None:
-    """Raise `ConfigError` where images of that size do not pass through the networks."""
-    import torch
-
-    from ldm_lab.data.transforms import parse_size
-
-    with torch.device("meta"):
-        images = torch.empty(1, autoencoder.config.in_channels, *parse_size(image_size))
-        try:
-            latents = autoencoder.encode(images).latents
-            if unet is not None:
-                unet(latents, torch.zeros(1))
-        except ValueError as error:
-            raise ConfigError(f"data.image_size={image_size} does not fit the networks: {error}") from error
-
-
-def stage_command(recipe: Recipe, stage: str) -> str:
-    """What to type for one stage of the run that `recipe` trains."""
-    experiment = recipe.stages[-1].rpartition("/")[0]
-    where = [o.input_line for o in recipe.overrides if o.key_or_group in ("debug", "name", "data.root", "paths.runs")]
-    return " ".join(["python train.py", f"experiment={experiment}/{stage}", *where])
+def stage_parts(config: DictConfig) -> dict[str, Any]:
+    """The networks of a stage, and of stage 2 what is made from them."""
+    model = config.model
+    if config.stage == "autoencoder":
+        return {"autoencoder": build(model.autoencoder, "model.autoencoder")}
+    unet, scheduler = build(model.unet, "model.unet"), build(model.scheduler, "model.scheduler")
+    objective = build(model.objective, "model.objective", scheduler=scheduler)
+    return {"unet": unet, "scheduler": scheduler, "objective": objective}
 
 
 def train_stage(config: DictConfig, command: str) -> float | None:
@@ -124,13 +96,13 @@ def train_stage(config: DictConfig, command: str) -> float | None:
     quiet()
     folder = stage.RunFolder(Path(config.paths.stage))
     torch.manual_seed(config.seed)
-    vqvae = stage.first_stage(config.autoencoder, command) if config.stage == "diffusion" else None
-    settings = {**plain(config), "autoencoder_hash": fingerprint(vqvae) if vqvae else None}
+    first = {"autoencoder": stage.first_stage(config.autoencoder, command)} if config.stage == "diffusion" else {}
+    settings = {**plain(config), "autoencoder_hash": fingerprint(first["autoencoder"]) if first else None}
     if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
-        say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
+        stage.say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
         return status.get("val/loss")
     data = build(config.data.module, "data")
-    module = build(config.model, "model", **parts(config.model, vqvae))
+    module = build(config.model, "model", **stage_parts(config), **first)
     loggers, callbacks = build_all(config.logger, "logger"), build_all(config.callbacks, "callbacks")
     trainer = build(
         config.trainer,
@@ -138,30 +110,13 @@ def train_stage(config: DictConfig, command: str) -> float | None:
         precision=device.resolve_precision(config.trainer.precision, config.trainer.accelerator),
         **stage.essentials(settings, callbacks, loggers),
     )
-    say(f"{config.stage} on {device.describe(trainer)}")
+    stage.say(f"{config.stage} on {device.describe(trainer)}")
     if not stage.fit(module, data, trainer, folder, settings):
-        say(f"stopped and saved at {module.images_seen:,} images; the same command continues")
+        stage.say(f"stopped and saved at {module.images_seen:,} images; the same command continues")
         sys.exit(INTERRUPTED)
     metrics = folder.status()
-    say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
+    stage.say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
     return metrics.get("val/loss")
-
-
-def parts(model: DictConfig, vqvae: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Of stage 2, the parts that are made from other parts."""
-    if vqvae is None:
-        return {}
-    unet, scheduler = build(model.unet, "model.unet"), build(model.scheduler, "model.scheduler")
-    objective = build(model.objective, "model.objective", scheduler=scheduler)
-    return {"unet": unet, "scheduler": scheduler, "objective": objective, "autoencoder": vqvae}
-
-
-def say(line: str) -> None:
-    """Print once, not once a rank."""
-    from ldm_lab.training.run import is_first_process
-
-    if is_first_process():
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

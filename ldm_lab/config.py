@@ -77,6 +77,12 @@ class Recipe:
             for stage, mine in zip(self.stages, lines, strict=True)
         ]
 
+    def command(self, stage: str) -> str:
+        """What to type for one stage of this run."""
+        experiment = self.stages[-1].rpartition("/")[0]
+        where = [o.input_line for o in self.overrides if o.key_or_group in ("debug", "name", "data.root", "paths.runs")]
+        return " ".join(["python train.py", f"experiment={experiment}/{stage}", *where])
+
     def _groups(self, stage: str) -> list[str]:
         """The overrides that pick a file (`trainer=ddp`), for one stage."""
         kind = stage.rsplit("/", 1)[-1]

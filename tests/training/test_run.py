@@ -9,7 +9,8 @@ import yaml
 
 from ldm_lab.serialization import LoadError
 from ldm_lab.training import device
-from ldm_lab.training.run import RunFolder, differences, first_stage, flatten, is_first_process
+from ldm_lab.training.run import first_stage, is_first_process
+from ldm_lab.training.run_folder import RunFolder, differences, flatten
 
 CONFIG = {
     "resume": "auto",

@@ -1,0 +1,126 @@
+"""A stage's folder: what it holds, whether it is finished, and whether a command may go on in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm_lab import checkpoint
+from ldm_lab.serialization import read_json, replacing, write_json
+
+# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
+# and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
+HARMLESS_GROUPS = (
+    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
+    "checkpoint_every", "preview_every", "autoencoder", "autoencoder_hash", "model.schedule",
+)  # fmt: skip
+HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<runs>/<name>/<stage>/`: config.yaml, checkpoints/, metrics.csv, samples/, final/, status.json."""
+
+    folder: Path
+
+    @property
+    def final(self) -> Path:
+        """The result."""
+        return self.folder / "final"
+
+    @property
+    def last(self) -> Path:
+        """The newest state."""
+        return self.folder / "checkpoints/last.ckpt"
+
+    def status(self) -> dict[str, Any]:
+        """What `status.json` says; nothing where there is none."""
+        path = self.folder / checkpoint.STATUS
+        return read_json(path) if path.is_file() else {}
+
+    def write_status(self, **values: Any) -> None:  # noqa: ANN401
+        """Write `status.json`."""
+        write_json(self.folder / checkpoint.STATUS, values)
+
+    def has_state(self) -> bool:
+        """Whether anything was trained here; a start that failed before its first checkpoint binds nobody."""
+        return self.last.is_file() or self.final.is_dir()
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Compare the folder with the config of a stage that would go on in it; nothing is touched.
+
+        `resume=auto` continues what is there, `never` wants an empty folder, `force` takes changed settings.
+
+        Args:
+            config: the stage's config, resolved, as plain data.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        resume, max_images = config["resume"], config["max_images"]
+        if resume not in ("auto", "never", "force"):
+            raise ValueError(f"resume={resume}: must be auto, never or force")
+        if resume == "never" and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"resume=never, but {self.folder} is not empty: choose another name=")
+        path = self.folder / "config.yaml"
+        if not (self.has_state() and path.is_file()):
+            return
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if max_images < old["max_images"]:
+            raise ValueError(
+                f"max_images={max_images}, but {self.folder} is made for {old['max_images']}:"
+                " a run can be continued, not shortened; choose another name="
+            )
+        if resume == "auto" and (changed := differences(old, config)):
+            raise ValueError(
+                f"{self.folder} was started with other settings: {'; '.join(changed)}."
+                " Choose another name=, or resume=force to go on with the new ones"
+            )
+
+    def finished(self, max_images: int, autoencoder: str | None) -> dict[str, Any] | None:
+        """The status, if this stage is done at that length and with that first stage (its fingerprint).
+
+        Raises:
+            ValueError: it was trained on another first stage.
+        """
+        status = self.status()
+        if self.has_state() and status.get("autoencoder", autoencoder) != autoencoder:
+            raise ValueError(
+                f"{self.folder} was trained on another autoencoder ({status['autoencoder']}, now {autoencoder}):"
+                f" choose another name=, or go on with its own, autoencoder={self.last}"
+            )
+        done = status.get("finished") and status["max_images"] == max_images and self.final.is_dir()
+        return status if done else None
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write `config.yaml`, making the folder where there is none."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+    """A nested dict as `{"a.b": value}`."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix[:-1]: tree}
+    return {key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings that matter and differ, as `key: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys = [key for key in keys if not is_harmless(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a changed setting leaves the run what it is."""
+    if key == "trainer.gradient_clip_val":
+        return False
+    if key.startswith("data."):
+        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
+    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)
