@@ -29,7 +29,8 @@ def job(overrides: list[str]) -> None:
     pipe = LDMPipeline.from_pretrained(config.ckpt)
     name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
     sampling.use_sampler(pipe, name, eta)
-    own = f"{name}_{steps}_eta{eta:g}_seed{config.seed}"
+    state = sampling.unfinished_at(config.ckpt)
+    own = f"{name}_{steps}_eta{eta:g}_seed{config.seed}" + ("" if state is None else f"_at{state}")
     folder = Path(config.output or sampling.default_folder(config.ckpt) / own)
     trainer = build(
         config.trainer,
@@ -40,7 +41,7 @@ def job(overrides: list[str]) -> None:
     )
     settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
     if is_first_process():
-        print(sampling.state_of(config.ckpt), flush=True)
+        print(f"{config.ckpt}: " + ("finished" if state is None else f"not finished, at {state:,} images"), flush=True)
         sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
     indices = sampling.missing(folder, config.num_samples)
     if indices:

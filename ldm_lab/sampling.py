@@ -66,13 +66,12 @@ def missing(folder: Path, num_samples: int) -> list[int]:
     return [index for index in range(num_samples) if not image_path(folder, index).is_file()]
 
 
-def state_of(ckpt: str) -> str:
-    """One line: which state of the model `LDMPipeline.from_pretrained(ckpt)` has taken."""
+def unfinished_at(ckpt: str) -> int | None:
+    """Images seen by the state that `LDMPipeline.from_pretrained(ckpt)` takes; `None` for a finished model."""
     path = Path(ckpt)
     if (path / INDEX).is_file() and not checkpoint.is_unfinished(path):
-        return f"{ckpt}: a finished model"
-    state = checkpoint.find(path)
-    return f"{state}: the state at {checkpoint.describe(state)['images_seen']:,} images of a run that is not finished"
+        return None
+    return checkpoint.describe(checkpoint.find(path))["images_seen"]
 
 
 def default_folder(ckpt: str) -> Path:

@@ -69,13 +69,13 @@ def test_where_samples_go_by_default(tmp_path):
 
 
 def test_which_state_of_the_model_is_sampled(tmp_path):
-    assert sampling.state_of(str(MODEL)) == f"{MODEL}: a finished model"
+    assert sampling.unfinished_at(str(MODEL)) is None
     path = tmp_path / "diffusion" / "checkpoints" / "last.ckpt"
     checkpoint.save({"state_dict": {}, checkpoint.ENTRY: {"images_seen": 12_345}}, path)
     shutil.copytree(MODEL, tmp_path, dirs_exist_ok=True)
-    assert sampling.state_of(str(tmp_path)) == f"{tmp_path}: a finished model"
+    assert sampling.unfinished_at(str(tmp_path)) is None
     (tmp_path / "diffusion" / checkpoint.STATUS).write_text('{"finished": false}')
-    assert sampling.state_of(str(tmp_path)) == f"{path}: the state at 12,345 images of a run that is not finished"
+    assert sampling.unfinished_at(str(tmp_path)) == 12345
 
 
 # What they depend on.
