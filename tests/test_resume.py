@@ -1,7 +1,14 @@
 """What was interrupted continues as if nothing had happened; what cannot be continued is refused."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +17,7 @@ from ldm_lab.serialization import LoadError
 from tests.helpers import assert_close_relative
 from tests.runs import assert_equal, copy, final_weights, last_checkpoint, metrics, train
 
+ROOT = Path(__file__).resolve().parents[1]
 RECIPE, STAGE_1, STAGE_2 = (f"experiment=celebahq{stage}" for stage in ("", "/autoencoder", "/diffusion"))
 STAGES = ("autoencoder", "diffusion")
 MEASURED = "perf/images_per_second"  # the one metric that is a matter of the clock
@@ -178,3 +186,21 @@ def test_a_lost_result_is_exported_again(tiny_runs, tmp_path):
     train(runs, RECIPE)
     for stage in STAGES:
         assert_same_training(runs / "celebahq" / stage, tiny_runs / "celebahq" / stage)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_reaches_the_loaders_too(tmp_path):
+    command = [sys.executable, "train.py", "debug=tiny", "logger=csv", "callbacks=none", f"paths.runs={tmp_path}"]
+    process = subprocess.Popen(
+        [*command, "max_images=1000000", "data.num_workers=2"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    stage = tmp_path / "avatars/autoencoder"
+    deadline = time.monotonic() + 60
+    while not (stage / "checkpoints/last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # the whole group, as a terminal does
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert re.search(r"stopped and saved at [\d,]+ images; the same command continues", output), output

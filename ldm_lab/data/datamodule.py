@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -157,13 +158,19 @@ class ImageDataModule(lightning.LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loading(self) -> dict[str, int | bool]:
+    def _loading(self) -> dict[str, Any]:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": leave_interrupts_to_parent,
             "pin_memory": on_gpu,
         }
+
+
+def leave_interrupts_to_parent(_: int) -> None:
+    """A terminal sends Ctrl-C to loader processes too; the training must find them alive to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Chosen(Dataset):
