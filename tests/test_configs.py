@@ -127,7 +127,7 @@ ROUTES = [
     ("model.scaling_factor=0.5", "model.scaling_factor", [None, 0.5]),
     ("model.unet.dropout=0.1", "model.unet.dropout", [None, 0.1]),
     ("model.loss.perceptual.weights=/vgg.pth", "model.loss.perceptual.weights", ["/vgg.pth", None]),
-    ("+model.scheduler.rescale_betas_zero_snr=true", "model.scheduler.rescale_betas_zero_snr", [None, True]),
+    ("+model.scheduler.thresholding=true", "model.scheduler.thresholding", [None, True]),
     ("++model.ema.decay=0.5", "model.ema.decay", [None, 0.5]),
     ("+callbacks.mine._target_=a.B", "callbacks.mine._target_", ["a.B", "a.B"]),
     ("~callbacks.throughput", "callbacks.throughput", [None, None]),

@@ -139,7 +139,7 @@ def test_force_takes_other_settings_and_harmless_ones_need_none(tiny_runs, capsy
         ),
         (["data.image_size=30"], "data.image_size=30 does not fit the networks: .* multiples of 4, got 30x30"),
         (["data.image_size=36"], "data.image_size=36 does not fit the networks: .* multiples of 2, got 9x9"),
-        (["+model.scheduler.rescale_betas_zero_snr=true"], "'epsilon' cannot be trained with zero terminal SNR"),
+        (["model.scheduler.rescale_betas_zero_snr=true"], "'epsilon' cannot be trained with zero terminal SNR"),
         (["model.unet.norm_num_groups=7"], "model.unet: norm_num_groups=7 does not divide 16"),
         (["trainer.accelerator=quantum"], "trainer: .*invalid accelerator"),
     ],
