@@ -291,13 +291,16 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
             )
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
     base = next((str(o.value()) for o in parsed if o.key_or_group == "name"), recipe.experiment.split("/")[0])
+    given = any(override.key_or_group == "autoencoder" for override in parsed)
+    # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
+    shared = [f"autoencoder='{configs[0].autoencoder}'"] if configs[0].autoencoder and not given else []
 
     @hydra.main(config_path=str(CONFIGS), config_name="sweep", version_base="1.3")
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
         try:
-            return job([*unnamed, f"name='{job_name(base, swept, mine)}'"])
+            return job([*unnamed, *shared, f"name='{job_name(base, swept, mine)}'"])
         except ValueError as error:  # Hydra would show a traceback
             fail(error)
 

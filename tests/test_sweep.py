@@ -12,6 +12,7 @@ from ldm_lab.checkpoint import fingerprint
 from ldm_lab.config import parse_overrides
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.sweep import job_name, pack, unpack
+from tests.runs import copy
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "train.py", "-m", "debug=tiny", "logger=csv", "callbacks=none"]
@@ -84,3 +85,15 @@ def test_each_job_is_a_run_with_its_own_autoencoder(tmp_path):
     assert again.returncode == 1
     assert again.stdout.count("nothing to do") == 2
     assert again.stderr.splitlines()[-1] == "error: seed=nonsense: must be a whole number, at least 0"
+
+
+@pytest.mark.slow
+def test_a_sweep_of_stage_2_alone_takes_the_first_stage_of_the_run(tiny_runs, tmp_path):
+    runs = copy(tiny_runs, tmp_path)
+    done = sweep("experiment=celebahq/diffusion", "model.optimizer.lr=1e-4,3e-4", f"paths.runs={runs}")
+    assert done.returncode == 0, done.stderr
+    hashes = {
+        json.loads((runs / f"celebahq{job}/diffusion/status.json").read_text())["autoencoder"]
+        for job in ("", "-model.optimizer.lr=0.0001", "-model.optimizer.lr=0.0003")
+    }
+    assert len(hashes) == 1

@@ -62,6 +62,8 @@ class Interrupt(Callback):
         self._agreed(trainer, module)
 
     def _agreed(self, trainer: Trainer, module: StageModule) -> bool:
+        if trainer.world_size == 1:
+            return self.received is not None  # and no wait for the device
         flag = torch.tensor(float(self.received or 0), device=module.device)
         agreed = int(trainer.strategy.reduce(flag, reduce_op="max"))
         self.received = agreed or None

@@ -11,7 +11,7 @@ from ldm_lab.training.stage_module import StageModule
 
 
 class Throughput(Callback):
-    """Logs `perf/images_per_second` over all ranks, validation and previews left out."""
+    """Logs `perf/images_per_second` over all ranks, validation left out."""
 
     def __init__(self) -> None:
         self._started = 0.0
