@@ -10,28 +10,28 @@ USAGE = """Draw images from a trained model.
 
   python sample.py ckpt=runs/celebahq                                   64 images with 50 steps of DDIM
   python sample.py ckpt=runs/celebahq num_samples=50000 sampler.steps=200 trainer=ddp trainer.devices=8
+  python sample.py ckpt=runs/celebahq@2M                                its snapshot at two million training images
 
-Keys: ckpt (run folder, pipeline folder or training checkpoint), num_samples, batch_size, seed, sampler (ddim, ddpm),
-sampler.steps, sampler.eta, output (folder), trainer. The same command again draws only what is missing."""
+Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder or training checkpoint), num_samples, batch_size,
+seed, sampler (ddim, ddpm), sampler.steps, sampler.eta, output (folder), trainer. The same command again draws only
+what is missing."""
 
 
 def job(overrides: list[str]) -> None:
     """Draw what is missing of the samples asked for."""
     config = compose_sample(overrides)
 
-    from ldm_lab import sampling
+    from ldm_lab import sampling, states
     from ldm_lab.pipeline import LDMPipeline
     from ldm_lab.training import device
     from ldm_lab.training.quiet import quiet
     from ldm_lab.training.run import is_first_process
 
     quiet()
-    pipe = LDMPipeline.from_pretrained(config.ckpt)
+    state = states.find(config.ckpt)
+    pipe = LDMPipeline.from_pretrained(state.path, plugins=config.plugins)
     name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
     sampling.use_sampler(pipe, name, eta)
-    state = sampling.unfinished_at(config.ckpt)
-    own = f"{name}_{steps}_eta{eta:g}_seed{config.seed}" + ("" if state is None else f"_at{state}")
-    folder = Path(config.output or sampling.default_folder(config.ckpt) / own)
     trainer = build(
         config.trainer,
         "trainer",
@@ -40,8 +40,11 @@ def job(overrides: list[str]) -> None:
         logger=False,
     )
     settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
+    folder = Path(config.output or sampling.default_folder(state, settings))
     if is_first_process():
-        print(f"{config.ckpt}: " + ("finished" if state is None else f"not finished, at {state:,} images"), flush=True)
+        images = state.images_seen
+        stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
+        print(f"{config.ckpt}: {stands}", flush=True)
         sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
     indices = sampling.missing(folder, config.num_samples)
     if indices:

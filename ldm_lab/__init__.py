@@ -11,6 +11,7 @@ from typing import Any
 from ldm_lab.version import __version__
 
 _HOMES = {
+    "AutoencoderKL": "ldm_lab.models.kl_model",
     "DDIMScheduler": "ldm_lab.diffusion.ddim",
     "DDPMScheduler": "ldm_lab.diffusion.ddpm",
     "LDMPipeline": "ldm_lab.pipeline",

@@ -6,7 +6,7 @@ A checkpoint is what Lightning saves (`state_dict`, `optimizer_states`, `loops`,
     stage        "autoencoder" or "diffusion"
     images_seen  training images so far
     version      of this package
-    configs      name -> config of each network (and of the scheduler), plain data
+    configs      name -> config of each network (which names its class) and of the scheduler, plain data
     prefixes     name -> where its tensors lie in `state_dict` (for the UNet: its moving average)
 
 Everything is dicts, lists, strings, numbers and tensors, so `torch.load(weights_only=True)` reads it.
@@ -15,17 +15,23 @@ Everything is dicts, lists, strings, numbers and tensors, so `torch.load(weights
 from __future__ import annotations
 
 import hashlib
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.serialization import LoadError, PretrainedModel, read_json, read_torch, replacing
+from ldm_lab.serialization import Configurable, LoadError, PretrainedModel, read_json, read_torch, replacing
 
 ENTRY = "ldm_lab"
 STATUS = "status.json"
+LIBRARIES = ("diffusers", "ldm_lab")  # a class of one is ours of the same name; neither is ever a plugin
+FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
@@ -56,12 +62,15 @@ def describe(path: str | Path) -> dict[str, Any]:
     return load(path, mmap=True)[ENTRY]
 
 
-def networks(path: str | Path, classes: dict[str, type[PretrainedModel]]) -> dict[str, PretrainedModel]:
+def networks(
+    path: str | Path, known: Mapping[str, Sequence[type[PretrainedModel]]], plugins: Sequence[str] = ()
+) -> dict[str, PretrainedModel]:
     """Rebuild networks from a checkpoint, in evaluation mode.
 
     Args:
         path: the file.
-        classes: name -> class, for those wanted; the file cannot name a class.
+        known: name -> classes of this package, for those wanted; the first where the file names none.
+        plugins: packages whose classes the file may name too.
 
     Raises:
         LoadError: the checkpoint does not hold one of them, or not all of its tensors.
@@ -69,48 +78,72 @@ def networks(path: str | Path, classes: dict[str, type[PretrainedModel]]) -> dic
     state = load(path)
     entry = state[ENTRY]
     built = {}
-    for name, kind in classes.items():
+    for name, kinds in known.items():
         if name not in entry["prefixes"]:
             raise LoadError(f"{path}: a checkpoint of stage {entry['stage']!r} holds no {name}")
-        prefix = entry["prefixes"][name]
+        prefix, config = entry["prefixes"][name], entry["configs"][name]
         tensors = {key[len(prefix) :]: value for key, value in state["state_dict"].items() if key.startswith(prefix)}
+        kind = class_of(config, kinds, plugins, f"{path}: {name}")
         with torch.device("meta"):
-            model = kind.from_config(entry["configs"][name])
+            model = kind.from_config(config)
         model.load_weights(tensors, origin=str(path), assign=True)
         built[name] = model.eval()
     return built
 
 
-def find(source: Path) -> Path:
-    """The newest diffusion checkpoint of a run folder, a stage folder or the file itself."""
-    candidates = [source, source / "diffusion/checkpoints/last.ckpt", source / "checkpoints/last.ckpt"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    if not source.exists():
-        raise LoadError(f"{source}: no such file or folder")
-    raise LoadError(f"{source}: no pipeline (model_index.json) and no diffusion checkpoint to sample from")
+def class_of(config: dict[str, Any], kinds: Sequence[type], plugins: Sequence[str], origin: str) -> type[Configurable]:
+    """The class that a config names: one of `kinds`, the first where it names none, or one of a plugin."""
+    known = {kind.__name__: kind for kind in kinds}
+    return class_named(str(config.get("_class_name", next(iter(known)))), known, plugins, origin)
 
 
-def is_unfinished(run: Path) -> bool:
-    """Whether the run's diffusion stage has trained on since its pipeline was exported."""
-    status = run / "diffusion" / STATUS
-    return status.is_file() and not read_json(status).get("finished")
+def class_named(name: str, known: Mapping[str, type], plugins: Sequence[str], origin: str) -> type[Configurable]:
+    """The class that a file names. Nothing is imported but what lies in a package of `plugins`.
+
+    Args:
+        name: one of `known`, or the module and the class of a plugin: `my_package.networks.MyUNet`.
+        known: classes of this package by name.
+        plugins: packages that the user trusts.
+        origin: the file and what it names there, for the message.
+
+    Raises:
+        LoadError: the name is not known, its package is not in `plugins`, or holds no such class.
+    """
+    if name in known:
+        return known[name]
+    module, _, kind = name.rpartition(".")
+    package = module.split(".")[0]
+    if package in ("", *LIBRARIES):
+        raise LoadError(f"{origin} is {name}; known are {', '.join(known)}")
+    if package not in plugins:
+        raise LoadError(f"{origin} is {name}: add plugins=[{package}]")
+    try:
+        found = getattr(importlib.import_module(module), kind, None)
+    except ImportError as error:
+        raise LoadError(f"{origin} is {name}, which cannot be imported: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, Configurable):
+        raise LoadError(f"{origin} is {name}: {module} has no such subclass of PretrainedModel or Scheduler")
+    return found
 
 
-def load_autoencoder(source: str | Path) -> VQModel:
-    """A first stage from a model folder, a pipeline folder, a run folder or a training checkpoint.
+def load_autoencoder(source: str | Path, plugins: Sequence[str] = ()) -> FirstStage:
+    """A first stage of any kind from a model folder, a pipeline folder, a run folder or a training checkpoint.
+
+    Args:
+        source: the folder or file; in a pipeline folder, the first stage lies in `vqvae` or in `vae`.
+        plugins: packages whose classes it may name too.
 
     Raises:
         LoadError: none is there, or it is damaged; the message says how one is made.
     """
-    source = Path(source)
+    source, kinds = Path(source), tuple(FIRST_STAGES.values())
     if source.is_file():
-        return networks(source, {"vqvae": VQModel})["vqvae"]
-    for folder in (source, source / "vqvae", source / "autoencoder/final", source / "final"):
-        if (folder / VQModel.config_name).is_file():
-            return VQModel.from_pretrained(folder)
-    raise LoadError(f"{source}: there is no first stage here (a folder with {VQModel.config_name})")
+        return networks(source, {"vqvae": kinds}, plugins)["vqvae"]
+    for folder in (source, source / "vqvae", source / "vae", source / "autoencoder/final", source / "final"):
+        path = folder / FirstStage.config_name
+        if path.is_file():
+            return class_of(read_json(path), kinds, plugins, f"{path}: the first stage").from_pretrained(folder)
+    raise LoadError(f"{source}: there is no first stage here (a folder with {FirstStage.config_name})")
 
 
 def fingerprint(network: nn.Module) -> str:

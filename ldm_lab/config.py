@@ -7,12 +7,12 @@ goes to every stage that knows its key. A stage on its own is a recipe of one.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import hydra
@@ -27,22 +27,23 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm_lab import settings
+from ldm_lab.config_files import CONFIGS, ConfigError, local_plugins, near, option_for, searched, stages
+from ldm_lab.lengths import parse_images
 from ldm_lab.sweep import job_name, pack, unpack
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-STAGES = ("autoencoder", "diffusion")
-
-# Whole numbers, and the lowest that each may be.
-LOWEST = {
-    "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "seed": 0,
-    "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
-    "num_samples": 1, "batch_size": 1, "sampler.steps": 1,
-}  # fmt: skip
+# Numbers of images, which may be typed as 250k, 2M or 100ep.
+LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
 INTERRUPTED = 130  # what shells expect of a command that Ctrl-C has ended
 
 
-class ConfigError(ValueError):
-    """Something the user typed cannot be; the message is one line that says what to change."""
+def stem(path: str | None) -> str:
+    """`${stem:PATH}` in a config: the last part of a path, `flowers` of `/data/flowers` or `/data/flowers.zip`."""
+    path = Path(path or "folder").expanduser().absolute()
+    return path.name if path.is_dir() or not path.suffix else path.stem
+
+
+OmegaConf.register_new_resolver("stem", stem, replace=True)
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,40 @@ class Recipe:
     def parse(cls, overrides: list[str], default: str = "avatars") -> Recipe:
         """Read `key=value` strings. Raises `ConfigError` for bad syntax or an unknown experiment."""
         parsed = parse_overrides(overrides)
+        if searches := [o for o in parsed if o.key_or_group == "hparams_search"]:
+            raise ConfigError(f"{searches[0].input_line} is a sweep of many jobs: add -m")
         names = [o.value() for o in parsed if o.key_or_group == "experiment"]
         experiment = str(names[-1]) if names else default
-        path = CONFIGS / "experiment" / f"{experiment}.yaml"
-        if not path.is_file():
-            raise ConfigError(f"experiment={experiment}: no such experiment; {_near(experiment, experiments())}")
-        stages = yaml.safe_load(path.read_text(encoding="utf-8")).get("stages", [experiment])
-        return cls(experiment, tuple(stages), tuple(o for o in parsed if o.key_or_group != "experiment"))
+        return cls(experiment, stages(experiment), tuple(o for o in parsed if o.key_or_group != "experiment"))
 
-    def compose(self) -> list[DictConfig]:
-        """One resolved config a stage. Raises `ConfigError` for a key that no stage knows, or a bad value."""
+    def compose(self, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[DictConfig]:
+        """One resolved config a stage. Raises `ConfigError` for a key that no stage knows, or a bad value.
+
+        Args:
+            changes: stage -> dotted key -> value: what takes the place of settings that were not typed.
+        """
         bases = [_compose("train", [f"experiment={stage}", *self._groups(stage)]) for stage in self.stages]
-        lines: list[list[str]] = [[] for _ in self.stages]
+        lines = [_where_known(base) for base in bases]
         for override in self.overrides:
             for stage in [] if is_group(override) else takers(override, bases):
                 lines[stage].append(override.input_line or "")
-        return [
-            check(_compose("train", [f"experiment={stage}", *self._groups(stage), *mine]))
+        configs = [
+            _compose("train", [f"experiment={stage}", *self._groups(stage), *mine])
             for stage, mine in zip(self.stages, lines, strict=True)
         ]
+        for config in configs:
+            for key, value in changes.get(config.stage, {}).items():
+                OmegaConf.update(config, key, value, force_add=True)
+        plugins = plugins_given(self.overrides)
+        configs = [check(config, plugins) for config in configs]
+        for override in self.overrides:
+            _refuse_other_lengths(override, configs[0])
+        return configs
+
+    @property
+    def typed(self) -> set[str]:
+        """The keys that the user has given a value."""
+        return {override.key_or_group for override in self.overrides if not is_group(override)}
 
     def command(self, stage: str) -> str:
         """What to type for one stage of this run."""
@@ -86,7 +102,7 @@ class Recipe:
     def _groups(self, stage: str) -> list[str]:
         """The overrides that pick a file (`trainer=ddp`), for one stage."""
         kind = stage.rsplit("/", 1)[-1]
-        return [line for o in self.overrides if is_group(o) and (line := group_line(o, kind))]
+        return [line for o in self.overrides if is_group(o) and (line := option(o, kind))]
 
 
 def parse_overrides(lines: list[str]) -> list[Override]:
@@ -97,47 +113,33 @@ def parse_overrides(lines: list[str]) -> list[Override]:
         raise ConfigError(f"{' '.join(lines)}: not of the form key=value ({_line(error)})") from error
 
 
-def experiments() -> list[str]:
-    """The names that `experiment=` takes."""
-    root = CONFIGS / "experiment"
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-
-
 def is_group(override: Override) -> bool:
     """Whether an override picks a config file (`trainer=ddp`) rather than sets a value."""
     return (CONFIGS / override.key_or_group).is_dir()
 
 
-def group_line(override: Override, stage: str) -> str | None:
-    """A group override as one stage takes it; `None` where it is not meant for that stage.
+def option(override: Override, stage: str) -> str | None:
+    """An override that picks a file, as one stage takes it; see `option_for`."""
+    return option_for(override.input_line or "", override.key_or_group, override.value(), stage)
 
-    An option may be a folder with a file per stage (`debug=tiny`), or, for `model=`, belong to one stage.
-    """
-    group, value = override.key_or_group, override.value()
-    if isinstance(value, str):
-        folder = CONFIGS / group / value
-        if folder.is_dir():
-            return f"{group}={value}/{stage}"
-        if not folder.with_suffix(".yaml").is_file():
-            options = sorted(p.stem for p in (CONFIGS / group).iterdir() if p.suffix == ".yaml" or p.is_dir())
-            raise ConfigError(f"{override.input_line}: there is no such option; {_near(value, options)}")
-        if value in STAGES and value != stage:  # callbacks=diffusion
-            return None
-        if group == "model" and stage in STAGES:
-            module = str(yaml.safe_load(folder.with_suffix(".yaml").read_text(encoding="utf-8")).get("_target_"))
-            return override.input_line if f".{stage}_module." in module else None
-    return override.input_line
+
+def plugins_given(overrides: Iterable[Override]) -> Any:  # noqa: ANN401
+    """The packages named on the command line, else in `local/`: no other file may let code in."""
+    typed = [override.value() for override in overrides if override.key_or_group == "plugins"]
+    return typed[-1] if typed else local_plugins()
 
 
 def compose_sample(overrides: list[str]) -> DictConfig:
     """The config of `sample.py`."""
     parsed = parse_overrides(overrides)
-    lines = [group_line(o, "sample") if is_group(o) else o.input_line for o in parsed]
+    lines = [option(o, "sample") if is_group(o) else o.input_line for o in parsed]
     base = _compose("sample", [])
     for override in parsed:
-        if not is_group(override) and not _knows(base, override):
-            raise ConfigError(f"{override.input_line}: no such key; {_near(override.key_or_group, _keys(base))}")
-    return check(_compose("sample", lines))
+        if not is_group(override) and not _knows(base, override.key_or_group):
+            raise ConfigError(f"{override.input_line}: no such key; {near(override.key_or_group, _keys(base))}")
+    config = _compose("sample", lines)
+    config.plugins = plugins_given(parsed)  # those of local/, too, which has no other settings for sampling
+    return check(config, config.plugins)
 
 
 def _compose(name: str, overrides: list[str]) -> DictConfig:
@@ -158,17 +160,22 @@ def takers(override: Override, bases: list[DictConfig]) -> list[int]:
     everyone = list(range(len(bases)))
     if override.key_or_group.startswith("hydra."):
         return everyone
-    if found := [place for place in everyone if _knows(bases[place], override)]:
+    if found := [place for place in everyone if _knows(bases[place], override.key_or_group)]:
         return found
     if override.is_add() or override.is_force_add():
         parent = override.key_or_group.rpartition(".")[0]
         return [place for place in everyone if _node(bases[place], parent) is not None] or everyone
     known = sorted({key for base in bases for key in _keys(base)})
-    raise ConfigError(f"{override.input_line}: no stage has this key; {_near(override.key_or_group, known)}")
+    raise ConfigError(f"{override.input_line}: no stage has this key; {near(override.key_or_group, known)}")
 
 
-def _knows(config: DictConfig, override: Override) -> bool:
-    parent, _, last = override.key_or_group.rpartition(".")
+def _where_known(config: DictConfig) -> list[str]:
+    """The overrides that a config file (`debug=tiny`) has for keys that not every stage has."""
+    return [f"{key}={value}" for key, value in config.get("where_known", {}).items() if _knows(config, key)]
+
+
+def _knows(config: DictConfig, key: str) -> bool:
+    parent, _, last = key.rpartition(".")
     return last in list(_node(config, parent) or [])  # `in node` is false for keys without a value
 
 
@@ -191,23 +198,46 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def check(config: DictConfig) -> DictConfig:
-    """Resolve, and refuse values of the wrong kind before anything is built or read."""
+def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
+    """Resolve, and refuse values of the wrong kind before anything is built or read.
+
+    Args:
+        config: composed; changed in place.
+        plugins: those that the user has named.
+    """
     try:
-        for key, low in LOWEST.items():
-            value = OmegaConf.select(config, key)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ConfigError(f"{key}={value}: must be a whole number, at least {low}")
-        rate = OmegaConf.select(config, "model.optimizer.lr", default=1.0)
-        if not isinstance(rate, (int, float)) or rate <= 0:
-            raise ConfigError(f"model.optimizer.lr={rate}: must be a number above 0")
+        if config.plugins != plugins:
+            raise ConfigError(
+                f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
+            )
+        settings.check_code(plain(config))  # before an epoch is counted, for which data sets are built
+        for key in LENGTHS:
+            if isinstance(text := OmegaConf.select(config, key), str):
+                epoch = _epoch(config) if text.strip().endswith("ep") else None
+                OmegaConf.update(config, key, parse_images(text, key, epoch))
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(_line(error)) from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing or not config.get("name", "unnamed"):
         raise ConfigError(f"{(missing or ['name'])[0]}= must be given")
+    settings.check(plain(config))
     return config
+
+
+def _epoch(config: DictConfig) -> int:
+    """Training images in one epoch."""
+    return build(config.data.module, "data").num_train
+
+
+def _refuse_other_lengths(override: Override, config: DictConfig) -> None:
+    """Epochs and steps are answered with the equal number of images."""
+    key, value = override.key_or_group, override.value()
+    if key in ("trainer.max_epochs", "trainer.max_steps") and isinstance(value, int) and value > 0:
+        unit = key.rpartition("_")[2]
+        size = _epoch(config) if unit == "epochs" else config.data.global_batch_size
+        equal = f"{value} {unit} of {size:,} images are max_images={value * size}"
+        raise ConfigError(f"{key}={value}: the length of a stage is counted in images; {equal}")
 
 
 def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: ANN401
@@ -279,9 +309,10 @@ def fail(error: ValueError) -> NoReturn:
 
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     """Run `job` once for each combination of the swept values in `lines`, each under a name of its own."""
-    parsed = parse_overrides(lines)
-    first = [next(_values(override)) for override in parsed]
-    recipe = Recipe.parse(first)
+    lines = [mine for line in lines for mine in searched(line)]
+    ours = [line for line in lines if not line.startswith(("hydra.", "hydra/"))]
+    parsed = parse_overrides(ours)
+    recipe = Recipe.parse([_first(override) for override in parsed])
     configs = recipe.compose()
     for config in configs:
         if "ddp" in str(config.trainer.get("strategy")) and config.trainer.devices != 1:
@@ -290,7 +321,6 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
                 " sweep; start one command per job, or use a launcher (hydra/launcher=submitit_slurm)"
             )
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-    base = next((str(o.value()) for o in parsed if o.key_or_group == "name"), recipe.experiment.split("/")[0])
     given = any(override.key_or_group == "autoencoder" for override in parsed)
     # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
     shared = [f"autoencoder='{configs[0].autoencoder}'"] if configs[0].autoencoder and not given else []
@@ -300,7 +330,7 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
         try:
-            return job([*unnamed, *shared, f"name='{job_name(base, swept, mine)}'"])
+            return job([*unnamed, *shared, f"name='{job_name(configs[0].name, swept, mine)}'"])
         except ValueError as error:  # Hydra would show a traceback
             fail(error)
 
@@ -308,23 +338,13 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     run_job()
 
 
-def _values(override: Override) -> Iterator[str]:
-    """An override once for each of its swept values."""
+def _first(override: Override) -> str:
+    """An override with the first of its swept values: what a first job could be."""
     if not override.is_sweep_override():
-        yield override.input_line or ""
-        return
-    for value in override.sweep_string_iterator():
-        yield f"{override.get_key_element()}={value}"
-
-
-def _near(word: str, words: list[str]) -> str:
-    """A hint: the closest of `words`, or all of them where they are few."""
-    if len(words) <= 16:
-        return f"there are: {', '.join(words)}"
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    ends = [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    found = list(dict.fromkeys(ends[:3] + close))
-    return f"did you mean {' or '.join(found)}?" if found else "--cfg shows all keys"
+        return override.input_line or ""
+    if override.is_interval_sweep():
+        return f"{override.get_key_element()}={override.value().start}"
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
 def _line(error: BaseException) -> str:

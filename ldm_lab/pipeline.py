@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,22 +14,23 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab import checkpoint
+from ldm_lab import checkpoint, states
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.images import to_numpy, to_pil, to_unit
+from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.models.vq_model import VQModel
 from ldm_lab.serialization import LoadError, read_json, write_json
+from ldm_lab.states import INDEX
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-INDEX = "model_index.json"
-LIBRARIES = ("diffusers", "ldm_lab")  # whose classes an index may name
+log = logging.getLogger(__name__)
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -56,23 +59,23 @@ class LDMPipeline:
     """Unconditional image generation: noise -> UNet and scheduler -> latents -> first stage -> images.
 
     Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". Diffusion runs on
-    `scaling_factor * latents`; decoding divides by it and quantizes to the codebook.
+    `scaling_factor * latents`; decoding divides by it and, where there is a codebook, quantizes.
 
     Args:
-        vqvae: the first stage.
+        vqvae: the first stage, of either kind.
         unet: predicts what `scheduler.config.prediction_type` says.
         scheduler: the sampler; assign another to `pipe.scheduler` to change it.
     """
 
-    # A folder may name these classes and no others: a config is data and cannot make us import anything.
+    # A folder may name these classes and those of plugins: a config is data and cannot make us import anything.
     classes: ClassVar[dict[str, tuple[type, ...]]] = {
-        "vqvae": (VQModel,),
+        "vqvae": tuple(checkpoint.FIRST_STAGES.values()),
         "unet": (UNet2DModel,),
         "scheduler": (DDIMScheduler, DDPMScheduler),
     }
 
-    def __init__(self, vqvae: VQModel, unet: UNet2DModel, scheduler: Scheduler) -> None:
-        channels = vqvae.quantize.vq_embed_dim
+    def __init__(self, vqvae: FirstStage, unet: UNet2DModel, scheduler: Scheduler) -> None:
+        channels = vqvae.embed_dim
         if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
             raise ValueError(
                 f"unet.in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}, but the"
@@ -198,38 +201,55 @@ class LDMPipeline:
         folder = Path(folder)
         for name, component in self.components.items():
             component.save_pretrained(folder / name)
-        index = {name: ["diffusers", type(component).__name__] for name, component in self.components.items()}
+            if component.library != "diffusers":
+                kind = f"{component.library}.{type(component).__name__}"
+                _say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
+        index = {name: [part.library, type(part).__name__] for name, part in self.components.items()}
         write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> Self:
-        """Load a pipeline folder, a run folder (also of a run that is not finished) or a training checkpoint.
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, plugins: Sequence[str] = ()
+    ) -> Self:
+        """Load a pipeline folder, a run (also one that is not finished), its snapshot or a training checkpoint.
+
+        Args:
+            folder: the folder or file; `runs/x@2M` is a snapshot (see `ldm_lab.states`).
+            torch_dtype: floating-point type of the networks; None keeps that of the file.
+            plugins: packages that may be imported: those whose classes the files may name beside ours.
 
         Raises:
             LoadError: nothing of the kind is there, or it is damaged; one line says what and where.
         """
-        path = Path(folder)
-        if (path / INDEX).is_file() and not checkpoint.is_unfinished(path):
-            return cls._from_folder(path).to(dtype=torch_dtype)
-        return cls._from_checkpoint(checkpoint.find(path)).to(dtype=torch_dtype)
+        path = states.find(folder).path
+        load = cls._from_folder if path.is_dir() else cls._from_checkpoint
+        return load(path, plugins).to(dtype=torch_dtype)
 
     @classmethod
-    def _from_folder(cls, folder: Path) -> Self:
+    def _from_folder(cls, folder: Path, plugins: Sequence[str]) -> Self:
         index = read_json(folder / INDEX)
         if index.get("_class_name") != "LDMPipeline":
             raise LoadError(f"{folder / INDEX}: describes a {index.get('_class_name')!r}, not an LDMPipeline")
         parts = {}
-        for name, known in cls.classes.items():
+        for name, kinds in cls.classes.items():
             entry = index.get(name)
             wanted = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
-            by_name = {f"{library}.{kind.__name__}": kind for library in LIBRARIES for kind in known}
-            if wanted not in by_name:
-                raise LoadError(f"{folder / INDEX}: {name} is {wanted}; known are {', '.join(by_name)}")
-            parts[name] = by_name[wanted].from_pretrained(folder, subfolder=name)
+            known = {f"{library}.{kind.__name__}": kind for library in checkpoint.LIBRARIES for kind in kinds}
+            kind = checkpoint.class_named(wanted, known, plugins, f"{folder / INDEX}: {name}")
+            parts[name] = kind.from_pretrained(folder, subfolder=name)
         return cls(**parts)
 
     @classmethod
-    def _from_checkpoint(cls, path: Path) -> Self:
-        parts = checkpoint.networks(path, {"vqvae": VQModel, "unet": UNet2DModel})
+    def _from_checkpoint(cls, path: Path, plugins: Sequence[str]) -> Self:
+        known = dict(cls.classes)
+        schedulers = known.pop("scheduler")
+        parts = checkpoint.networks(path, known, plugins)
         config = checkpoint.describe(path)["configs"]["scheduler"]
-        return cls(**parts, scheduler=DDIMScheduler.from_config(config))
+        kind = checkpoint.class_of(config, schedulers, plugins, f"{path}: scheduler")
+        return cls(**parts, scheduler=kind.from_config(config))
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Once in a process: a training writes many folders."""
+    log.warning(line)

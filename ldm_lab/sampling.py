@@ -18,8 +18,9 @@ from ldm_lab import checkpoint, randomness
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.images import grid, save_png, to_pil
-from ldm_lab.pipeline import INDEX, LDMPipeline
+from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import read_json, replacing, write_json
+from ldm_lab.states import State
 from ldm_lab.version import __version__
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
@@ -66,18 +67,12 @@ def missing(folder: Path, num_samples: int) -> list[int]:
     return [index for index in range(num_samples) if not image_path(folder, index).is_file()]
 
 
-def unfinished_at(ckpt: str) -> int | None:
-    """Images seen by the state that `LDMPipeline.from_pretrained(ckpt)` takes; `None` for a finished model."""
-    path = Path(ckpt)
-    if (path / INDEX).is_file() and not checkpoint.is_unfinished(path):
-        return None
-    return checkpoint.describe(checkpoint.find(path))["images_seen"]
-
-
-def default_folder(ckpt: str) -> Path:
-    """`samples/` in the run folder, or beside a file."""
-    path = Path(ckpt)
-    return path / "samples" if path.is_dir() else path.with_name(f"{path.stem}_samples")
+def default_folder(state: State, settings: dict[str, Any]) -> Path:
+    """A folder for each state and each sampler: in `samples/` of the folder that was named, or beside a file."""
+    source = state.source
+    samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
+    name = "{sampler}_{steps}_eta{eta:g}_seed{seed}".format(**settings)
+    return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
 
 
 def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:

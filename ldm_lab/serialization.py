@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEGACY_WEIGHTS = "diffusion_pytorch_model.bin"  # folders of 2022; read with weights_only, never written
+OWN_WEIGHTS = "model.safetensors"  # of what diffusers does not have: there it finds no weights, and refuses
 
 
 class LoadError(ValueError):
@@ -123,17 +124,27 @@ class Configurable:
         known = set(inspect.signature(cls.__init__).parameters) - {"self"}
         if unknown := set(overrides) - known:
             raise TypeError(f"{cls.__name__} has no argument {sorted(unknown)}; it has {sorted(known)}")
-        name = config.get("_class_name", cls.__name__)
-        if name != cls.__name__ and not cls.ignores_unknown:
+        name = config.get("_class_name", cls.class_name())
+        if name != cls.class_name() and not cls.ignores_unknown:
             raise LoadError(f"this config describes a {name!r}, not a {cls.__name__}")
         values = {key: value for key, value in config.items() if not key.startswith("_")}
         if (unknown := set(values) - known) and not cls.ignores_unknown:
             raise LoadError(f"the config of this {cls.__name__} has keys that it does not know: {sorted(unknown)}")
         return cls(**({key: value for key, value in values.items() if key in known} | overrides))
 
+    @classmethod
+    def class_name(cls) -> str:
+        """How configs name this class: with its module, unless it is one of this package."""
+        return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__name__}"
+
+    @property
+    def library(self) -> str:
+        """What an index names beside the class: `diffusers`, where its namesake computes the same, or the module."""
+        return "diffusers" if _is_ours(type(self)) else type(self).__module__
+
     def to_json(self) -> dict[str, Any]:
         """The config with the class name and version, as it is written to `config_name`."""
-        return {"_class_name": type(self).__name__, "_ldm_lab_version": __version__, **self.config}
+        return {"_class_name": self.class_name(), "_ldm_lab_version": __version__, **self.config}
 
     def save_config(self, folder: str | Path) -> None:
         """Write `folder/config_name`."""
@@ -143,6 +154,10 @@ class Configurable:
     def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
         """Read `folder[/subfolder]/config_name` as plain data."""
         return read_json(Path(folder, subfolder or "") / cls.config_name)
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 class PretrainedModel(Configurable, nn.Module):
@@ -166,12 +181,17 @@ class PretrainedModel(Configurable, nn.Module):
         """The tensors that the namesake knows: what goes into a folder. State of training stays out."""
         return self.state_dict()
 
+    @property
+    def weights_name(self) -> str:
+        """The file that holds the weights. Only where its namesake computes the same does diffusers find them."""
+        return WEIGHTS if self.library == "diffusers" else OWN_WEIGHTS
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and the weights (safetensors) into `folder`, each file whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {key: value.detach().contiguous().cpu() for key, value in self.exported_state_dict().items()}
-        with replacing(folder / WEIGHTS) as temporary:
+        with replacing(folder / self.weights_name) as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
         self.save_config(folder)
 
@@ -192,7 +212,7 @@ class PretrainedModel(Configurable, nn.Module):
                 model = cls.from_config(config)
         except (TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"{folder / cls.config_name}: {_first_line(error)}") from error
-        model.load_weights(read_weights(folder), origin=str(folder), assign=True)
+        model.load_weights(read_weights(folder, model.weights_name), origin=str(folder), assign=True)
         return model.to(dtype=torch_dtype).eval()
 
     def load_weights(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
@@ -228,9 +248,9 @@ class PretrainedModel(Configurable, nn.Module):
         return {".".join(names.get(part, part) for part in key.split(".")): value for key, value in state.items()}
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
     """The tensors of a model folder, on the CPU. Raises `LoadError` where there are none to be had safely."""
-    path, legacy = folder / WEIGHTS, folder / LEGACY_WEIGHTS
+    path, legacy = folder / name, folder / LEGACY_WEIGHTS
     if path.is_file():
         try:
             # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
@@ -242,7 +262,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict) or not all(_is_named_tensor(item) for item in state.items()):
             raise LoadError(f"{legacy}: does not hold tensors by name")
         return state
-    raise LoadError(f"{folder}: neither {WEIGHTS} nor {LEGACY_WEIGHTS} is there")
+    raise LoadError(f"{folder}: neither {name} nor {LEGACY_WEIGHTS} is there")
 
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:
@@ -300,6 +320,8 @@ class replacing:  # noqa: N801 -- a context manager that reads like a verb
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        self.temporary.touch()
+        self.mode = self.temporary.stat().st_mode  # what the user's umask makes of it: safetensors' files are 0600
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -308,6 +330,7 @@ class replacing:  # noqa: N801 -- a context manager that reads like a verb
             return
         with open(self.temporary, "rb+") as file:
             os.fsync(file.fileno())
+        self.temporary.chmod(self.mode)
         os.replace(self.temporary, self.path)
 
 

@@ -8,6 +8,8 @@ the letter keeps the sigil, the number keeps apart two overrides of one node (`t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 _LETTERS = {"": "s", "+": "a", "++": "f", "~": "d"}
 _SIGILS = {letter: sigil for sigil, letter in _LETTERS.items()}
@@ -36,3 +38,30 @@ def job_name(base: str, swept: list[str], lines: list[str]) -> str:
     """A job's run name: a function of its swept values, so that the same command finds its runs again."""
     values = [line.lstrip("+~") for line in lines if line.lstrip("+~").split("=", 1)[0] in swept]
     return re.sub(r"[^\w.=,-]+", "_", "-".join([base, *values]))
+
+
+def search_lines(search: dict[str, Any]) -> list[str]:
+    """The overrides that a file of `configs/hparams_search/` stands for.
+
+    The file has the form that Hydra's sweepers know: the sweeper is chosen under `defaults`, the swept keys are
+    `hydra.sweeper.params`, its other settings stand beside them, and everything else are keys of the stages.
+    """
+    sweeper = dict((search.get("hydra") or {}).get("sweeper") or {})
+    params = sweeper.pop("params", None) or {}
+    chosen = [entry for entry in search.get("defaults", []) if isinstance(entry, dict)]
+    own = {key: value for key, value in search.items() if key not in ("defaults", "hydra")}
+    return [
+        *(f"{key.removeprefix('override ').lstrip('/')}={value}" for entry in chosen for key, value in entry.items()),
+        *(f"hydra.sweeper.{line}" for line in _leaves(sweeper)),
+        *_leaves(own),
+        *(f"{key}={value}" for key, value in params.items()),
+    ]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Nested data as `a.b=value`."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={'null' if value is None else value}"

@@ -48,3 +48,13 @@ class DumpWeights(Callback):
     def on_train_end(self, trainer, module):
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save(module.state_dict(), self.folder / f"{module.stage}_{trainer.global_rank}.pt")
+
+
+class FoundBatchSizes(Callback):
+    """Rank r has found that `sizes[r]` images fit its device."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def setup(self, trainer, module, stage):
+        trainer.datamodule.batch_size = self.sizes[trainer.global_rank]

@@ -13,6 +13,7 @@ def tiny_runs(tmp_path_factory):
         train(
             runs,
             f"experiment={experiment}",
+            "plugins=[tests]",
             "+callbacks.journal._target_=tests.callbacks.Journal",
             "+callbacks.journal.folder=${paths.stage}",
         )

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from train import job
 
-EXPERIMENTS = ("avatars", "celebahq")
+RECIPES = ("celebahq", "ffhq", "lsun_bedrooms", "lsun_churches")  # the published ones
+EXPERIMENTS = ("avatars", "celebahq", "lsun_churches")  # those that tests train
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -66,7 +67,7 @@ def metrics(stage_folder):
 def final_weights(stage_folder):
     """The networks of a finished stage, by file."""
     final = Path(stage_folder) / "final"
-    return {path.relative_to(final).as_posix(): load_file(path) for path in sorted(final.rglob(WEIGHTS))}
+    return {path.relative_to(final).as_posix(): load_file(path) for path in sorted(final.rglob("*.safetensors"))}
 
 
 def last_checkpoint(stage_folder):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldm_lab"
 
 # The leaves: torch (and the standard library) alone.
-LEAVES = {"version", "randomness", "serialization", "images", "sweep"}
+LEAVES = {"version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files"}
 
 # Room -> rooms it may import, beside itself and the leaves.
 ROOMS = {
@@ -21,13 +21,14 @@ ROOMS = {
     "data": {"models"},
     "interop": {"models", "diffusion"},
     "checkpoint": {"models"},
-    "pipeline": {"models", "diffusion", "interop", "checkpoint"},
-    "sampling": {"pipeline", "diffusion", "checkpoint"},
-    "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint"},
+    "states": {"checkpoint"},
+    "pipeline": {"models", "diffusion", "interop", "checkpoint", "states"},
+    "sampling": {"pipeline", "diffusion", "checkpoint", "states"},
+    "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states"},
     "config": set(),
     "__init__": set(),
 }
-LEAF_EDGES = {"serialization": {"version"}, "images": {"serialization"}}
+LEAF_EDGES = {"serialization": {"version"}, "images": {"serialization"}, "config_files": {"sweep"}}
 
 # Libraries that only some may import.
 LIGHTNING = {"training", "data.datamodule", "sampling"}

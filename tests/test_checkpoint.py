@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_lab import LDMPipeline, VQModel, checkpoint
-from ldm_lab.models.unet import UNet2DModel
+from ldm_lab import AutoencoderKL, LDMPipeline, UNet2DModel, VQModel, checkpoint
 from ldm_lab.serialization import LoadError
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
@@ -18,7 +17,8 @@ from tests.models.weights import assert_equal_weights
 
 FOLDER = GOLDEN / "diffusers" / "ldm_tiny"
 TRAINING = {"optimizer": None, "schedule": None}
-BOTH = {"vqvae": VQModel, "unet": UNet2DModel}
+FIRST_STAGES = tuple(checkpoint.FIRST_STAGES.values())
+BOTH = {"vqvae": FIRST_STAGES, "unet": (UNet2DModel,)}
 
 
 def state_of(module):
@@ -81,8 +81,8 @@ def test_saving_replaces_the_whole_file_or_nothing(diffusion, tmp_path):
 def test_a_checkpoint_describes_itself(diffusion, file):
     entry = checkpoint.describe(file)
     assert (entry["stage"], entry["images_seen"]) == ("diffusion", 20_000_001)
-    assert entry["configs"]["unet"] == diffusion.unet.config
-    assert entry["configs"]["vqvae"] == diffusion.autoencoder.config
+    assert entry["configs"]["unet"] == {"_class_name": "UNet2DModel", **diffusion.unet.config}
+    assert entry["configs"]["vqvae"] == {"_class_name": "VQModel", **diffusion.autoencoder.config}
     assert entry["configs"]["scheduler"] == diffusion.scheduler.config
     assert json.loads(json.dumps(entry)) == entry  # plain data
 
@@ -99,7 +99,7 @@ def test_networks_are_rebuilt_bit_for_bit_with_averaged_weights(pipe, diffusion,
 def test_a_stage_1_holds_no_unet(autoencoder, tmp_path):
     path = tmp_path / "last.ckpt"
     checkpoint.save(state_of(autoencoder), path)
-    assert_equal_weights(checkpoint.networks(path, {"vqvae": VQModel})["vqvae"], autoencoder.autoencoder)
+    assert_equal_weights(checkpoint.networks(path, {"vqvae": FIRST_STAGES})["vqvae"], autoencoder.autoencoder)
     with pytest.raises(LoadError, match="a checkpoint of stage 'autoencoder' holds no unet"):
         checkpoint.networks(path, BOTH)
 
@@ -163,15 +163,6 @@ def write_status(run, finished):
     (run / "diffusion" / checkpoint.STATUS).write_text(json.dumps({"finished": finished}))
 
 
-def test_the_newest_state_is_found(run):
-    last = run / "diffusion" / "checkpoints" / "last.ckpt"
-    assert [checkpoint.find(source) for source in (run, run / "diffusion", last)] == [last] * 3
-    with pytest.raises(LoadError, match=r"final: no pipeline .* and no diffusion checkpoint"):
-        checkpoint.find(run / "autoencoder" / "final")
-    with pytest.raises(LoadError, match="elsewhere: no such file or folder"):
-        checkpoint.find(run / "elsewhere")
-
-
 def test_a_pipeline_of_a_run_that_is_not_finished(pipe, run):
     for source in (run, run / "diffusion", run / "diffusion" / "checkpoints" / "last.ckpt"):
         loaded = LDMPipeline.from_pretrained(source)
@@ -187,10 +178,7 @@ def test_a_run_that_goes_on_is_sampled_from_its_newest_state(pipe, run):
     pipe.save_pretrained(run)  # has another scaling factor than the checkpoint
     for finished, expected in ((True, 1.0), (False, 0.75)):
         write_status(run, finished)
-        assert checkpoint.is_unfinished(run) is not finished
         assert LDMPipeline.from_pretrained(run).vqvae.config.scaling_factor == expected
-    (run / "diffusion" / checkpoint.STATUS).unlink()
-    assert not checkpoint.is_unfinished(run)  # a pipeline folder from elsewhere
 
 
 def test_a_first_stage_from_everything_that_holds_one(pipe, run, file, tmp_path):
@@ -212,8 +200,59 @@ def test_no_first_stage(run, tmp_path):
     for source in (tmp_path / "nowhere", run / "diffusion"):
         with pytest.raises(LoadError, match=f"^{source}: there is no first stage here"):
             checkpoint.load_autoencoder(source)
-    with pytest.raises(LoadError, match="describes a 'UNet2DModel', not a VQModel"):
+    with pytest.raises(LoadError, match=r"config.json: the first stage is UNet2DModel; known are VQModel, Autoenc"):
         checkpoint.load_autoencoder(FOLDER / "unet")
+
+
+@pytest.fixture
+def kl_model():
+    torch.manual_seed(0)
+    return AutoencoderKL(norm_num_groups=4, block_out_channels=[8], latent_channels=3, scaling_factor=0.5).eval()
+
+
+def test_a_first_stage_with_a_gaussian_from_everything_that_holds_one(kl_model, pipe, tmp_path):
+    module = DiffusionModule(
+        copy.deepcopy(pipe.unet), kl_model, pipe.scheduler, objective=None, ema=EMA, scaling_factor=0.5, **TRAINING
+    )
+    checkpoint.save(state_of(module), tmp_path / "last.ckpt")
+    assert checkpoint.describe(tmp_path / "last.ckpt")["configs"]["vqvae"]["_class_name"] == "AutoencoderKL"
+    kl_model.save_pretrained(tmp_path / "model")
+    kl_model.save_pretrained(tmp_path / "run" / "autoencoder" / "final")
+    kl_model.save_pretrained(tmp_path / "like stable diffusion" / "vae")
+    LDMPipeline(kl_model, pipe.unet, pipe.scheduler).save_pretrained(tmp_path / "pipeline")
+    for source in ("last.ckpt", "model", "run", "like stable diffusion", "pipeline"):
+        loaded = checkpoint.load_autoencoder(tmp_path / source)
+        assert type(loaded) is AutoencoderKL
+        assert loaded.config == kl_model.config
+        assert_equal_weights(loaded, kl_model)
+    assert type(LDMPipeline.from_pretrained(tmp_path / "last.ckpt").vqvae) is AutoencoderKL
+
+
+def test_a_folder_of_stable_diffusion(kl_model, tmp_path):
+    """Its config has other keys than ours writes, all of them at values without an effect."""
+    kl_model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    kept = {key: written[key] for key in ("block_out_channels", "norm_num_groups", "latent_channels")}
+    neutral = {
+        "latents_mean": None,
+        "latents_std": None,
+        "shift_factor": None,
+        "force_upcast": True,
+        "sample_size": 512,
+    }
+    foreign = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2", "_name_or_path": "x", "act_fn": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps({**kept, **neutral, **foreign}))
+    loaded = checkpoint.load_autoencoder(tmp_path)
+    assert_equal_weights(loaded, kl_model)
+    assert loaded.config.scaling_factor == 0.18215
+
+
+def test_a_checkpoint_from_before_classes_were_named(diffusion, tmp_path):
+    state = state_of(diffusion)
+    for config in state[checkpoint.ENTRY]["configs"].values():
+        config.pop("_class_name", None)
+    checkpoint.save(state, tmp_path / "last.ckpt")
+    assert type(LDMPipeline.from_pretrained(tmp_path / "last.ckpt").vqvae) is VQModel
 
 
 def test_a_fingerprint_is_of_the_values(pipe, tmp_path):

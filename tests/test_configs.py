@@ -1,5 +1,6 @@
 """What a command line becomes: experiments compose, overrides reach the right stage, mistakes end in one line."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,11 @@ import pytest
 import torch
 import yaml
 
-from ldm_lab.config import CONFIGS, ConfigError, Recipe, build, build_all, experiments, plain
+import ldm_lab.config
+import ldm_lab.config_files
+from ldm_lab.config import Recipe, build, build_all, plain
+from ldm_lab.config_files import CONFIGS, experiments
+from ldm_lab.lengths import parse_images
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +23,7 @@ def compose(*overrides):
 
 
 def one_line_error(*overrides):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ValueError) as error:
         compose(*overrides)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -32,8 +37,10 @@ def one_line_error(*overrides):
 def test_every_experiment_composes_and_its_parts_can_be_built(experiment, tiny):
     for config in compose(f"experiment={experiment}", *tiny):
         network = config.model[{"autoencoder": "autoencoder", "diffusion": "unet"}[config.stage]]
+        # Channels may be left open: they follow from the autoencoder that is given.
+        channels = {key: 4 for key in ("in_channels", "out_channels") if network.get(key, 0) is None}
         with torch.device("meta"):
-            assert build(network, "network").num_parameters() > 0
+            assert build(network, "network", **channels).num_parameters() > 0
         assert build(config.model.optimizer, "optimizer", params=[torch.nn.Parameter(torch.zeros(1))]).param_groups
         assert 0 <= build(config.model.schedule, "schedule")(config.max_images // 2) <= 1
         assert build_all(config.callbacks, "callbacks")
@@ -50,51 +57,6 @@ def test_a_bare_command_is_the_demo():
 @pytest.fixture(scope="module")
 def celebahq():
     return compose("experiment=celebahq", "data.root=/images")
-
-
-def test_celebahq_has_the_published_networks(celebahq):
-    autoencoder, diffusion = (config.model for config in celebahq)
-    with torch.device("meta"):
-        assert build(autoencoder.autoencoder, "").num_parameters() == 55_322_782
-        assert build(diffusion.unet, "").num_parameters() == 274_056_163
-        discriminator = build(autoencoder.loss.discriminator, "")
-    assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
-
-
-def test_celebahq_has_the_published_first_stage(celebahq):
-    config = celebahq[0]
-    assert (config.data.global_batch_size, config.data.image_size, config.data.flip) == (8, 256, False)
-    assert config.max_images == 533_066 * 8
-    assert config.model.optimizer._target_ == "torch.optim.Adam"
-    assert (config.model.optimizer.lr, list(config.model.optimizer.betas)) == (pytest.approx(4.5e-6 * 8), [0.5, 0.9])
-    assert build(config.model.schedule, "")(0) == 1
-    assert config.model.autoencoder.num_vq_embeddings == 8192
-    assert config.model.legacy_codebook_loss is True
-    loss = config.model.loss
-    assert loss.perceptual._target_.endswith(".LPIPS")
-    assert (loss.perceptual_weight, loss.codebook_weight) == (1.0, 1.0)
-    adversarial = loss.adversarial
-    assert (adversarial.weight, adversarial.start_images, adversarial.max_weight) == (0.75, 0, 1e4)
-    assert (loss.discriminator.channels, loss.discriminator.num_layers) == (64, 3)
-    assert config.trainer.gradient_clip_val is None
-
-
-def test_celebahq_has_the_published_diffusion(celebahq):
-    config = celebahq[1]
-    assert (config.data.global_batch_size, config.data.image_size, config.data.flip) == (48, 256, False)
-    assert config.max_images == 410_000 * 48
-    assert config.model.optimizer._target_ == "torch.optim.AdamW"
-    assert (config.model.optimizer.lr, config.model.optimizer.weight_decay) == (pytest.approx(2e-6 * 48), 0.01)
-    assert build(config.model.schedule, "")(0) == 1
-    assert build(config.model.ema, "", network=torch.nn.Linear(1, 1)).max_decay == 0.9999
-    scheduler = build(config.model.scheduler, "").config
-    assert (scheduler.beta_schedule, scheduler.beta_start, scheduler.beta_end) == ("scaled_linear", 0.0015, 0.0195)
-    assert (scheduler.num_train_timesteps, scheduler.prediction_type, scheduler.clip_sample) == (1000, "epsilon", False)
-    kinds = [config.model.objective[part]._target_.rsplit(".", 1)[1] for part in ("loss", "weighting", "timesteps")]
-    assert kinds == ["L2Loss", "PlainWeighting", "UniformTimesteps"]
-    assert config.model.scaling_factor == 1.0
-    assert config.model.unet.dropout == 0.0
-    assert config.trainer.gradient_clip_val is None
 
 
 # --- what wins
@@ -129,7 +91,7 @@ ROUTES = [
     ("model.loss.perceptual.weights=/vgg.pth", "model.loss.perceptual.weights", ["/vgg.pth", None]),
     ("+model.scheduler.thresholding=true", "model.scheduler.thresholding", [None, True]),
     ("++model.ema.decay=0.5", "model.ema.decay", [None, 0.5]),
-    ("+callbacks.mine._target_=a.B", "callbacks.mine._target_", ["a.B", "a.B"]),
+    ("+callbacks.mine._target_=torch.nn.GELU", "callbacks.mine._target_", ["torch.nn.GELU", "torch.nn.GELU"]),
     ("~callbacks.throughput", "callbacks.throughput", [None, None]),
     ("trainer=ddp", "trainer.strategy", ["ddp", "ddp"]),
     ("trainer.devices=4", "trainer.devices", [4, 4]),
@@ -248,3 +210,77 @@ def uncommented(path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_every_key_has_a_comment(path):
     assert uncommented(path) == []
+
+
+# --- lengths
+
+
+def test_lengths_are_typed_as_people_say_them():
+    for config in compose("experiment=celebahq", "max_images=2M", "validate_every=250k", "snapshots=1.5M"):
+        assert (config.max_images, config.validate_every, config.preview_every) == (2_000_000, 250_000, 250_000)
+        assert config.snapshots == 1_500_000
+    assert compose("experiment=avatars/diffusion", "max_images=3M")[0].model.schedule.max_images == 3_000_000
+
+
+def test_epochs_are_those_of_the_training_images():
+    configs = compose("experiment=avatars", "max_images=10ep", "data.module.train_set.num_train=300")
+    assert [config.max_images for config in configs] == [3000, 3000]
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [("trainer.max_epochs=3", "max_images=12288"), ("+trainer.max_steps=100", "max_images=800")],
+)
+def test_epochs_and_steps_of_the_trainer_are_answered_with_images(override, answer):
+    message = one_line_error("experiment=avatars/autoencoder", override)
+    assert message.startswith(override.lstrip("+"))
+    assert message.endswith(answer)
+
+
+# --- one's own images
+
+
+def test_a_folder_of_images_gives_its_name_to_the_run(tmp_path):
+    for root, name in (("flowers.v2", "flowers.v2"), ("birds.zip", "birds"), ("a/b/cats", "cats")):
+        folder = tmp_path / root
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.touch() if root.endswith("zip") else folder.mkdir()
+        assert {config.name for config in compose("experiment=folder", f"data.root={folder}")} == {name}
+    assert compose("experiment=folder", "data.root=x", "name=mine")[0].name == "mine"
+
+
+@pytest.mark.parametrize("size", ["small", "base", "paper"])
+def test_a_size_brings_networks_batch_and_length_for_both_stages(size):
+    stages = compose("experiment=folder", "data.root=x", f"model={size}")
+    for config, option in zip(stages, ("autoencoder", "diffusion"), strict=True):
+        file = yaml.safe_load((CONFIGS / f"model/{size}/{option}.yaml").read_text())
+        assert config.data.module.global_batch_size == file["data"]["global_batch_size"]
+        assert config.max_images == parse_images(file["max_images"], "")
+        assert f".{option}_module." in config.model._target_
+    assert stages[1].model.scaling_factor == "measure"
+    assert stages[1].model.unet.in_channels is None
+    assert compose("experiment=folder", "data.root=x", f"model={size}", "max_images=7")[0].max_images == 7
+
+
+# --- plugins
+
+
+def test_only_the_command_line_and_local_settings_may_name_plugins(tmp_path, monkeypatch):
+    root = tmp_path / "configs"
+    shutil.copytree(CONFIGS, root)
+    for module in (ldm_lab.config, ldm_lab.config_files):
+        monkeypatch.setattr(module, "CONFIGS", root)
+    assert compose("plugins=[tests]")[0].plugins == ["tests"]
+    (root / "local/default.yaml").write_text("# @package _global_\nplugins: [tests]\n")
+    assert compose()[0].plugins == ["tests"]
+    (root / "local/default.yaml").unlink()
+    stage = root / "experiment/avatars/autoencoder.yaml"
+    stage.write_text(stage.read_text() + "plugins: [tests]\n")
+    assert "plugins=['tests'] stands in a config file" in one_line_error("experiment=avatars")
+    assert compose("plugins=[tests]")[0].plugins == ["tests"]
+
+
+def test_a_class_of_a_package_that_is_no_plugin_is_refused_with_what_to_add():
+    override = "+callbacks.mine._target_=tests.callbacks.Journal"
+    assert one_line_error(override).endswith("add plugins=[tests]")
+    assert compose(override, "plugins=[tests]")

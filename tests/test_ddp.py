@@ -32,7 +32,11 @@ TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 def two_processes(tmp_path_factory):
     """Both stages on two processes: the folder of the runs, that of the ranks' weights, and what was said."""
     folder = tmp_path_factory.mktemp("ddp")
-    dump = ("+callbacks.dump._target_=tests.callbacks.DumpWeights", f"+callbacks.dump.folder={folder}/ranks")
+    dump = (
+        "plugins=[tests]",
+        "+callbacks.dump._target_=tests.callbacks.DumpWeights",
+        f"+callbacks.dump.folder={folder}/ranks",
+    )
     done = command(*TWO, f"paths.runs={folder}/runs", *dump)
     assert done.returncode == 0, done.stderr
     return folder / "runs", folder / "ranks", done.stdout

@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm_lab.serialization import (
     LEGACY_WEIGHTS,
+    OWN_WEIGHTS,
     WEIGHTS,
     LoadError,
     PretrainedModel,
@@ -22,6 +23,8 @@ from tests.models.weights import assert_equal_weights
 
 class Network(PretrainedModel):
     """One layer, and a buffer that does not hold floating-point numbers."""
+
+    library = "diffusers"  # as if it had a namesake there
 
     @register_to_config
     def __init__(self, width=2):
@@ -49,6 +52,19 @@ def test_there_and_back_bit_for_bit(dtype, tmp_path):
     assert (back.dtype, back.device) == (dtype, torch.device("cpu"))
     assert not back.training
     assert all(parameter.requires_grad for parameter in back.parameters())
+
+
+def test_what_diffusers_does_not_have_it_does_not_find(tmp_path):
+    class Own(Network):
+        library = "somewhere"
+
+    network = Own(3)
+    network.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", OWN_WEIGHTS}
+    assert_equal_weights(Own.from_pretrained(tmp_path), network)
+    (tmp_path / OWN_WEIGHTS).unlink()
+    with pytest.raises(LoadError, match=f": neither {OWN_WEIGHTS} nor {LEGACY_WEIGHTS} is there$"):
+        Own.from_pretrained(tmp_path)
 
 
 def test_the_weights_take_the_type_asked_for(tmp_path):

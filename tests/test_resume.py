@@ -34,7 +34,7 @@ LOSSES = {
 def interrupt(stage, images, **more):
     """Overrides that send Ctrl-C to the step which begins at `images` images of a stage."""
     arguments = {"_target_": "tests.callbacks.Signal", "stage": stage, "images": images, **more}
-    return [f"+callbacks.interrupt.{key}={value}" for key, value in arguments.items()]
+    return ["plugins=[tests]", *[f"+callbacks.interrupt.{key}={value}" for key, value in arguments.items()]]
 
 
 def status(stage_folder):
@@ -97,8 +97,9 @@ def test_more_images_continue_even_over_a_power_cut_at_the_end(tiny_runs, tmp_pa
     runs = copy(tiny_runs, tmp_path)
     folder = runs / "celebahq/diffusion"
     scores = status(folder)
+    cut = ("plugins=[tests]", "+callbacks.cut._target_=tests.callbacks.FailAtTheEnd")
     with pytest.raises(RuntimeError, match="power cut"):
-        train(runs, STAGE_2, "max_images=80", "+callbacks.cut._target_=tests.callbacks.FailAtTheEnd")
+        train(runs, STAGE_2, "max_images=80", *cut)
     assert status(folder)["finished"] is False
     assert_equal(final_weights(folder), final_weights(tiny_runs / "celebahq/diffusion"))  # what was there stays
     train(runs, STAGE_2, "max_images=80")

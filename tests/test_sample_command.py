@@ -12,6 +12,7 @@ from PIL import Image
 
 import sample
 from ldm_lab.config import ConfigError
+from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling import image_path
 from tests.helpers import GOLDEN, contents
 
@@ -89,6 +90,20 @@ def test_a_model_must_be_given_and_be_there(tmp_path):
         sample.job(["trainer=cpu"])
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         sample.job([f"ckpt={tmp_path / 'nowhere'}", "trainer=cpu"])
+
+
+def test_states_of_a_run_are_sampled_apart(tmp_path, capsys):
+    for images in (8, 16):
+        LDMPipeline.from_pretrained(MODEL).save_pretrained(tmp_path / f"diffusion/snapshots/{images:09d}")
+    settings = ["trainer=cpu", "num_samples=1", "sampler.steps=1"]
+    for source, images in ((f"{tmp_path}@8", 8), (tmp_path, 16)):
+        sample.job([f"ckpt={source}", *settings])
+        said, *_, drawn = capsys.readouterr().out.splitlines()
+        state = f"{tmp_path}/diffusion/snapshots/{images:09d}"
+        assert said == f"{source}: not finished, at {images} images: {state}"
+        assert f"1 samples (1 new) in {tmp_path}/samples/ddim_1_eta0_seed0_at{images}: " in drawn
+    with pytest.raises(ValueError, match=r"@2M: there is no such snapshot; there are 8, 16"):
+        sample.job([f"ckpt={tmp_path}@2M", *settings])
 
 
 def run_sample(*arguments):

@@ -1,7 +1,6 @@
 """From seeds to files: which samples are drawn, what they depend on, and what they are written as."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -9,8 +8,9 @@ import torch
 from lightning import Trainer
 from PIL import Image
 
-from ldm_lab import DDIMScheduler, DDPMScheduler, LDMPipeline, checkpoint, randomness, sampling
+from ldm_lab import DDIMScheduler, DDPMScheduler, LDMPipeline, randomness, sampling
 from ldm_lab.sampling import SamplingModule, claim, collect, default_folder, describe, loader, missing, use_sampler
+from ldm_lab.states import State
 from tests.helpers import GOLDEN, contents
 
 MODEL = GOLDEN / "diffusers" / "ldm_tiny"
@@ -63,19 +63,15 @@ def test_each_index_falls_to_one_device(count, world_size):
     assert max(counts) - min(counts) <= 1
 
 
-def test_where_samples_go_by_default(tmp_path):
-    assert default_folder(str(tmp_path)) == tmp_path / "samples"
-    assert default_folder(str(tmp_path / "model.ckpt")) == tmp_path / "model_samples"
-
-
-def test_which_state_of_the_model_is_sampled(tmp_path):
-    assert sampling.unfinished_at(str(MODEL)) is None
-    path = tmp_path / "diffusion" / "checkpoints" / "last.ckpt"
-    checkpoint.save({"state_dict": {}, checkpoint.ENTRY: {"images_seen": 12_345}}, path)
-    shutil.copytree(MODEL, tmp_path, dirs_exist_ok=True)
-    assert sampling.unfinished_at(str(tmp_path)) is None
-    (tmp_path / "diffusion" / checkpoint.STATUS).write_text('{"finished": false}')
-    assert sampling.unfinished_at(str(tmp_path)) == 12345
+def test_each_state_and_sampler_has_a_folder_of_its_own(tmp_path):
+    own = "ddim_2_eta0_seed0"
+    assert default_folder(State(tmp_path, tmp_path), SETTINGS) == tmp_path / "samples" / own
+    on_the_way = State(tmp_path, tmp_path / "last.ckpt", 12_345)
+    assert default_folder(on_the_way, SETTINGS) == tmp_path / "samples" / f"{own}_at12345"
+    file = tmp_path / "model.ckpt"
+    assert default_folder(State(file, file, 8), SETTINGS) == tmp_path / "model_samples" / f"{own}_at8"
+    changed = [{"seed": 1}, {"steps": 3}, {"eta": 0.5}, {"sampler": "ddpm"}]
+    assert len({default_folder(on_the_way, {**SETTINGS, **change}) for change in changed}) == 4
 
 
 # What they depend on.

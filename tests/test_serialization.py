@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ldm_lab.models.vq_model import VQModel
 from ldm_lab.serialization import Configurable, LoadError, read_json, register_to_config, replacing, write_json
 from ldm_lab.version import __version__
 
@@ -109,7 +111,8 @@ def test_configs_go_there_and_back(tmp_path):
     network = Network(3, sizes=[1], name="ü")
     network.save_config(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert written == {"_class_name": "Network", "_ldm_lab_version": __version__, **network.config}
+    name = f"{__name__}.Network"  # with its module, since it is none of the package's
+    assert written == {"_class_name": name, "_ldm_lab_version": __version__, **network.config}
     assert Network.load_config(tmp_path) == Network.load_config(tmp_path.parent, tmp_path.name) == written
     assert Network.from_config(written).config == network.config
 
@@ -196,3 +199,12 @@ def test_json_that_cannot_be_written_leaves_the_old_file(old):
         write_json(old, {"a": 1, "b": object()})
     assert old.read_text() == "old"
     assert list(old.parent.iterdir()) == [old]
+
+
+def test_what_is_saved_has_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        VQModel(block_out_channels=(8,), norm_num_groups=8).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ldm_lab.checkpoint import fingerprint
-from ldm_lab.config import parse_overrides
+from ldm_lab.config import Recipe, parse_overrides
+from ldm_lab.config_files import ConfigError
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.sweep import job_name, pack, unpack
+from ldm_lab.sweep import job_name, pack, search_lines, unpack
 from tests.runs import copy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,3 +99,47 @@ def test_a_sweep_of_stage_2_alone_takes_the_first_stage_of_the_run(tiny_runs, tm
         for job in ("", "-model.optimizer.lr=0.0001", "-model.optimizer.lr=0.0003")
     }
     assert len(hashes) == 1
+
+
+# --- searches
+
+
+def test_a_search_is_the_overrides_that_its_file_stands_for():
+    search = {
+        "defaults": ["_self_", {"override /hydra/sweeper": "optuna"}],
+        "optimized_metric": "val/psnr",
+        "data": {"flip": True},
+        "hydra": {"sweeper": {"n_trials": 3, "sampler": {"seed": None}, "params": {"model.optimizer.lr": "1e-4,1e-3"}}},
+    }
+    assert search_lines(search) == [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.sampler.seed=null",
+        "optimized_metric=val/psnr",
+        "data.flip=True",
+        "model.optimizer.lr=1e-4,1e-3",
+    ]
+
+
+def test_a_search_without_m_or_of_no_such_name_is_refused():
+    with pytest.raises(ConfigError, match=r"^hparams_search=grid is a sweep of many jobs: add -m$"):
+        Recipe.parse(["hparams_search=grid"])
+    refused = sweep("hparams_search=gird")
+    assert refused.stderr == "error: hparams_search=gird: there is no such search; there are: grid, optuna\n"
+
+
+@pytest.mark.slow
+def test_a_guided_search_minimises_and_finds_its_jobs_again(tiny_runs, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    runs = copy(tiny_runs, tmp_path, "avatars")
+    command = ("hparams_search=optuna", "hydra.sweeper.n_trials=2", "experiment=avatars/diffusion", "max_images=16")
+    done = sweep(*command, f"paths.runs={runs}")
+    assert done.returncode == 0, done.stderr
+    jobs = sorted(runs.glob("avatars-model.optimizer.lr=*"))
+    losses = {job.name: json.loads((job / "diffusion/status.json").read_text())["val/loss"] for job in jobs}
+    assert len(losses) == 2
+    best = yaml.safe_load((runs / "multirun/optimization_results.yaml").read_text())
+    assert best["best_value"] == min(losses.values())
+    again = sweep(*command, f"paths.runs={runs}")
+    assert again.stdout.count("nothing to do") == 2
+    assert sorted(runs.glob("avatars-model.optimizer.lr=*")) == jobs

@@ -26,7 +26,8 @@ class ImageDataModule(lightning.LightningDataModule):
         train_set: images to train on.
         val_set: held-out images.
         global_batch_size: images for one optimizer step, on all devices together.
-        batch_size: images that one device holds at a time; None: its whole share of the global batch.
+        batch_size: images that one device holds at a time; None: its whole share of the global batch. "auto" counts
+            as None until whoever trains has found a number and set it (see `ldm_lab.training.batch_size`).
         val_batch_size: the same for held-out images; None: as in training.
         num_workers: processes that load for each device; 0 loads in the training process.
         seed: of the order of the training images.
@@ -43,7 +44,7 @@ class ImageDataModule(lightning.LightningDataModule):
         train_set: ImageDataset,
         val_set: ImageDataset,
         global_batch_size: int,
-        batch_size: int | None = None,
+        batch_size: int | str | None = None,
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -83,7 +84,7 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def device_batch_size(self, world_size: int) -> int:
         """Images that one of `world_size` devices holds at a time."""
-        if self.batch_size is not None:
+        if isinstance(self.batch_size, int):
             return self.batch_size
         # With more devices than images a device holds one; `accumulation` then says what is wrong.
         return max(1, self.global_batch_size // world_size)

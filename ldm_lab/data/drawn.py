@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -63,9 +64,14 @@ class DrawnImages(ImageDataset):
         return digest(["drawn", self.drawing_seed, self.first, self.count, self.image_size])
 
 
-def drawn_or_folder(root: str | Path | None, split: str, image_size: int | Sequence[int]) -> ImageDataset:
-    """The images of the folder `root`, or drawn ones where it is None: what `debug=tiny` trains on."""
-    return DrawnImages(split, image_size) if root is None else FolderImages(root, split, image_size)
+def drawn_or_folder(
+    root: str | Path | None,
+    split: str,
+    image_size: int | Sequence[int],
+    **options: Any,  # noqa: ANN401
+) -> ImageDataset:
+    """`FolderImages(root, ..., **options)`, or drawn images where `root` is None: what `debug=tiny` trains on."""
+    return DrawnImages(split, image_size) if root is None else FolderImages(root, split, image_size, **options)
 
 
 def _color(numbers: random.Random) -> tuple[int, int, int]:

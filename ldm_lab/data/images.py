@@ -1,21 +1,25 @@
-"""Any folder of images as a data set."""
+"""Any folder or archive of images as a data set."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.data.files import ARCHIVES, Files, Folder, open_root
 from ldm_lab.data.transforms import to_rgb
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # whatever its name, a file is never handed to another decoder
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever its name, a file is never handed to another decoder
 
 
 class ImageError(ValueError):
@@ -28,28 +32,37 @@ class ImageError(ValueError):
 
 
 class FolderImages(ImageDataset):
-    """The images of a folder, nested or not: jpg, jpeg, png, webp and bmp, in capitals or not.
+    """The images of a folder or archive, nested or not: jpg, png, webp, bmp, gif and tiff, in capitals or not.
 
-    Hidden files and folders (names that begin with a dot) are passed over, links are followed. Images
-    are sorted by their path relative to `root`. A hash of that path alone decides which are held out,
-    so that images that come or go move no others; only where chance would leave one side empty, one
-    image changes over. Pictures are made upright (EXIF), laid over `background` where they are
-    transparent, converted to 8-bit RGB, and resized until the shorter side fits (see `transforms`).
+    Hidden files and folders (names that begin with a dot) are passed over; links are followed in folders
+    and left out in archives. Images are sorted by their path relative to `root`. A hash of that path
+    alone decides which are held out, so that images that come or go move no others; only where chance
+    would leave one side empty, one image changes over. The content of a file, not its name, says of
+    which type it is; of several pictures in it the first is taken. Pictures are made upright (EXIF),
+    laid over `background` where they are transparent, converted to 8-bit RGB, and resized until the
+    shorter side fits (see `transforms`).
+
+    With `on_error="skip"` the place of a file that cannot be decoded is taken by the next one of the split
+    that can, for every epoch and any batch size alike. Items then have one entry more: `skipped`, the
+    errors of the files that were passed over, a line each; empty for most.
 
     Args:
-        root: the folder.
+        root: the folder, or a zip archive, or a tar archive that is not compressed.
         split: "train" or "val".
         image_size: pixels, one number or (height, width).
         val_fraction: part of the images that is held out, in (0, 1).
         random_crop: crop for training at random, else in the middle.
         flip: exchange left and right in half of the training images.
         background: colour behind transparent pictures, a name or `#rrggbb`.
+        on_error: what to do about a file that cannot be decoded, "raise" or "skip".
         seed: of crops and flips.
 
     Raises:
         ValueError: an argument cannot be used, or the folder is missing or holds no images.
-        ImageError: (on access) a file cannot be decoded; the message names it.
+        ImageError: (on access) a file cannot be decoded, or with "skip" too many in a row; the message names it.
     """
+
+    MOST_IN_A_ROW = 100  # files to pass over before something else must be wrong
 
     def __init__(
         self,
@@ -60,10 +73,11 @@ class FolderImages(ImageDataset):
         random_crop: bool = False,
         flip: bool = False,
         background: str = "white",
+        on_error: str = "raise",
         seed: int = 0,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
-        self.root = _existing_folder(root)
+        self.files = open_root(root)
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction}: give a part between 0 and 1, e.g. 0.05")
         self.val_fraction = val_fraction
@@ -71,85 +85,89 @@ class FolderImages(ImageDataset):
             self.background = ImageColor.getrgb(str(background))[:3]
         except ValueError:
             raise ValueError(f"data.background={background!r}: give a colour, e.g. white or #ffffff") from None
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"data.on_error={on_error}: give raise or skip")
+        self.on_error = on_error
 
     @functools.cached_property
+    def _found(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names `(N,)` and places `(N, k)` of this split's images."""
+        names, places = self.files.find(EXTENSIONS)
+        if len(names) < 2:
+            found = "one image in it" if len(names) else f"no images in it{_instead(self.files)}"
+            wanted = ", ".join(extension[1:] for extension in EXTENSIONS)
+            raise ValueError(f"data.root={self.files.root}: {found}; expected two or more files of type {wanted}")
+        held_out = is_held_out(names, self.val_fraction)
+        mine = held_out if self.split == "val" else ~held_out
+        return names[mine], places[mine]
+
+    @property
     def names(self) -> np.ndarray:
         """Paths of this split's images below `root`, POSIX, sorted; `(N,)`, bytes (see `os.fsencode`)."""
-        names = sorted(find_images(self.root))
-        if len(names) < 2:
-            found = "one image" if names else "no images"
-            wanted = ", ".join(extension[1:] for extension in EXTENSIONS)
-            raise ValueError(f"data.root={self.root}: {found} in it; expected two or more files of type {wanted}")
-        train, val = split_by_hash(names, self.val_fraction)
-        # One block of memory: millions of Python strings would be copied, page by page, into every worker.
-        return np.array([os.fsencode(name) for name in (train if self.split == "train" else val)])
+        return self._found[0]
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        if self.on_error == "skip":
+            return self._next_decodable(*(key if isinstance(key, tuple) else (key, None)))
+        try:
+            return super().__getitem__(key)
+        except ImageError as error:
+            raise ImageError(f"{error}; data.on_error=skip passes over such files") from error
+
+    def _next_decodable(self, index: int, position: int | None) -> dict[str, Any]:
+        errors = []
+        for step in range(min(self.MOST_IN_A_ROW, len(self))):
+            try:
+                item = super().__getitem__(((index + step) % len(self) if step else index, position))
+            except ImageError as error:
+                errors.append(str(error))
+            else:
+                return {**item, "position": index if position is None else position, "skipped": "\n".join(errors)}
+        raise ImageError(f"{len(errors)} file(s) in a row cannot be decoded; the first: {errors[0]}")
+
     def path(self, index: int) -> Path:
-        """The file of image `index`."""
-        return self.root / os.fsdecode(self.names[index])
+        """The file of image `index`, for messages: in an archive there is no such file."""
+        return self.files.root / os.fsdecode(self.names[index])
 
     def read(self, index: int) -> Image.Image:
         """Image `index`, upright, 8-bit RGB, in its own size."""
-        path = self.path(index)
+        name, place = self._locate(index)
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(BytesIO(self.files.read(name, place)), formats=FORMATS) as image:
                 return to_rgb(image, self.background)
         except UnidentifiedImageError:
-            raise ImageError(f"{path}: not an image; expected {', '.join(FORMATS)}") from None
+            raise ImageError(f"{self.path(index)}: not an image; expected {', '.join(FORMATS)}") from None
         except Exception as error:  # decoders raise almost anything on damaged data
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ImageError(f"{path}: cannot be decoded; expected {', '.join(FORMATS)}: {reason}") from error
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            raise ImageError(f"{self.path(index)}: cannot be read: {reason}") from error
 
     def fingerprint(self) -> str:
-        """Stands for the relative paths and sizes in bytes of this split's files."""
-        return digest(f"{self.path(index).stat().st_size} {name!r}" for index, name in enumerate(self.names.tolist()))
+        """Stands for the relative paths and sizes of this split's files; a folder and its archive are alike."""
+        return digest(f"{self.files.size(*self._locate(i))} {name!r}" for i, name in enumerate(self.names.tolist()))
+
+    def _locate(self, index: int) -> tuple[str, tuple[int, ...]]:
+        names, places = self._found
+        return os.fsdecode(names[index]), tuple(places[index].tolist())
 
 
-def find_images(root: Path) -> Iterator[str]:
-    """Relative POSIX paths of the image files below `root`, in no particular order."""
-    seen = set()  # folders, by device and inode: links may lead round in circles
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(root / folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        pending.append(f"{folder}{entry.name}/")
-                    elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                        yield f"{folder}{entry.name}"
-        except OSError as error:
-            raise ValueError(f"data.root: the folder {root / folder} cannot be listed: {error.strerror}") from error
+def is_held_out(names: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Which of `names` (two or more, bytes) are held out, by a hash of each: `(N,)`, bool, neither all nor none."""
+    hashes = (blake2b(name, digest_size=6).digest() for name in names.tolist())
+    draws = np.array([int.from_bytes(value, "little") / 2**48 for value in hashes])  # in [0, 1), of the name alone
+    chosen = draws < val_fraction
+    chosen[draws.argmax()], chosen[draws.argmin()] = False, True
+    return chosen
 
 
-def split_by_hash(names: Sequence[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Part `names` (two or more) into training and held-out ones, by a hash of each name; neither is empty."""
-    places = {name: _place(name) for name in names}
-    smallest, largest = min(names, key=places.get), max(names, key=places.get)
-    val = {name for name in names if places[name] < val_fraction} - {largest} | {smallest}
-    return [name for name in names if name not in val], [name for name in names if name in val]
-
-
-def _place(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(blake2b(os.fsencode(name), digest_size=6).digest(), "little") / 2**48
-
-
-def _existing_folder(root: str | Path | None) -> Path:
-    if root is None or str(root) in ("", "???"):
-        raise ValueError("data.root is not set: name the folder of images, data.root=<folder>")
-    folder = Path(root).expanduser()
-    if not folder.exists():
-        raise ValueError(f"data.root={root}: no such folder; expected a folder of images")
-    if not folder.is_dir():
-        raise ValueError(f"data.root={root}: this is a file; expected the folder of images that it lies in")
-    return folder
+def _instead(files: Files) -> str:
+    """What a root without images holds: the end of a message."""
+    names = [name for name, _ in files.members()]
+    archives = sorted(name for name in names if name.lower().endswith(ARCHIVES))
+    if archives and isinstance(files, Folder):
+        return f", but {len(archives):,} archive(s): name one of them, data.root={files.root / archives[0]}"
+    kinds = Counter(os.path.splitext(name)[1].lower() for name in names).most_common(2)
+    found = [f"{count:,} {kind} files" if kind else f"{count:,} without an ending" for kind, count in kinds]
+    return f", but {' and '.join(found)}" if found else ""

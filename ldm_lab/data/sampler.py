@@ -110,6 +110,10 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
     )
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, in order."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = (divisor for divisor in range(1, number + 1) if number % divisor == 0)
-    return min(divisors, key=lambda divisor: abs(divisor - wanted))
+    return min(divisors(number), key=lambda divisor: abs(divisor - wanted))

@@ -33,10 +33,19 @@ def _positive(value: object) -> bool:
 
 
 def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
-    """Upright 8-bit RGB: EXIF rotation applied, transparency of any kind laid over `background`."""
+    """Upright 8-bit RGB: EXIF rotation applied, transparency of any kind laid over `background`.
+
+    Sixteen bits span the same range as eight. Colour profiles are not applied.
+
+    Raises:
+        ValueError: the picture is grey in floats, or in integers of 32 bits or with a sign. Which of
+            their values is white is nowhere said, and scaling each by its own would make them unequal.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
-        levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+    if image.mode in ("F", "I"):
+        raise ValueError("floats or 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it at 255
+        levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

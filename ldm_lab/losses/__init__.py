@@ -1,1 +1,1 @@
-"""What the first stage is trained on: pixels, perception, the codebook and an adversary."""
+"""What the first stage is trained on: pixels, perception, what is asked of the latents, and an adversary."""

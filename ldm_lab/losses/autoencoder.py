@@ -1,9 +1,9 @@
-"""The loss of the first stage: pixels, perception, codebook and, where there is one, the discriminator."""
+"""The loss of the first stage: pixels, perception, the latents and, where there is one, the discriminator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ class AutoencoderLossOutput(NamedTuple):
 
     Attributes:
         total: the sum to minimise, 0-dim, float32; one backward gives both players their gradients.
-        terms: its parts for logging, 0-dim, detached. `rec`, `perceptual`, `codebook` before their weights,
-            `nll` = rec + weighted perceptual; with a discriminator also `generator` (before weight and
-            factor), `discriminator` (with factor), `d_weight`, `factor` (of the generator term),
+        terms: its parts for logging, 0-dim, detached. `rec`, `perceptual` and `codebook` or `kl` before their
+            weights, `nll` = rec + weighted perceptual; with a discriminator also `generator` (before weight
+            and factor), `discriminator` (with factor), `d_weight`, `factor` (of the generator term),
             `logits_real` and `logits_fake` (means over the discriminator's batch).
     """
 
@@ -28,11 +28,13 @@ class AutoencoderLossOutput(NamedTuple):
     terms: dict[str, Tensor]
 
 
-class AutoencoderLoss(nn.Module):
-    """Loss of a VQ autoencoder (Rombach et al. 2022, arXiv 2112.10752, Eq. 25; Esser et al. 2021, Eq. 6).
+class FirstStageLoss(nn.Module):
+    """What the two losses share (Rombach et al. 2022, arXiv 2112.10752, Eq. 25; Esser et al. 2021, Eq. 6).
 
         nll   = mean|x - x̂| + perceptual_weight · mean LPIPS(x̂, x)
-        total = nll + codebook_weight · codebook + factor · d_weight · generator + discriminator
+        total = scale · nll + weight · penalty + factor · d_weight · generator + discriminator
+
+    Scale and penalty are matters of the kind: see `AutoencoderLoss` and `KLAutoencoderLoss`.
 
     Two players share one step: the generator term sees the discriminator with detached parameters, the
     discriminator term sees the detached reconstruction. One forward of the autoencoder, one backward and
@@ -45,8 +47,10 @@ class AutoencoderLoss(nn.Module):
         adversarial: start, ramp and weight of the discriminator; unused without one.
         pixel: mean distance of pixels, `(reconstruction, target) -> 0-dim`.
         perceptual_weight: weight of the perceptual distance.
-        codebook_weight: weight of the codebook loss.
+        penalty_weight: weight of what is asked of the latents.
     """
+
+    penalty: ClassVar[str]  # what it is called among the terms
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class AutoencoderLoss(nn.Module):
         adversarial: AdversarialTerm | None = None,
         pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,
         perceptual_weight: float = 1.0,
-        codebook_weight: float = 1.0,
+        penalty_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.perceptual = perceptual
@@ -63,26 +67,31 @@ class AutoencoderLoss(nn.Module):
         self.adversarial = adversarial or AdversarialTerm()
         self.pixel = pixel
         self.perceptual_weight = perceptual_weight
-        self.codebook_weight = codebook_weight
+        self.penalty_weight = penalty_weight
+
+    def scale(self, images: Tensor) -> int:
+        """By how much `nll`, a mean over the entries of `images` `(B, 3, H, W)`, is multiplied in the total."""
+        raise NotImplementedError
 
     def forward(
-        self, target: Tensor, reconstruction: Tensor, codebook_loss: Tensor, last_layer: Tensor, images_seen: int
+        self, target: Tensor, reconstruction: Tensor, penalty: Tensor, last_layer: Tensor, images_seen: int
     ) -> AutoencoderLossOutput:
         """The loss of one batch; float32 under autocast too.
 
         Args:
             target: images `(B, 3, H, W)` in [-1, 1].
             reconstruction: what the decoder made of them, of the same shape.
-            codebook_loss: the quantizer's loss, 0-dim.
+            penalty: what is asked of the latents, 0-dim: the quantizer's loss, or the mean divergence.
             last_layer: `decoder.conv_out.weight`, for the adaptive weight.
             images_seen: training images before this batch, over all ranks.
         """
         target, reconstruction = target.float(), reconstruction.float()
         rec, perceptual, nll = self._reconstruction(target, reconstruction)
-        total = nll + self.codebook_weight * codebook_loss
-        terms = {"rec": rec, "perceptual": perceptual, "nll": nll, "codebook": codebook_loss}
+        scaled = self.scale(target) * nll
+        total = scaled + self.penalty_weight * penalty.float()
+        terms = {"rec": rec, "perceptual": perceptual, "nll": nll, self.penalty: penalty.float()}
         if self.discriminator is not None:
-            generator, generator_terms = self._generator(reconstruction, nll, last_layer, images_seen)
+            generator, generator_terms = self._generator(reconstruction, scaled, last_layer, images_seen)
             discriminator, discriminator_terms = self._discriminator(target, reconstruction.detach(), images_seen)
             total = total + generator + discriminator
             terms |= generator_terms | discriminator_terms
@@ -99,12 +108,12 @@ class AutoencoderLoss(nn.Module):
         return rec, perceptual, rec + self.perceptual_weight * perceptual
 
     def _generator(
-        self, reconstruction: Tensor, nll: Tensor, last_layer: Tensor, images_seen: int
+        self, reconstruction: Tensor, scaled_nll: Tensor, last_layer: Tensor, images_seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted generator term: gradients reach the autoencoder alone."""
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         loss = generator_hinge(functional_call(self.discriminator, frozen, (reconstruction,)))
-        weight = self.adversarial.weight * adaptive_weight(nll, loss, last_layer, self.adversarial.max_weight)
+        weight = self.adversarial.weight * adaptive_weight(scaled_nll, loss, last_layer, self.adversarial.max_weight)
         factor = loss.new_tensor(self.adversarial.generator_factor(images_seen))
         return factor * weight * loss, {"generator": loss, "d_weight": weight, "factor": factor}
 
@@ -115,3 +124,48 @@ class AutoencoderLoss(nn.Module):
         loss = self.adversarial.discriminator_factor(images_seen) * discriminator_hinge(logits_real, logits_fake)
         means = {"logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
         return loss, {"discriminator": loss, **means}
+
+
+class AutoencoderLoss(FirstStageLoss):
+    """Loss of a VQ autoencoder: a mean over the pixels, and the quantizer's loss.
+
+        total = nll + codebook_weight · codebook + factor · d_weight · generator + discriminator
+
+    Args:
+        *shared: see `FirstStageLoss`.
+        codebook_weight: weight of the codebook loss.
+        **more: see `FirstStageLoss`.
+    """
+
+    penalty = "codebook"
+
+    def __init__(self, *shared: Any, codebook_weight: float = 1.0, **more: Any) -> None:  # noqa: ANN401
+        super().__init__(*shared, penalty_weight=codebook_weight, **more)
+
+    def scale(self, images: Tensor) -> int:
+        """1: the mean over the pixels."""
+        return 1
+
+
+class KLAutoencoderLoss(FirstStageLoss):
+    """Loss of a KL autoencoder: sums over the pixels and over the latents of an image, means over the batch.
+
+        total = 3HW · nll + kl_weight · mean KL(q(z|x) ‖ N(0, I)) + factor · d_weight · generator + discriminator
+
+    A negative log-likelihood is a sum (Kingma & Welling 2014, arXiv 1312.6114, Eq. 10). Latent diffusion divides
+    it by the exponential of a parameter that it never trains and that begins at 0: there is none here.
+
+    Args:
+        *shared: see `FirstStageLoss`.
+        kl_weight: weight of the divergence, in nats an image.
+        **more: see `FirstStageLoss`.
+    """
+
+    penalty = "kl"
+
+    def __init__(self, *shared: Any, kl_weight: float = 1e-6, **more: Any) -> None:  # noqa: ANN401
+        super().__init__(*shared, penalty_weight=kl_weight, **more)
+
+    def scale(self, images: Tensor) -> int:
+        """3HW: the sum over the pixels of an image."""
+        return images[0].numel()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def require(key: str, value: Any, *supported: Any) -> None:  # noqa: ANN401
@@ -25,15 +27,15 @@ def require_divides(key: str, value: int, width: int) -> None:
         raise ValueError(f"{key}={value} does not divide {width}, a width of block_out_channels")
 
 
-def attention_by_block(key: str, types: Sequence[str], plain: str) -> list[bool]:
-    """For each block type whether the block has attention: `plain` has none, `"Attn" + plain` has.
+def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
+    """What `known` says of each block type.
 
     The folders of 2022 prefix some types with "UNetRes", which says nothing.
     """
     names = [name.removeprefix("UNetRes") for name in types]
     for name in names:
-        require(key, name, plain, f"Attn{plain}")
-    return [name == f"Attn{plain}" for name in names]
+        require(key, name, *known)
+    return [known[name] for name in names]
 
 
 def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **block_types: Sequence[str]) -> None:

@@ -8,12 +8,14 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import attention_by_block
+from ldm_lab.models.arguments import by_block
 from ldm_lab.models.encoder import EPS
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.blocks import MidBlock, UpBlock
 from ldm_lab.nn.resample import Upsample
 from ldm_lab.nn.resnet import ResnetBlock
+
+HAS_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
 class Decoder(nn.Module):
@@ -42,7 +44,7 @@ class Decoder(nn.Module):
         super().__init__()
         resnet = partial(ResnetBlock, groups=norm_num_groups, eps=EPS)
         attention = partial(AttentionBlock, groups=norm_num_groups, eps=EPS)
-        attended = attention_by_block("up_block_types", up_block_types, "UpDecoderBlock2D")
+        attended = by_block("up_block_types", up_block_types, HAS_ATTENTION)
 
         width, last = block_out_channels[-1], len(block_out_channels) - 1
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)

@@ -8,12 +8,13 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import attention_by_block
+from ldm_lab.models.arguments import by_block
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.blocks import DownBlock, MidBlock
 from ldm_lab.nn.resample import Downsample
 from ldm_lab.nn.resnet import ResnetBlock
 
+HAS_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 EPS = 1e-6  # of every normalisation of an autoencoder; the UNet's is an argument
 
 
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
         super().__init__()
         resnet = partial(ResnetBlock, groups=norm_num_groups, eps=EPS)
         attention = partial(AttentionBlock, groups=norm_num_groups, eps=EPS)
-        attended = attention_by_block("down_block_types", down_block_types, "DownEncoderBlock2D")
+        attended = by_block("down_block_types", down_block_types, HAS_ATTENTION)
 
         width, last = block_out_channels[0], len(block_out_channels) - 1
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)

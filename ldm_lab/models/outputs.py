@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_lab.models.gaussian import DiagonalGaussian
+
 
 class ModelOutput:
     """Base of the result dataclasses: `out.sample`, `out[0]`, `out["sample"]` and `out.to_tuple()`."""
@@ -25,6 +27,13 @@ class EncoderOutput(ModelOutput):
     """Latents `(B, C, h, w)`, neither quantized nor scaled."""
 
     latents: Tensor
+
+
+@dataclass
+class AutoencoderKLOutput(ModelOutput):
+    """The distribution of the latents, a Gaussian of mean and variance `(B, C, h, w)`, not scaled."""
+
+    latent_dist: DiagonalGaussian
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_lab.models.arguments import (
-    attention_by_block,
+    by_block,
     require,
     require_divides,
     require_input,
@@ -25,9 +26,14 @@ from ldm_lab.nn.resample import Downsample, Upsample
 from ldm_lab.nn.resnet import ResnetBlock
 from ldm_lab.serialization import PretrainedModel, register_to_config
 
+DEFAULT_HEAD_DIM = 8  # the namesake's
+
 
 class UNet2DModel(PretrainedModel):
     """A UNet that knows the timestep, with the arguments and state dict of `diffusers.UNet2DModel`.
+
+    The last argument is ours: the namesake cannot express a number of heads that is the same at every width. A
+    folder of such a network names our class, and diffusers refuses it.
 
     Args:
         sample_size: resolution of what it denoises, an integer or (height, width); information only.
@@ -38,26 +44,33 @@ class UNet2DModel(PretrainedModel):
         time_embedding_dim: length of the time embedding; None means four times the first width.
         freq_shift: see `nn.embedding.sinusoid`.
         flip_sin_to_cos: see `nn.embedding.sinusoid`.
-        down_block_types: `DownBlock2D` or `AttnDownBlock2D` per resolution, highest first.
+        down_block_types: per resolution, highest first: `DownBlock2D`, `AttnDownBlock2D`, or
+            `ResnetDownsampleBlock2D`, which has no attention and downsamples by a residual block.
         mid_block_type: `UNetMidBlock2D` alone is supported.
-        up_block_types: `UpBlock2D` or `AttnUpBlock2D` per resolution, lowest first.
+        up_block_types: per resolution, lowest first: `UpBlock2D`, `AttnUpBlock2D` or `ResnetUpsampleBlock2D`.
         block_out_channels: width per resolution, highest first.
         layers_per_block: residual blocks per resolution on the way down; one more on the way up.
         mid_block_scale_factor: 1 alone is supported.
         downsample_padding: 1, or 0 for the asymmetric padding of autoencoders.
-        downsample_type: `conv` alone is supported.
-        upsample_type: `conv` alone is supported.
+        downsample_type: how an `AttnDownBlock2D` downsamples (the other blocks say it themselves): `conv`, a
+            convolution of stride 2, or `resnet`, a residual block with average pooling.
+        upsample_type: how an `AttnUpBlock2D` upsamples: `conv`, or `resnet`, a residual block that repeats pixels.
         dropout: probability, in every residual block.
         act_fn: `silu` alone is supported.
-        attention_head_dim: channels of one attention head; None means one head.
+        attention_head_dim: channels of one attention head; None means one head. Without effect where
+            `num_attention_heads` is given.
         norm_num_groups: groups of every normalisation.
-        attn_norm_num_groups: groups of the middle attention's; None means `norm_num_groups`.
+        attn_norm_num_groups: groups of the middle attention's; None means `norm_num_groups`, but with
+            `scale_shift` no normalisation, as in the namesake.
         norm_eps: added to the variance by every normalisation.
-        resnet_time_scale_shift: `default` alone is supported: the time embedding is added.
+        resnet_time_scale_shift: `default` adds the time embedding, `scale_shift` scales and shifts by it; see
+            `nn.resnet.ResnetBlock`.
         add_attention: whether the middle block has attention.
         class_embed_type: None alone is supported.
         num_class_embeds: None alone is supported.
         num_train_timesteps: has no effect with positional embeddings, as in the namesake.
+        num_attention_heads: number of heads at every width, in place of `attention_head_dim`; None means that
+            `attention_head_dim` decides.
 
     Raises:
         ValueError: a value is impossible or not supported.
@@ -85,7 +98,7 @@ class UNet2DModel(PretrainedModel):
         upsample_type: str = "conv",
         dropout: float = 0.0,
         act_fn: str = "silu",
-        attention_head_dim: int | None = 8,
+        attention_head_dim: int | None = DEFAULT_HEAD_DIM,
         norm_num_groups: int = 32,
         attn_norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
@@ -94,15 +107,19 @@ class UNet2DModel(PretrainedModel):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        num_attention_heads: int | None = None,
     ) -> None:
         super().__init__()
         self._check_arguments()
         widths = list(block_out_channels)
         time_channels = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
         norm = {"groups": norm_num_groups, "eps": norm_eps}
-        resnet = partial(ResnetBlock, **norm, time_channels=time_channels, dropout=dropout)
-        attention = partial(AttentionBlock, dim_head=attention_head_dim, **norm)
-        mid_groups = norm_num_groups if attn_norm_num_groups is None else attn_norm_num_groups
+        scale_shift = resnet_time_scale_shift == "scale_shift"
+        time = {"time_channels": time_channels, "scale_shift": scale_shift}
+        resnet = partial(ResnetBlock, **norm, **time, dropout=dropout)
+        heads = {"num_heads": num_attention_heads} if num_attention_heads else {"dim_head": attention_head_dim}
+        attention = partial(AttentionBlock, **norm, **heads)
+        mid_groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
         mid_attention = partial(attention, groups=mid_groups)
 
         self.time_embedding = TimestepEmbedding(widths[0], time_channels)
@@ -113,13 +130,26 @@ class UNet2DModel(PretrainedModel):
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
+    @property
+    def library(self) -> str:
+        """`ldm_lab` with a fixed number of heads, which the namesake cannot express."""
+        library, heads = super().library, self.config.num_attention_heads
+        return "ldm_lab" if library == "diffusers" and heads is not None else library
+
+    def to_json(self) -> dict[str, Any]:
+        """The config; `num_attention_heads`, of which diffusers would warn, is left out where it says nothing."""
+        return {key: value for key, value in super().to_json().items() if (key, value) != ("num_attention_heads", None)}
+
     def _check_arguments(self) -> None:
         config = self.config
         for key, supported in _SUPPORTED.items():
             require(key, config[key], *supported)
         require_positive(**{key: config[key] for key in ("in_channels", "out_channels", "layers_per_block")})
-        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups")
+        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_attention_heads")
         require_positive(**{key: config[key] for key in optional if config[key] is not None})
+        if config.num_attention_heads is not None and config.attention_head_dim not in (None, DEFAULT_HEAD_DIM):
+            both = f"num_attention_heads={config.num_attention_heads}, attention_head_dim={config.attention_head_dim}"
+            raise ValueError(f"{both}: only one of them can be given; set the other to null")
         types = {key: config[key] for key in ("down_block_types", "up_block_types")}
         require_widths(config.block_out_channels, config.norm_num_groups, **types)
         require_divides("attn_norm_num_groups", config.attn_norm_num_groups or 1, config.block_out_channels[-1])
@@ -127,12 +157,17 @@ class UNet2DModel(PretrainedModel):
     def _down_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
         """One block per resolution, highest first; all but the last halve the resolution."""
         config, blocks = self.config, nn.ModuleList()
-        attended = attention_by_block("down_block_types", config.down_block_types, "DownBlock2D")
-        width, last = config.block_out_channels[0], len(attended) - 1
+        downsample = {
+            "conv": partial(Downsample, padding=config.downsample_padding),
+            "resnet": partial(resnet, resample=nn.AvgPool2d(2)),
+        }
+        kinds = by_block("down_block_types", config.down_block_types, _DOWN_BLOCKS)
+        width, last = config.block_out_channels[0], len(kinds) - 1
         for level, out_width in enumerate(config.block_out_channels):
+            attended, sampling = kinds[level]
             layers = {
-                "attention": attention if attended[level] else nn.Identity,
-                "downsample": None if level == last else partial(Downsample, padding=config.downsample_padding),
+                "attention": attention if attended else nn.Identity,
+                "downsample": None if level == last else downsample[sampling or config.downsample_type],
             }
             blocks.append(DownBlock(width, out_width, config.layers_per_block, resnet, **layers))
             width = out_width
@@ -141,15 +176,20 @@ class UNet2DModel(PretrainedModel):
     def _up_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
         """One block per resolution, lowest first; all but the last double the resolution."""
         config, blocks = self.config, nn.ModuleList()
-        attended = attention_by_block("up_block_types", config.up_block_types, "UpBlock2D")
-        widths, layers_per_block, last = config.block_out_channels, config.layers_per_block, len(attended) - 1
+        upsample = {
+            "conv": Upsample,
+            "resnet": partial(resnet, resample=nn.Upsample(scale_factor=2.0, mode="nearest")),
+        }
+        kinds = by_block("up_block_types", config.up_block_types, _UP_BLOCKS)
+        widths, layers_per_block, last = config.block_out_channels, config.layers_per_block, len(kinds) - 1
         # What the way down leaves: conv_in, then every residual block and, but for the last level, the downsampler.
         skips = [widths[0], *(width for width in widths for _ in range(layers_per_block + 1))][:-1]
         width = widths[-1]
         for level, out_width in enumerate(reversed(widths)):
+            attended, sampling = kinds[level]
             layers = {
-                "attention": attention if attended[level] else nn.Identity,
-                "upsample": None if level == last else Upsample,
+                "attention": attention if attended else nn.Identity,
+                "upsample": None if level == last else upsample[sampling or config.upsample_type],
             }
             skip_channels = [skips.pop() for _ in range(layers_per_block + 1)]
             blocks.append(UpBlock(width, out_width, skip_channels, resnet, **layers))
@@ -179,7 +219,7 @@ class UNet2DModel(PretrainedModel):
         """
         if class_labels is not None:
             raise ValueError("class_labels were given, but this UNet2DModel is unconditional")
-        require_input(sample.shape, self.config.in_channels, 2 ** (len(self.down_blocks) - 1), "UNet2DModel")
+        require_input(sample.shape, self.config.in_channels, self.downsample_factor, "UNet2DModel")
         time_embedding = self._embed_time(timestep, sample)
 
         x = self.conv_in(sample)
@@ -191,6 +231,11 @@ class UNet2DModel(PretrainedModel):
             x = block(x, time_embedding, skips)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
         return UNet2DOutput(x) if return_dict else (x,)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Height and width of what comes in must be multiples of this."""
+        return 2 ** (len(self.down_blocks) - 1)
 
     @torch.no_grad()
     def zero_residuals(self) -> None:
@@ -227,10 +272,23 @@ _SUPPORTED = {
     "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,),
     "downsample_padding": (1, 0),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
     "act_fn": ("silu",),
-    "resnet_time_scale_shift": ("default",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
+}
+
+# Block type -> whether it has attention, and how it changes the resolution: None means as `downsample_type` or
+# `upsample_type` says. That these have no effect on the plain blocks is the namesake's way.
+_DOWN_BLOCKS = {
+    "DownBlock2D": (False, "conv"),
+    "AttnDownBlock2D": (True, None),
+    "ResnetDownsampleBlock2D": (False, "resnet"),
+}
+_UP_BLOCKS = {
+    "UpBlock2D": (False, "conv"),
+    "AttnUpBlock2D": (True, None),
+    "ResnetUpsampleBlock2D": (False, "resnet"),
 }

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import require, require_input, require_positive, require_widths
-from ldm_lab.models.decoder import Decoder
-from ldm_lab.models.encoder import Encoder
+from ldm_lab.models.arguments import require, require_input, require_positive
+from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.outputs import DecoderOutput, EncoderOutput
 from ldm_lab.models.quantizer import VectorQuantizer
-from ldm_lab.serialization import PretrainedModel, register_to_config
+from ldm_lab.serialization import register_to_config
 
 
-class VQModel(PretrainedModel):
+class VQModel(FirstStage):
     """Encoder, codebook and decoder, with the arguments and state dict of `diffusers.VQModel`.
 
     Images are `(B, in_channels, H, W)` in [-1, 1], H and W multiples of `downsample_factor`. Latents are the
@@ -44,6 +44,8 @@ class VQModel(PretrainedModel):
         ValueError: a value is impossible or not supported.
     """
 
+    draws_latents: ClassVar[bool] = False
+
     @register_to_config
     def __init__(
         self,
@@ -68,27 +70,27 @@ class VQModel(PretrainedModel):
         force_upcast: bool = False,
     ) -> None:
         super().__init__()
-        require("act_fn", act_fn, "silu")
+        self._check_arguments()
         require("norm_type", norm_type, "group")
-        require_positive(in_channels=in_channels, out_channels=out_channels, layers_per_block=layers_per_block)
-        types = {"down_block_types": down_block_types, "up_block_types": up_block_types}
-        require_widths(block_out_channels, norm_num_groups, **types)
         vq_embed_dim = latent_channels if vq_embed_dim is None else vq_embed_dim
-        require_positive(
-            latent_channels=latent_channels, num_vq_embeddings=num_vq_embeddings, vq_embed_dim=vq_embed_dim
-        )
-        shared = (block_out_channels, layers_per_block, norm_num_groups, mid_block_add_attention)
+        require_positive(num_vq_embeddings=num_vq_embeddings, vq_embed_dim=vq_embed_dim)
 
-        self.encoder = Encoder(in_channels, latent_channels, down_block_types, *shared)
+        self.encoder = self._make_encoder(latent_channels)
         self.quant_conv = nn.Conv2d(latent_channels, vq_embed_dim, 1)
         self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim)
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
-        self.decoder = Decoder(latent_channels, out_channels, up_block_types, *shared)
+        self.decoder = self._make_decoder()
 
     @property
-    def downsample_factor(self) -> int:
-        """Pixels of an image per position of its latents, along one side."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+    def embed_dim(self) -> int:
+        """Channels of the latents: the length of a code."""
+        return self.quantize.vq_embed_dim
+
+    def latents(self, images: Tensor, noise: None = None) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
+        if noise is not None:
+            raise ValueError("noise was given, but the latents of a VQModel are not drawn")
+        return self.encode(images).latents
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
         """Images `(B, in_channels, H, W)` -> `.latents` `(B, vq_embed_dim, H/f, W/f)`, not quantized, not scaled.
@@ -120,7 +122,7 @@ class VQModel(PretrainedModel):
         """
         if force_not_quantize and self.config.lookup_from_codebook:
             h = self.quantize.get_codebook_entry(h, shape)
-        require_input(h.shape, self.quantize.vq_embed_dim, 1, "VQModel.decode")
+        require_input(h.shape, self.embed_dim, 1, "VQModel.decode")
         if force_not_quantize:
             quantized, loss = h, h.new_zeros(())
         else:

@@ -12,19 +12,28 @@ class AttentionBlock(nn.Module):
     Args:
         channels: channels of the feature map.
         dim_head: channels of one head; None means one head that has them all.
-        groups: groups of the normalisation.
+        groups: groups of the normalisation; None leaves it out.
         eps: added to the variance by the normalisation.
+        num_heads: number of heads, in place of `dim_head`.
 
     Raises:
-        ValueError: `dim_head` does not divide `channels`.
+        ValueError: `dim_head` or `num_heads` does not divide `channels`.
     """
 
-    def __init__(self, channels: int, dim_head: int | None = None, groups: int = 32, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        channels: int,
+        dim_head: int | None = None,
+        groups: int | None = 32,
+        eps: float = 1e-6,
+        num_heads: int | None = None,
+    ) -> None:
         super().__init__()
-        self.dim_head = dim_head or channels
-        if channels % self.dim_head:
-            raise ValueError(f"attention_head_dim={dim_head} does not divide the {channels} channels of a block")
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        for key, value in (("attention_head_dim", dim_head), ("num_attention_heads", num_heads)):
+            if value is not None and channels % value:
+                raise ValueError(f"{key}={value} does not divide the {channels} channels of a block")
+        self.dim_head = channels // num_heads if num_heads else dim_head or channels
+        self.group_norm = nn.Identity() if groups is None else nn.GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -42,7 +42,7 @@ class DownBlock(nn.Module):
             if skips is not None:
                 skips.append(x)
         if self.downsamplers is not None:
-            x = self.downsamplers[0](x)
+            x = self.downsamplers[0](x, time_embedding)
             if skips is not None:
                 skips.append(x)
         return x
@@ -91,4 +91,4 @@ class UpBlock(nn.Module):
             if skips is not None:
                 x = torch.cat([x, skips.pop()], dim=1)  # (B, C, H, W) -> (B, C + skip, H, W)
             x = attention(resnet(x, time_embedding))
-        return x if self.upsamplers is None else self.upsamplers[0](x)
+        return x if self.upsamplers is None else self.upsamplers[0](x, time_embedding)

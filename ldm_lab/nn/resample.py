@@ -1,4 +1,8 @@
-"""Halving and doubling of a feature map's resolution."""
+"""Halving and doubling of a feature map's resolution.
+
+The layers are called as residual blocks are, one of which may stand in their place: they take a time embedding, and
+make no use of it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ class Downsample(nn.Module):
         self.padding = padding
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """`(B, C, H, W) -> (B, C, H/2, W/2)`."""
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
@@ -32,6 +36,6 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """`(B, C, H, W) -> (B, C, 2H, 2W)`."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -4,40 +4,50 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ldm_lab.losses.autoencoder import AutoencoderLoss
+from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss, KLAutoencoderLoss
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.models.codebook import CodebookUsage
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.serialization import PretrainedModel
+from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 
+DECODER = ("post_quant_conv", "decoder")  # what stands between latents and images
 
-class AutoencoderModule(StageModule):
-    """Trains a VQ autoencoder, with its discriminator in the same step (one forward serves both players).
+
+class FirstStageModule(StageModule):
+    """Trains an autoencoder with its discriminator in the same step (one forward serves both players).
+
+    What the two kinds share: see `AutoencoderModule` and `KLAutoencoderModule`.
 
     Args:
         autoencoder: the network that is the result.
-        loss: reconstruction, codebook and adversarial terms; owns the discriminator.
-        codebook: keeps the codes in use; state of training that is not exported.
-        legacy_codebook_loss: weight the two codebook terms as CompVis did (commitment 1, codebook 0.25).
+        loss: reconstruction, latents and adversary; owns the discriminator.
+        train: "all" of the autoencoder, or its "decoder" alone: latents stay as they are, and so does what a
+            UNet knows of them.
         **training: optimizer, schedule and seed, see `StageModule`.
+
+    Raises:
+        ValueError: `train` is something else.
     """
 
     stage = "autoencoder"
 
     def __init__(
         self,
-        autoencoder: VQModel,
-        loss: AutoencoderLoss,
-        codebook: CodebookUsage,
-        legacy_codebook_loss: bool = True,
+        autoencoder: FirstStage,
+        loss: FirstStageLoss,
+        train: str = "all",
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
-        self.autoencoder, self.loss, self.codebook = autoencoder, loss, codebook
-        autoencoder.quantize.legacy = legacy_codebook_loss
+        self.autoencoder, self.loss = autoencoder, loss
+        choose_trained(autoencoder, train)
 
     def setup(self, stage: str) -> None:
         """Load what the perceptual loss needs now: if it cannot be had, before any data is read."""
@@ -56,29 +66,28 @@ class AutoencoderModule(StageModule):
         self.autoencoder.encoder.compile()
         self.autoencoder.decoder.compile()
 
+    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The reconstruction `(B, 3, H, W)` of a training batch, and the loss's penalty on its latents, 0-dim."""
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Held-out images `(B, 3, H, W)` -> latents `(B, C, h, w)`, and what else there is to log of them."""
+        raise NotImplementedError
+
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] -> the sum of all terms."""
         images = batch["image"]
-        latents = self.autoencoder.encode(images).latents  # (B, 3, H, W) -> (B, C, h, w)
-        codes = self.autoencoder.quantize(latents)
-        reconstruction = self.autoencoder.decode(codes.quantized, force_not_quantize=True).sample
+        reconstruction, penalty = self.reconstruct(batch)
         last_layer = self.autoencoder.decoder.conv_out.weight
-        output = self.loss(images, reconstruction, codes.loss, last_layer, self.images_seen)
-        self.latents, self.indices = latents.detach(), codes.info.indices
+        output = self.loss(images, reconstruction, penalty, last_layer, self.images_seen)
         self.count(images)
         self.log_terms("train", {"loss": output.total.detach(), **output.terms}, len(images))
         return output.total
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Step, then look after the codes: they may be replaced only when no gradient needs them."""
-        super().optimizer_step(*args, **kwargs)
-        step = self.images_seen // self.trainer.datamodule.global_batch_size
-        self.codebook.update(self.autoencoder.quantize, self.latents, self.indices, step=step, seed=self.seed)
-
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        """Reconstruct held-out images; `val/loss` is the reconstruction loss without the adversary."""
+        """Reconstruct held-out images; `val/loss` is the mean reconstruction loss without the adversary."""
         images = batch["image"]
-        latents = self.autoencoder.encode(images).latents
+        latents, more = self.encode(images)
         reconstruction = self.autoencoder.decode(latents).sample.float()
         terms = {
             "loss": self.loss.reconstruction_loss(images, reconstruction),
@@ -86,4 +95,95 @@ class AutoencoderModule(StageModule):
             "ssim": ssim(reconstruction, images),
             "latent_std": latents.float().std(),
         }
-        self.log_terms("val", terms, len(images))
+        self.log_terms("val", {**terms, **more}, len(images))
+
+
+class AutoencoderModule(FirstStageModule):
+    """Trains a VQ autoencoder.
+
+    Args:
+        autoencoder: the network that is the result.
+        loss: reconstruction, codebook and adversarial terms.
+        codebook: keeps the codes in use; state of training that is not exported.
+        legacy_codebook_loss: weight the two codebook terms as CompVis did (commitment 1, codebook 0.25).
+        **training: see `FirstStageModule`.
+    """
+
+    def __init__(
+        self,
+        autoencoder: VQModel,
+        loss: AutoencoderLoss,
+        codebook: CodebookUsage,
+        legacy_codebook_loss: bool = True,
+        **training: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(autoencoder, loss, **training)
+        self.codebook = codebook
+        self.quantized: list[tuple[Tensor, Tensor]] = []  # latents and codes of the batches of this step
+        autoencoder.quantize.legacy = legacy_codebook_loss
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """From the codes nearest to the latents; the penalty is the quantizer's loss."""
+        latents = self.autoencoder.latents(batch["image"])  # (B, 3, H, W) -> (B, C, h, w)
+        codes = self.autoencoder.quantize(latents)
+        self.quantized.append((latents.detach(), codes.info.indices))
+        return self.autoencoder.decode(codes.quantized, force_not_quantize=True).sample, codes.loss
+
+    def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents before quantization; `CodebookUse` counts their codes."""
+        return self.autoencoder.latents(images), {}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Step, then look after the codes: they may be replaced only when no gradient needs them."""
+        super().optimizer_step(*args, **kwargs)
+        latents, indices = (torch.cat(parts) for parts in zip(*self.quantized, strict=True))
+        self.quantized.clear()
+        quantizer = self.autoencoder.quantize
+        if quantizer.embedding.weight.requires_grad:
+            step = self.images_seen // self.trainer.datamodule.global_batch_size
+            self.codebook.update(quantizer, latents, indices, step=step, seed=self.seed)
+
+
+class KLAutoencoderModule(FirstStageModule):
+    """Trains a KL autoencoder (Kingma & Welling 2014, arXiv 1312.6114): it reconstructs from drawn latents.
+
+    Args:
+        autoencoder: the network that is the result.
+        loss: reconstruction, divergence and adversarial terms.
+        **training: see `FirstStageModule`.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        loss: KLAutoencoderLoss,
+        **training: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(autoencoder, loss, **training)
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Draw the noise of training latents on the CPU, from (seed, position)."""
+        if self.trainer.training:
+            shape = latent_shape(self.autoencoder, batch["image"].shape[-2:])
+            positions = batch["position"].tolist()
+            batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, positions, shape)
+        return batch
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """From drawn latents; the penalty is the divergence of an image's latents from N(0, I), in nats."""
+        posterior = self.autoencoder.encode(batch["image"]).latent_dist
+        latents = posterior.from_noise(batch["posterior_noise"])  # (B, C, h, w)
+        return self.autoencoder.decode(latents).sample, posterior.kl().mean()
+
+    def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mode of the latents; `kl` in nats an image, `posterior_std` the mean deviation of a draw from it."""
+        posterior = self.autoencoder.encode(images).latent_dist
+        return posterior.mode(), {"kl": posterior.kl().mean(), "posterior_std": posterior.std.mean()}
+
+
+def choose_trained(autoencoder: FirstStage, train: str) -> None:
+    """Let training change all parts of an autoencoder, or those of its decoder alone."""
+    if train not in ("all", "decoder"):
+        raise ValueError(f"model.train={train}: must be all or decoder")
+    for name, part in autoencoder.named_children():
+        part.requires_grad_(train == "all" or name in DECODER)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from ldm_lab import randomness
 from ldm_lab.diffusion.objective import DenoisingObjective
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.models.vq_model import VQModel
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import PretrainedModel
 from ldm_lab.training.ema import EMA
+from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 
 
@@ -41,7 +43,7 @@ class DiffusionModule(StageModule):
     def __init__(
         self,
         unet: UNet2DModel,
-        autoencoder: VQModel,
+        autoencoder: FirstStage,
         scheduler: Scheduler,
         objective: DenoisingObjective,
         ema: Callable[[UNet2DModel], EMA],
@@ -68,7 +70,8 @@ class DiffusionModule(StageModule):
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Those of the networks and the scheduler."""
-        return {**super().configs(), "scheduler": dict(self.scheduler.config)}
+        scheduler = {"_class_name": self.scheduler.class_name(), **self.scheduler.config}
+        return {**super().configs(), "scheduler": scheduler}
 
     def compile_networks(self) -> None:
         """The UNet, its average and the encoder."""
@@ -87,17 +90,13 @@ class DiffusionModule(StageModule):
         return self
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` in [-1, 1] -> scaled latents `(B, C, h, w)`, float32."""
-        return self.autoencoder.encode(images).latents.float() * self.autoencoder.config.scaling_factor
-
-    def _latent_size(self, image_size: Sequence[int]) -> tuple[int, int]:
-        height, width = (side // self.autoencoder.downsample_factor for side in image_size)
-        return height, width
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`(B, 3, H, W)` in [-1, 1] -> scaled latents `(B, C, h, w)`, float32; drawn with `noise` where they are."""
+        return self.autoencoder.latents(images, noise).float() * self.autoencoder.config.scaling_factor
 
     def setup(self, stage: str) -> None:
         """Write the size of the latents into the UNet's config: sampling starts from noise of that size."""
-        height, width = self._latent_size(self.trainer.datamodule.image_size)
+        _, height, width = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
         size = height if height == width else [height, width]
         for network in (self.unet, self.ema.model):
             network.register_to_config(sample_size=size)
@@ -106,31 +105,38 @@ class DiffusionModule(StageModule):
         """Measure the latents' scale, unless a checkpoint brought it along."""
         if not self.measures_scale:
             return
-        sums = torch.zeros(3, dtype=torch.float64)  # count, sum, sum of squares
+        shape = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
+        places = count(self.global_rank, self.trainer.world_size)  # of this rank's images among those measured
+        sums = torch.zeros(3, dtype=torch.float64)  # number, sum, sum of squares
         for images in self.trainer.datamodule.training_images(self.MEASURED_IMAGES):
-            latents = self.encode(images.to(self.device)).double()
+            noise = posterior_noise(self.autoencoder, self.seed, islice(places, len(images)), shape, stream="scale")
+            latents = self.encode(images.to(self.device), noise).double()
             sums += torch.stack([torch.tensor(float(latents.numel())), latents.sum(), latents.square().sum()]).cpu()
-        count, total, squares = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
-        scale = (squares / count - (total / count) ** 2) ** -0.5
+        number, total, squares = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
+        scale = (squares / number - (total / number) ** 2) ** -0.5
         self.autoencoder.register_to_config(scaling_factor=scale)
         self.measures_scale = False
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Draw noise and timesteps on the CPU: from (seed, position) in training, fixed in validation."""
-        shape = (self.autoencoder.quantize.vq_embed_dim, *self._latent_size(batch["image"].shape[-2:]))
+        shape = latent_shape(self.autoencoder, batch["image"].shape[-2:])
         positions = batch["position"].tolist()
         data = self.trainer.datamodule
         if self.trainer.training:
-            batch["noise"] = randomness.normal(self.seed, "noise", positions, shape)
+            purpose = ""
             batch["timestep"] = self.objective.draw_timesteps(self.seed, positions, data.global_batch_size)
         else:
-            batch["noise"] = randomness.normal(self.seed, "validation noise", positions, shape)
+            purpose = "validation "
             batch["timestep"] = self.objective.validation_timesteps(data.num_val)[batch["position"]]
+        batch["noise"] = randomness.normal(self.seed, f"{purpose}noise", positions, shape)
+        batch["posterior_noise"] = posterior_noise(
+            self.autoencoder, self.seed, positions, shape, stream=f"{purpose}posterior"
+        )
         return batch
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Images `(B, 3, H, W)` -> mean weighted denoising loss."""
-        latents = self.encode(batch["image"])
+        latents = self.encode(batch["image"], batch["posterior_noise"])
         loss = self.objective(self._predict, latents, batch["noise"], batch["timestep"]).mean()
         self.count(latents)
         self.log_terms("train", {"loss": loss.detach()}, len(latents))
@@ -143,7 +149,7 @@ class DiffusionModule(StageModule):
 
     def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
         """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise."""
-        latents = self.encode(batch["image"])
+        latents = self.encode(batch["image"], batch["posterior_noise"])
         losses = self.objective(self._predict_averaged, latents, batch["noise"], batch["timestep"])
         name = ("loss", "loss_on_training_images")[dataloader_idx]
         self.log_terms("val", {name: losses.mean()}, len(latents))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from lightning import Trainer
 
 from ldm_lab import checkpoint
 from ldm_lab.data.datamodule import ImageDataModule
-from ldm_lab.models.vq_model import VQModel
+from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.serialization import LoadError
+from ldm_lab.settings import find
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.export import Export
 from ldm_lab.training.callbacks.interrupt import Interrupt
+from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import AtomicCheckpointIO
 from ldm_lab.training.run_folder import RunFolder
@@ -41,6 +45,7 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
     if start:
         data.images_seen = checkpoint.describe(start)["images_seen"]
     if is_first_process():
+        before = run.started_with()
         run.write_config(config)
         run.write_status(finished=False, **identity)
         for logger in trainer.loggers:
@@ -49,6 +54,8 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
             logger.log_hyperparams(config)
         if start:
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
+            if before and before["max_images"] < config["max_images"]:
+                print(lengthened(module, before, config["max_images"], data.images_seen), flush=True)
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
     finished = trainer.global_step >= trainer.max_steps
     if finished and "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
@@ -59,6 +66,25 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
         run.write_status(finished=True, **identity, **kept)
     trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
     return finished and not any(isinstance(c, Interrupt) and c.received for c in trainer.callbacks)
+
+
+def lengthened(module: StageModule, before: dict[str, Any], max_images: int, images_seen: int) -> str:
+    """What a larger `max_images` does to the learning rate, in one line.
+
+    Args:
+        module: with its schedule of now, which had another `max_images` before, if it has one.
+        before: config that the stage was started with.
+        max_images: of now.
+        images_seen: where the stage stands.
+    """
+    rate = module.make_optimizer(module.parameter_groups()).param_groups[0]["lr"]
+    old = new = module.schedule
+    if dataclasses.is_dataclass(new) and hasattr(new, "max_images"):
+        old = dataclasses.replace(new, max_images=find(before, "model.schedule.max_images") or new.max_images)
+    was, goes_on, ends = (f"{rate * m:.2g}" for m in (old(images_seen), new(images_seen), new(max_images)))
+    change = f", {was} here before, goes on at {goes_on} and ends at {ends}"
+    change = f" stays at {was}" if was == goes_on == ends else change
+    return f"max_images {before['max_images']:,} -> {max_images:,}: the learning rate{change}"
 
 
 def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int) -> None:
@@ -73,7 +99,7 @@ def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[s
     """Arguments of the trainer, with what no run can do without: validation, checkpoints, a clean stop, the export."""
     stage = config["paths"]["stage"]
     checkpoints = Checkpoint(f"{stage}/checkpoints", config["checkpoint_every"])
-    always = [Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
+    always = [SmallestBatchSize(), Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
     return {"callbacks": [*callbacks, *always], "logger": loggers or False, "plugins": [AtomicCheckpointIO()]}
 
 
@@ -83,8 +109,8 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def first_stage(source: str | None, command: str) -> VQModel:
+def first_stage(source: str | None, command: str, plugins: Sequence[str] = ()) -> FirstStage:
     """The autoencoder of a stage 2. Raises `LoadError` with the command that makes one, where there is none."""
     if not source or not Path(source).exists():
         raise LoadError(f"autoencoder={source} is not there; make it with: {command}")
-    return checkpoint.load_autoencoder(source)
+    return checkpoint.load_autoencoder(source, plugins)

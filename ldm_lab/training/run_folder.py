@@ -15,9 +15,10 @@ from ldm_lab.serialization import read_json, replacing, write_json
 # and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
 HARMLESS_GROUPS = (
     "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
-    "checkpoint_every", "preview_every", "autoencoder", "autoencoder_hash", "model.schedule",
+    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "model.schedule", "plan",
+    "plugins", "optimized_metric",
 )  # fmt: skip
-HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size")
+HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class RunFolder:
         """Whether anything was trained here; a start that failed before its first checkpoint binds nobody."""
         return self.last.is_file() or self.final.is_dir()
 
+    def started_with(self) -> dict[str, Any] | None:
+        """The config of what was trained here; `None` where nothing was."""
+        path = self.folder / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if self.has_state() and path.is_file() else None
+
     def check(self, config: dict[str, Any]) -> None:
         """Compare the folder with the config of a stage that would go on in it; nothing is touched.
 
@@ -65,10 +71,9 @@ class RunFolder:
             raise ValueError(f"resume={resume}: must be auto, never or force")
         if resume == "never" and self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"resume=never, but {self.folder} is not empty: choose another name=")
-        path = self.folder / "config.yaml"
-        if not (self.has_state() and path.is_file()):
+        old = self.started_with()
+        if old is None:
             return
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
         if max_images < old["max_images"]:
             raise ValueError(
                 f"max_images={max_images}, but {self.folder} is made for {old['max_images']}:"

@@ -48,8 +48,11 @@ class StageModule(LightningModule):
         raise NotImplementedError
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Configs of the result by name, as plain data."""
-        return {name: dict(network.config) for name, (_, network) in self.exported().items()}
+        """Configs of the result by name, as plain data; each names its class."""
+        return {
+            name: {"_class_name": network.class_name(), **network.config}
+            for name, (_, network) in self.exported().items()
+        }
 
     def compile_networks(self) -> None:
         """Compile what is called in a step, in place: the keys of checkpoints stay as they are."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_lab.interop.compvis import unet_config, unet_state, vq_config, vq_model_state
+from ldm_lab.interop.compvis import kl_config, kl_model_state, unet_config, unet_state, vq_config, vq_model_state
+from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.nn.embedding import sinusoid
@@ -39,6 +40,19 @@ CELEBAHQ = {
     "num_res_blocks": 2,
     "channel_mult": [1, 2, 3, 4],
     "num_head_channels": 32,
+}
+KL_F4 = {**VQ_F4, "double_z": True}
+CHURCHES = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 192,
+    "attention_resolutions": [1, 2, 4, 8],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 2, 4, 4],
+    "num_heads": 8,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
 }
 
 
@@ -115,6 +129,27 @@ def test_unet(unet):
 
 
 @torch.no_grad()
+def test_unet_like_that_of_churches():
+    """Scale and shift, resampling in residual blocks, and a number of heads."""
+    unet = build_unet(floats("unet_churches_like_state.safetensors"), META["arch"]["unet_churches_like"])
+    assert_close_relative(unet(IO["in.unet_x"], IO["in.unet_t"]).sample, IO["unet_churches_like.out"])
+
+
+@torch.no_grad()
+def test_autoencoder_with_a_gaussian():
+    config = kl_config(**META["arch"]["kl"])
+    model = AutoencoderKL(**config).eval()
+    model.load_weights(kl_model_state(floats("kl_state.safetensors"), config), origin="golden")
+    posterior = model.encode(IO["in.kl_image"]).latent_dist
+    assert_close_relative(torch.cat([posterior.mean, posterior.logvar], dim=1), IO["kl.moments"])
+    assert_close_relative(posterior.mean, IO["kl.mean"])
+    assert_close_relative(posterior.std, IO["kl.std"])
+    assert_close_relative(posterior.kl(), IO["kl.kl"])
+    assert_close_relative(model.latents(IO["in.kl_image"], IO["in.kl_noise"]), IO["kl.sample_from_noise"])
+    assert_close_relative(model.decode(IO["in.kl_latent"]).sample, IO["kl.decode"])
+
+
+@torch.no_grad()
 def test_networks_inside_a_whole_checkpoint():
     """Another architecture: one level of the UNet without attention, so that its upsampler sits elsewhere."""
     state = torch.load(FOLDER / "model.ckpt", weights_only=True)["state_dict"]
@@ -130,9 +165,10 @@ def test_networks_inside_a_whole_checkpoint():
     assert_close_relative(scaled, expected["latent_scaled"])
 
 
-def test_every_tensor_is_used_once():
-    state = floats("unet_state.safetensors")
-    config = unet_config(META["arch"]["unet"])
+@pytest.mark.parametrize("name", ["unet", "unet_churches_like"])
+def test_every_tensor_is_used_once(name):
+    state = floats(f"{name}_state.safetensors")
+    config = unet_config(META["arch"][name])
     renamed = unet_state(state, config)
     assert sum(value.numel() for value in renamed.values()) == sum(value.numel() for value in state.values())
     assert renamed.keys() == UNet2DModel(**config).state_dict().keys()
@@ -143,6 +179,7 @@ def test_every_tensor_is_used_once():
     [
         (vq_model_state, vq_config(**META["arch"]["vq"]), "encoder.down.0.attn.9.q.weight"),
         (vq_model_state, vq_config(**META["arch"]["vq"]), "loss.discriminator.main.0.weight"),
+        (kl_model_state, kl_config(**META["arch"]["kl"]), "quantize.embedding.weight"),
         (unet_state, unet_config(META["arch"]["unet"]), "input_blocks.99.0.in_layers.0.weight"),
         (unet_state, unet_config(META["arch"]["unet"]), "label_emb.weight"),
     ],
@@ -156,6 +193,9 @@ def test_heads_that_do_not_fit_the_tensors_are_an_error():
     config = unet_config({**META["arch"]["unet"], "num_head_channels": 24})
     with pytest.raises(LoadError, match="attention_head_dim=24 does not divide the 32 channels"):
         unet_state(floats("unet_state.safetensors"), config)
+    config = unet_config({**META["arch"]["unet_churches_like"], "num_heads": 5})
+    with pytest.raises(LoadError, match="num_attention_heads=5 does not divide the 32 channels"):
+        unet_state(floats("unet_churches_like_state.safetensors"), config)
 
 
 def test_the_published_unet_config():
@@ -188,10 +228,39 @@ def test_the_published_autoencoder_configs(change, codes, count):
 
 
 @pytest.mark.parametrize(
+    ("change", "count"), [({}, 55_312_063), ({"ch_mult": [1, 2, 4, 4], "z_channels": 4}, 83_653_863)]
+)
+def test_the_published_autoencoders_with_a_gaussian(change, count):
+    ddconfig = {**KL_F4, **change}
+    config = kl_config(ddconfig, ddconfig["z_channels"])
+    with torch.device("meta"):
+        assert AutoencoderKL(**config).num_parameters() == count
+    assert config["scaling_factor"] == 1.0  # none was published with the autoencoder alone
+
+
+def test_the_published_unet_config_of_churches():
+    config = unet_config(CHURCHES)
+    with torch.device("meta"):
+        assert UNet2DModel(**config).num_parameters() == 294_966_916
+    assert config["down_block_types"] == ["AttnDownBlock2D"] * 4 + ["ResnetDownsampleBlock2D"]
+    assert config["up_block_types"] == ["ResnetUpsampleBlock2D"] + ["AttnUpBlock2D"] * 4
+    assert (config["num_attention_heads"], config["attn_norm_num_groups"]) == (8, 32)
+
+
+def test_the_size_of_a_head_wins_over_their_number():
+    config = unet_config({**CELEBAHQ, "num_heads": 8})
+    assert config == unet_config(CELEBAHQ)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": 8}, "unet_config: num_heads=8 is not supported; -1 is"),
-        ({"use_scale_shift_norm": True}, "unet_config: use_scale_shift_norm=True is not supported; False is"),
+        ({"num_head_channels": -1}, "unet_config: either num_head_channels or num_heads must be given"),
+        (
+            {"num_head_channels": -1, "num_heads": 8, "num_heads_upsample": 4},
+            "unet_config: num_heads_upsample=4 is not supported; num_heads=8 is",
+        ),
+        ({"use_new_attention_order": True}, "unet_config: use_new_attention_order=True is not supported; False is"),
         ({"num_classes": 10}, "unet_config: num_classes=10 is not supported; None is"),
         ({"colour": "red"}, "unet_config: colour='red' is not a key that is understood"),
     ],
@@ -204,6 +273,10 @@ def test_a_unet_that_ours_cannot_express_is_an_error(change, message):
 
 def test_an_autoencoder_that_ours_cannot_express_is_an_error():
     with pytest.raises(LoadError, match="ddconfig: double_z=True is not supported; False is"):
-        vq_config({**VQ_F4, "double_z": True}, 3, 8192)
+        vq_config(KL_F4, 3, 8192)
+    with pytest.raises(LoadError, match="ddconfig: double_z=False is not supported; True is"):
+        kl_config(VQ_F4, 3)
+    with pytest.raises(LoadError, match=r"^embed_dim=4 is not supported; z_channels=3 is$"):
+        kl_config(KL_F4, 4)
     with pytest.raises(LoadError, match="ddconfig: the key 'ch_mult' is missing"):
         vq_config({key: value for key, value in VQ_F4.items() if key != "ch_mult"}, 3, 8192)

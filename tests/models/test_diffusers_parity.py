@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.models.vq_model import VQModel
 from tests.helpers import GOLDEN, assert_close_relative
@@ -65,12 +66,14 @@ def parameters(function):
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
-@pytest.mark.parametrize("name", ["VQModel", "UNet2DModel"])
-def test_arguments_and_defaults(diffusers, name):
-    ours, theirs = {"VQModel": VQModel, "UNet2DModel": UNet2DModel}[name], getattr(diffusers, name)
+@pytest.mark.parametrize("ours", [VQModel, AutoencoderKL, UNet2DModel])
+def test_arguments_and_defaults(diffusers, ours):
+    theirs = getattr(diffusers, ours.__name__)
     expected = parameters(theirs.__init__)
-    if name == "VQModel":
-        expected["scaling_factor"] = 1.0  # the one deliberate difference
+    if ours is VQModel:
+        expected["scaling_factor"] = 1.0  # deliberately
+    if ours is UNet2DModel:
+        expected["num_attention_heads"] = None  # our own
     assert list(parameters(ours.__init__).items()) == list(expected.items())
     for method in ("encode", "decode", "forward"):
         if hasattr(theirs, method):
@@ -85,18 +88,38 @@ VQ_CASES = {
     },
     "other widths": {"in_channels": 1, "out_channels": 2, "latent_channels": 5, "vq_embed_dim": 4},
 }
+KL_CASES = {
+    "plain": {"mid_block_add_attention": False, "layers_per_block": 2, "latent_channels": 3},
+    "attention": VQ_CASES["attention"],
+    "no convolutions": {"use_quant_conv": False, "use_post_quant_conv": False},
+}
+RESAMPLED = {"downsample_type": "resnet", "upsample_type": "resnet"}
+RESAMPLED_BLOCKS = {
+    "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}
 UNET_CASES = {
     "one head": {"attention_head_dim": None, "layers_per_block": 2},
     "time": {"freq_shift": 1, "flip_sin_to_cos": False, "time_embedding_dim": 24},
     "no attention in the middle": {"add_attention": False, "downsample_padding": 0},
     "groups": {"attn_norm_num_groups": 2, "norm_eps": 1e-3, "in_channels": 4, "out_channels": 6},
     "prefix of 2022": {"down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D"]},
+    "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale and shift, all norms": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
+    "resampling in residual blocks": {**RESAMPLED_BLOCKS, **RESAMPLED, "resnet_time_scale_shift": "scale_shift"},
+    "resampling in plain blocks": RESAMPLED_BLOCKS,
+    "resampling in blocks with attention": {
+        **RESAMPLED,
+        "down_block_types": ["AttnDownBlock2D"] * 2,
+        "up_block_types": ["AttnUpBlock2D"] * 2,
+    },
+    "resampling that plain blocks ignore": RESAMPLED,
 }
 
 
-def vq_arguments(case):
+def autoencoder_arguments(case):
     types = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    return {**types, "block_out_channels": [8, 16], "norm_num_groups": 4, "scaling_factor": 1.5, **VQ_CASES[case]}
+    return {**types, "block_out_channels": [8, 16], "norm_num_groups": 4, "scaling_factor": 1.5, **case}
 
 
 def unet_arguments(case):
@@ -109,7 +132,7 @@ def unet_arguments(case):
 @pytest.mark.parametrize("case", VQ_CASES)
 def test_autoencoders_go_there_and_back(diffusers, case, tmp_path):
     torch.manual_seed(0)
-    ours = VQModel(**vq_arguments(case)).eval()
+    ours = VQModel(**autoencoder_arguments(VQ_CASES[case])).eval()
     torch.nn.init.normal_(ours.quantize.embedding.weight)
     images = torch.randn(2, ours.config.in_channels, 16, 16)
     ours.save_pretrained(tmp_path / "ours")
@@ -120,6 +143,31 @@ def test_autoencoders_go_there_and_back(diffusers, case, tmp_path):
 
     theirs.save_pretrained(tmp_path / "theirs")
     back = VQModel.from_pretrained(tmp_path / "theirs")
+    assert back.config == ours.config
+    assert_equal_weights(back, ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", KL_CASES)
+def test_autoencoders_with_a_gaussian_go_there_and_back(diffusers, case, tmp_path):
+    torch.manual_seed(0)
+    ours = AutoencoderKL(**autoencoder_arguments(KL_CASES[case])).eval()
+    images = torch.randn(2, 3, 16, 16)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    own, reference = (model.encode(images).latent_dist for model in (ours, theirs))
+    for name in ("mean", "std", "var", "logvar"):
+        assert_close_relative(getattr(own, name), getattr(reference, name))
+    assert_close_relative(own.mode(), reference.mode())
+    assert_close_relative(own.kl(), reference.kl())
+    for options in ({}, {"sample_posterior": True}):
+        own, reference = (
+            model(images, **options, generator=torch.Generator().manual_seed(5)).sample for model in (ours, theirs)
+        )
+        assert_close_relative(own, reference)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = AutoencoderKL.from_pretrained(tmp_path / "theirs")
     assert back.config == ours.config
     assert_equal_weights(back, ours)
 

@@ -148,3 +148,12 @@ def test_the_prefix_of_2022_says_nothing():
     types = {"down_block_types": ["UNetResDownEncoderBlock2D"], "up_block_types": ["UNetResUpDecoderBlock2D"]}
     model = VQModel(**types, block_out_channels=[8], norm_num_groups=4)
     assert model.config.down_block_types == ["UNetResDownEncoderBlock2D"]
+
+
+def test_as_a_first_stage(model):
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(model.latents(images), model.encode(images).latents)
+    assert (model.embed_dim, model.draws_latents) == (3, False)
+    assert VQModel(**TINY, vq_embed_dim=5).embed_dim == 5
+    with pytest.raises(ValueError, match="noise was given, but the latents of a VQModel are not drawn"):
+        model.latents(images, torch.randn(1, 3, 8, 8))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.resample import Downsample, Upsample
@@ -63,6 +64,18 @@ def test_attention_keys_and_heads():
         AttentionBlock(32, dim_head=24)
 
 
+def test_attention_by_number_of_heads():
+    assert AttentionBlock(32, num_heads=4).dim_head == AttentionBlock(32, dim_head=8).dim_head == 8
+    with pytest.raises(ValueError, match="num_attention_heads=5 does not divide the 32 channels"):
+        AttentionBlock(32, num_heads=5)
+
+
+def test_attention_without_normalisation():
+    block = AttentionBlock(8, groups=None)
+    assert not any("group_norm" in key for key in block.state_dict())
+    assert torch.equal(block.group_norm(torch.ones(1, 8, 2, 2)), torch.ones(1, 8, 2, 2))
+
+
 def test_resnet_keys():
     names = {key.rpartition(".")[0] for key in ResnetBlock(8, 16, groups=4, time_channels=5).state_dict()}
     assert names == {"norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut"}
@@ -88,6 +101,31 @@ def test_resnet_adds_time_to_each_sample_alone():
     after = block(x, time)
     assert torch.equal(before[0], after[0])
     assert not torch.allclose(before[1], after[1])
+
+
+def test_resnet_scales_and_shifts_what_it_has_normalised():
+    torch.manual_seed(0)
+    block = ResnetBlock(8, 12, groups=4, time_channels=5, scale_shift=True).eval().double()
+    x, time = torch.randn(2, 8, 4, 4, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    scale, shift = block.time_emb_proj(F.silu(time)).split(12, dim=1)
+    h = block.norm2(block.conv1(F.silu(block.norm1(x))))
+    h = torch.stack([h[:, c] * (1 + scale[:, c, None, None]) + shift[:, c, None, None] for c in range(12)], dim=1)
+    assert_close_relative(block(x, time).detach(), (block.conv_shortcut(x) + block.conv2(F.silu(h))).detach(), 1e-12)
+
+
+@pytest.mark.parametrize(("layer", "size"), [(torch.nn.AvgPool2d(2), 2), (torch.nn.Upsample(scale_factor=2.0), 8)])
+def test_resnet_resamples_before_its_first_convolution(layer, size):
+    block = ResnetBlock(8, groups=4, resample=layer)
+    assert block.state_dict().keys() == ResnetBlock(8, groups=4).state_dict().keys()
+    seen = []
+    block.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(1, 8, 4, 4)
+    h = block(x)
+    assert h.shape == (1, 8, size, size)
+    assert torch.equal(seen[0], layer(F.silu(block.norm1(x))))
+    torch.nn.init.zeros_(block.conv2.weight)
+    torch.nn.init.zeros_(block.conv2.bias)
+    assert torch.equal(block(x), layer(x))
 
 
 def test_dropout_acts_in_training_only():

@@ -9,8 +9,9 @@ import yaml
 
 from ldm_lab.serialization import LoadError
 from ldm_lab.training import device
-from ldm_lab.training.run import first_stage, is_first_process
+from ldm_lab.training.run import first_stage, is_first_process, lengthened
 from ldm_lab.training.run_folder import RunFolder, differences, flatten
+from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup
 
 CONFIG = {
     "resume": "auto",
@@ -121,6 +122,35 @@ def test_a_damaged_status_is_named(folder):
     (folder.folder / "status.json").write_text("{")
     with pytest.raises(LoadError, match=r"status\.json: not readable"):
         folder.finished(64, "abc")
+
+
+def test_a_folder_knows_the_settings_of_what_was_trained_there(folder):
+    assert folder.started_with() == CONFIG
+    shutil.rmtree(folder.last.parent)
+    shutil.rmtree(folder.final)
+    assert folder.started_with() is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "images", "change"),
+    [
+        (CosineWithWarmup(0, 200), 100, ", 0 here before, goes on at 0.0005 and ends at 0"),
+        (CosineWithWarmup(0, 200), 50, ", 0.0005 here before, goes on at 0.00085 and ends at 0"),
+        (CosineWithWarmup(0, 200, final=0.1), 100, ", 0.0001 here before, goes on at 0.00055 and ends at 0.0001"),
+        (ConstantWithWarmup(), 100, " stays at 0.001"),
+        (ConstantWithWarmup(150), 75, ", 0.0005 here before, goes on at 0.0005 and ends at 0.001"),
+        (lambda images_seen: 0.5, 100, " stays at 0.0005"),
+    ],
+)
+def test_a_longer_run_says_what_the_learning_rate_will_do(schedule, images, change):
+    parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    module = SimpleNamespace(
+        schedule=schedule,
+        parameter_groups=lambda: parameters,
+        make_optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
+    )
+    before = {"max_images": 100, "model": {"schedule": {"max_images": 100}}}
+    assert lengthened(module, before, 200, images) == f"max_images 100 -> 200: the learning rate{change}"
 
 
 @pytest.mark.parametrize("source", [None, "", "/nowhere"])

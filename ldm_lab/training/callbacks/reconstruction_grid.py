@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning import Callback, Trainer
 
-from ldm_lab.training.autoencoder_module import AutoencoderModule
+from ldm_lab.training.autoencoder_module import FirstStageModule
 from ldm_lab.training.callbacks.pictures import show
 
 
@@ -23,12 +23,12 @@ class ReconstructionGrid(Callback):
         self.folder, self.images = Path(folder), images
 
     @torch.no_grad()
-    def on_validation_end(self, trainer: Trainer, module: AutoencoderModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: FirstStageModule) -> None:
         """Reconstruct on rank 0 while the others go on."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         originals = trainer.datamodule.preview(self.images).to(module.device)  # (B, 3, H, W)
-        reconstructions = module.autoencoder.decode(module.autoencoder.encode(originals).latents).sample
+        reconstructions = module.autoencoder.decode(module.autoencoder.latents(originals)).sample
         width = min(8, len(originals))
         rows = [
             row

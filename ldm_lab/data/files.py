@@ -1,0 +1,249 @@
+"""Where images lie: a folder, a zip archive or a tar archive. Nothing is ever extracted."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+ARCHIVES = (".zip", ".tar")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+AGAIN = "pack it again as a plain .tar or .zip"
+LARGEST = 2**30  # bytes that a member of an archive may have, unpacked
+
+Place = tuple[int, ...]  # where a file lies, as its `Files` needs it: kept as numbers, in one block for all files
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files below one root, read by name and place.
+
+    It holds no open file, only a path: it can be pickled, and shared by processes however they were started.
+    """
+
+    root: Path
+
+    def members(self) -> Iterable[tuple[str, Place]]:
+        """Name (POSIX, relative to the root) and place of every file that is not hidden, in no particular order."""
+        raise NotImplementedError
+
+    def find(self, suffixes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """The files whose names end in one of `suffixes`, in capitals or not, sorted.
+
+        Returns:
+            names: `(N,)`, bytes (see `os.fsencode`).
+            places: `(N, k)`, int64.
+
+        Raises:
+            ValueError: the root cannot be listed.
+        """
+        return _sorted(self.members(), suffixes)
+
+    def read(self, name: str, place: Place) -> bytes:
+        """What a file holds. Raises `OSError`, `ValueError` or `zlib.error` where it cannot be had."""
+        raise NotImplementedError
+
+    def size(self, name: str, place: Place) -> int:
+        """Its length in bytes."""
+        raise NotImplementedError
+
+
+class Folder(Files):
+    """A folder with all folders in it; links are followed."""
+
+    def members(self) -> Iterator[tuple[str, Place]]:
+        """Every file below the folder."""
+        seen = set()  # folders, by device and inode: links may lead round in circles
+        pending = [""]
+        while pending:
+            folder = pending.pop()
+            path = os.path.join(self.root, folder)  # pathlib would double the time of it all
+            try:
+                status = os.stat(path)
+                if (status.st_dev, status.st_ino) in seen:
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(path) as entries:
+                    for entry in entries:
+                        if is_hidden(entry.name):
+                            continue
+                        if entry.is_dir():
+                            pending.append(f"{folder}{entry.name}/")
+                        elif entry.is_file():
+                            yield f"{folder}{entry.name}", ()
+            except OSError as error:
+                raise ValueError(f"data.root: the folder {path} cannot be listed: {error.strerror}") from error
+
+    def read(self, name: str, place: Place) -> bytes:
+        """Read the file."""
+        return (self.root / name).read_bytes()
+
+    def size(self, name: str, place: Place) -> int:
+        """Ask the file system."""
+        return (self.root / name).stat().st_size
+
+
+class Archive(Files):
+    """One file that holds many. It is opened anew for each of them: processes would share a handle's position."""
+
+    kind: ClassVar[str]
+
+    def entries(self) -> Iterator[tuple[str, Place]]:
+        """Name and place of every file in it, as they stand there."""
+        raise NotImplementedError
+
+    def members(self) -> list[tuple[str, Place]]:
+        """Every file, relative to the one folder that all of them lie in, if there is one.
+
+        A folder `photos` may be packed as `photos/a.png`, `./a.png` or `a.png`.
+        """
+        try:
+            shown = [entry for entry in self.entries() if not any(map(is_hidden, entry[0].split("/")))]
+        except Exception as error:  # damage makes the readers fail in any way there is
+            raise ValueError(f"data.root={self.root}: this {self.kind} archive cannot be read: {error}") from error
+        tops = {name[: name.find("/") + 1] for name, _ in shown}
+        top = tops.pop() if len(tops) == 1 else ""
+        return [(name[len(top) :], place) for name, place in shown]
+
+    def find(self, suffixes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """As for every kind; listed once for the training and the held-out images."""
+        return _find_once(self, suffixes, self.root.stat().st_mtime_ns)
+
+
+class ZipArchive(Archive):
+    """A zip archive, its members stored or deflated. Place: offset, packed size, size, method, CRC."""
+
+    kind = "zip"
+
+    def entries(self) -> Iterator[tuple[str, Place]]:
+        """Every file of the central directory, links apart."""
+        with zipfile.ZipFile(self.root) as archive:
+            for entry in archive.infolist():
+                if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
+                    continue
+                if entry.flag_bits & 1:
+                    raise ValueError(f"{entry.filename} is encrypted; {AGAIN}")
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(f"{entry.filename} is compressed by method {entry.compress_type}; {AGAIN}")
+                sizes = entry.compress_size, entry.file_size
+                yield entry.filename, (entry.header_offset, *sizes, entry.compress_type, entry.CRC)
+
+    def read(self, name: str, place: Place) -> bytes:
+        """Unpack one member, and check it."""
+        offset, packed, size, method, checksum = place
+        _check_size(max(packed, size))
+        with open(self.root, "rb") as file:
+            file.seek(offset)
+            signature, lengths = struct.unpack("<4s22x4s", file.read(30).ljust(30))
+            file.seek(sum(struct.unpack("<HH", lengths)), os.SEEK_CUR)  # its name, and what else stands there
+            content = file.read(packed)
+        if method == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+        if signature != b"PK\3\4" or len(content) != size or zlib.crc32(content) != checksum:
+            raise ValueError("damaged in the archive")
+        return content
+
+    def size(self, name: str, place: Place) -> int:
+        """As the central directory says."""
+        return place[2]
+
+
+class TarArchive(Archive):
+    """A tar archive without compression. Place: offset, size."""
+
+    kind = "tar"
+
+    def entries(self) -> Iterator[tuple[str, Place]]:
+        """Every regular file; links and devices are left out."""
+        with tarfile.open(self.root, "r:") as archive:
+            while (entry := archive.next()) is not None:
+                archive.members.clear()  # else all entries are kept
+                if entry.issparse():
+                    raise ValueError(f"{entry.name} is stored with holes (tar --sparse); {AGAIN}")
+                if entry.isreg():
+                    yield entry.name, (entry.offset_data, entry.size)
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # else tarfile ends at a damaged entry silently
+                raise tarfile.ReadError(f"no entry at byte {archive.offset:,}")
+
+    def read(self, name: str, place: Place) -> bytes:
+        """Read one member."""
+        offset, size = place
+        _check_size(size)
+        with open(self.root, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        if len(content) != size:
+            raise ValueError("cut short in the archive")
+        return content
+
+    def size(self, name: str, place: Place) -> int:
+        """As its header says."""
+        return place[1]
+
+
+def open_root(root: str | Path | None) -> Files:
+    """The files of `data.root`. Raises `ValueError` unless it is a folder or an archive that can be read."""
+    if root is None or str(root) in ("", "???"):
+        raise ValueError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
+    path = Path(root).expanduser()
+    if path.is_dir():
+        return Folder(path)
+    if not path.exists():
+        raise ValueError(f"data.root={root}: no such folder or archive; expected a folder of images")
+    try:
+        return _open_archive(path)
+    except OSError as error:
+        raise ValueError(f"data.root={root}: cannot be read: {error.strerror}") from error
+
+
+def _open_archive(path: Path) -> Archive:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(
+                f"data.root={path}: compressed with {name}, so that no image can be read without all before it; "
+                f"unpack it, or {AGAIN}"
+            )
+    # First tar: a tar that holds a zip file may pass for one, as those are recognised by their ends.
+    if tarfile.is_tarfile(path):
+        return TarArchive(path)
+    if zipfile.is_zipfile(path):
+        return ZipArchive(path)
+    raise ValueError(
+        f"data.root={path}: this is a file, and not a whole zip or tar archive; expected a folder of images"
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is passed over: `.name`, and what macOS adds to archives. `..` is among them."""
+    return (name.startswith(".") and name != ".") or name == "__MACOSX"
+
+
+@functools.lru_cache(maxsize=1)
+def _find_once(archive: Archive, suffixes: tuple[str, ...], changed: int) -> tuple[np.ndarray, np.ndarray]:
+    return _sorted(archive.members(), suffixes)
+
+
+def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    # Of two members of the same name the last one counts, as for those who unpack.
+    places = {os.fsencode(name): place for name, place in members if name.lower().endswith(suffixes)}
+    names = sorted(places)
+    # Blocks of memory: millions of Python objects would be copied, page by page, into every worker.
+    return np.array(names, np.bytes_), np.array([places[name] for name in names], np.int64)
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"{size:,} bytes, more than the {LARGEST:,} that an image may have")

@@ -1,0 +1,87 @@
+"""What a resolved config may hold: pure checks of plain data, each refusal one line that names the key."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Whole numbers, and the lowest that each may be.
+LOWEST = {
+    "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
+    "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
+    "num_samples": 1, "batch_size": 1, "sampler.steps": 1,
+}  # fmt: skip
+WORDS = {"data.batch_size": ("auto",)}  # instead of a number
+
+PACKAGE = Path(__file__).resolve().parent
+# What `_target_` may name beside this package and plugins: public classes that make a training and read no files.
+PUBLIC = re.compile(r"(torch\.(nn|optim|optim\.lr_scheduler)|lightning|lightning\.pytorch(\.[a-z_]+)*)\.[A-Z]\w*")
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuse numbers out of range and classes from elsewhere. Raises `ValueError`."""
+    for key, low in LOWEST.items():
+        value = find(config, key)
+        if value is None or value in WORDS.get(key, ()):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            words = "".join(f" or {word}" for word in WORDS.get(key, ()))
+            raise ValueError(f"{key}={value}: must be a whole number, at least {low}{words}")
+    rate = find(config, "model.optimizer.lr")
+    if rate is not None and (not isinstance(rate, (int, float)) or rate <= 0):
+        raise ValueError(f"model.optimizer.lr={rate}: must be a number above 0")
+    check_code(config)
+
+
+def check_code(config: dict[str, Any]) -> None:
+    """Refuse classes from elsewhere. Raises `ValueError`."""
+    plugins = config.get("plugins") or []
+    check_plugins(plugins)
+    for key, target in targets(config):
+        check_target(key, target, plugins)
+
+
+def check_plugins(plugins: Any) -> None:  # noqa: ANN401
+    """Refuse what is not a list of packages that are there. Raises `ValueError`."""
+    if not isinstance(plugins, list) or not all(isinstance(name, str) and name.isidentifier() for name in plugins):
+        raise ValueError(f"plugins={plugins}: must be a list of package names, such as plugins=[my_pkg]")
+    for name in plugins:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"plugins=[{name}]: there is no such package; install it, or put {name}/ beside train.py")
+
+
+def check_target(key: str, target: str, plugins: list[str]) -> None:
+    """Refuse a `_target_` that is neither of this package, nor of a plugin, nor public (see `PUBLIC`)."""
+    module = target.rpartition(".")[0]
+    package = module.split(".")[0]
+    if package == PACKAGE.name:
+        # A module, not what one has imported: ldm_lab.images.os.system would be a way to run anything.
+        if not PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").is_file():
+            raise ValueError(f"{key}={target}: {module} is no module of {PACKAGE.name}")
+    elif package not in plugins and not PUBLIC.fullmatch(target):
+        advice = f"if you trust it, add plugins=[{package}]" if package else "give package.module.Class"
+        raise ValueError(f"{key}={target}: a config may name classes of {PACKAGE.name}; {advice}")
+
+
+def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401
+    """Every `_target_` of nested data with its key."""
+    if isinstance(tree, dict):
+        for key, child in tree.items():
+            if key == "_target_":
+                yield f"{prefix}{key}", str(child)
+            else:
+                yield from targets(child, f"{prefix}{key}.")
+    elif isinstance(tree, list):
+        for place, child in enumerate(tree):
+            yield from targets(child, f"{prefix}{place}.")
+
+
+def find(tree: dict[str, Any], key: str) -> Any:  # noqa: ANN401
+    """The value at a dotted key, `None` where there is none."""
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node

@@ -1,0 +1,111 @@
+"""Which state of a model a source names.
+
+runs/x        the result of the run; where it is not finished or trains on, its newest state
+runs/x@2M     its snapshot at two million training images
+FOLDER        a pipeline folder, a snapshot among them
+FILE          a training checkpoint
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_lab import checkpoint
+from ldm_lab.lengths import parse_images, short
+from ldm_lab.serialization import LoadError, read_json
+
+INDEX = "model_index.json"
+RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last: what makes a folder a stage's result
+SNAPSHOTS = "snapshots"
+TOLERANCE = 0.01  # of the images asked for: a step ends up to a global batch after the multiple it crosses
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of a model.
+
+    Attributes:
+        source: the folder or file that was named, without `@...`.
+        path: what holds the state: the folder of a result or a snapshot, or a training checkpoint.
+        images_seen: training images of a snapshot or a checkpoint; `None` for a result.
+    """
+
+    source: Path
+    path: Path
+    images_seen: int | None = None
+
+
+def find(source: str | Path) -> State:
+    """The state of a pipeline that `source` names.
+
+    Raises:
+        LoadError: nothing of the kind is there; where a snapshot was asked for, the message lists those there are.
+    """
+    if state := search(source, "diffusion"):
+        return state
+    raise LoadError(f"{source}: no pipeline ({INDEX}) and no diffusion checkpoint")
+
+
+def search(source: str | Path, stage: str) -> State | None:
+    """The state that `source` names, of a run that of one stage; `None` for a folder without any.
+
+    The newest state of an unfinished run is its last checkpoint, or a snapshot where that is ahead of it (after a
+    power cut, say): the same command will pass through that very state again.
+
+    Raises:
+        LoadError: there is no such file, folder or snapshot.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _checkpoint(path, path)
+    if not path.exists():
+        return _snapshot(str(source))
+    folder = _stage_folder(path, stage)
+    if not trains_on(folder):
+        for result in (path, folder / "final"):
+            if (result / RESULTS[stage]).is_file():
+                return State(path, result, int(result.name) if result.parent.name == SNAPSHOTS else None)
+    last = folder / "checkpoints/last.ckpt"
+    states = [_checkpoint(path, last)] if last.is_file() else []
+    states += [State(path, taken, images) for images, taken in snapshots(folder / SNAPSHOTS).items()]
+    return max(states, key=lambda state: state.images_seen, default=None)
+
+
+def trains_on(stage_folder: Path) -> bool:
+    """Whether a stage has begun and not ended, perhaps after a first end."""
+    status = stage_folder / checkpoint.STATUS
+    return status.is_file() and not read_json(status).get("finished")
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """The whole snapshots in `<stage>/snapshots/`, oldest first: training images -> pipeline folder."""
+    whole = {int(path.parent.name): path.parent for path in folder.glob(f"*/{INDEX}") if path.parent.name.isdigit()}
+    return dict(sorted(whole.items()))
+
+
+def _checkpoint(source: Path, path: Path) -> State:
+    return State(source, path, checkpoint.describe(path)["images_seen"])
+
+
+def _stage_folder(path: Path, stage: str) -> Path:
+    return path / stage if (path / stage).is_dir() else path
+
+
+def _snapshot(source: str) -> State:
+    """`runs/x@2M`: the snapshot of that count, else the nearest one within `TOLERANCE`."""
+    run, _, text = source.rpartition("@")
+    if not run or not Path(run).is_dir():
+        raise LoadError(f"{source}: no such file or folder")
+    taken = snapshots(_stage_folder(Path(run), "diffusion") / SNAPSHOTS)
+    if not taken:
+        raise LoadError(f"{source}: {run} has no snapshots; train.py snapshots=1M takes one every million images")
+    there = f"there are {', '.join(map(short, taken))}"
+    try:
+        images = parse_images(text, source)
+    except ValueError as error:
+        raise LoadError(f"{source}: {text!r} is no number of images such as 2M; {there}") from error
+    nearest = min(taken, key=lambda count: abs(count - images))
+    if abs(nearest - images) > TOLERANCE * images:
+        raise LoadError(f"{source}: there is no such snapshot; {there}")
+    return State(Path(run), taken[nearest], nearest)

@@ -1,0 +1,217 @@
+"""`init=SOURCE`: what a stage starts from, where not from random weights.
+
+Weights belong to one architecture, those of a UNet to one noise schedule and one scale of the latents as well. These
+come along: they take the place of what config files say, and what the user has typed must agree with them. Optimizer,
+counters and all other settings are the run's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_lab.checkpoint import class_of, describe, fingerprint, load_autoencoder, networks
+from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.serialization import Configurable, LoadError, PretrainedModel, read_json
+from ldm_lab.settings import find
+from ldm_lab.states import State, search
+from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
+from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.training.run import say
+from ldm_lab.training.run_folder import RunFolder, flatten
+from ldm_lab.training.stage_module import StageModule
+
+# Of each stage: keys of the config -> parts of the source that they must agree with; the first is the one trained.
+NODES = {
+    "autoencoder": {"model.autoencoder": "vqvae"},
+    "diffusion": {"model.unet": "unet", "model.scheduler": "scheduler"},
+}
+OPEN = ("in_channels", "out_channels")  # None: those of the latents, whoever has typed it
+# Arguments of a network that its weights do not depend on, and those of a scheduler that they do depend on.
+NOT_OF_WEIGHTS = ("sample_size", "dropout")
+OF_WEIGHTS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model: any state (see `ldm_lab.states`), or the folder of a single network.
+
+    Attributes:
+        name: as the user has typed it.
+        state: where it lies.
+        configs: of the parts that it holds: `vqvae`, `unet`, `scheduler`.
+        plugins: packages whose classes it may name.
+    """
+
+    name: str
+    state: State
+    configs: dict[str, dict[str, Any]]
+    plugins: Sequence[str] = ()
+
+    def skeleton(self, part: str) -> Configurable:
+        """A part by its config: the weights of a network lie on the meta device."""
+        kind = class_of(self.configs[part], LDMPipeline.classes[part], self.plugins, f"init={self.name}: {part}")
+        with torch.device("meta"):
+            return kind.from_config(self.configs[part])
+
+    def network(self, part: str) -> PretrainedModel:
+        """A network with its weights, those of a UNet averaged."""
+        path = self.state.path
+        if part == "vqvae":
+            return load_autoencoder(path, self.plugins)
+        if path.is_file():
+            return networks(path, {part: LDMPipeline.classes[part]}, self.plugins)[part]
+        return type(self.skeleton(part)).from_pretrained(path / part if (path / part).is_dir() else path)
+
+
+def open_source(name: str, stage: str, plugins: Sequence[str] = ()) -> Source:
+    """Find what `init=` names; the weights are not read yet.
+
+    For stage 1, the first stage of a pipeline comes before the result of a stage 1: it knows the latents' scale.
+
+    Raises:
+        LoadError: there is nothing, or nothing for that stage.
+    """
+    alone = Path(name, PretrainedModel.config_name)
+    state = State(Path(name), Path(name)) if alone.is_file() else search(name, "diffusion")
+    if state is None and stage == "autoencoder":
+        state = search(name, stage)
+    source = Source(name, state, _configs(state.path, plugins), plugins) if state else None
+    if source is None or next(iter(NODES[stage].values())) not in source.configs:
+        raise LoadError(f"init={name}: there is no {'UNet' if stage == 'diffusion' else 'first stage'} here")
+    return source
+
+
+def _configs(path: Path, plugins: Sequence[str]) -> dict[str, dict[str, Any]]:
+    if path.is_file():
+        return describe(path)["configs"]
+    if (alone := path / PretrainedModel.config_name).is_file():
+        config, kinds = read_json(alone), (*LDMPipeline.classes["vqvae"], *LDMPipeline.classes["unet"])
+        return {"vqvae" if issubclass(class_of(config, kinds, plugins, str(alone)), FirstStage) else "unet": config}
+    config_name = PretrainedModel.config_name
+    places = {"unet": config_name, "vae": config_name, "vqvae": config_name, "scheduler": Scheduler.config_name}
+    found = {place: path / place / file for place, file in places.items() if (path / place / file).is_file()}
+    return {"vqvae" if place == "vae" else place: read_json(file) for place, file in found.items()}
+
+
+def settings(config: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    """What `init=` changes in the config of a stage: dotted key -> value. Says so, a line each.
+
+    A stage that has a state starts from that, with the settings it was started with, whatever became of the source.
+
+    Args:
+        config: of the stage, resolved.
+        typed: keys that the user has given a value, which must be that of the source.
+
+    Raises:
+        LoadError: the source cannot be used.
+        ValueError: a typed setting, or the kind of network, is another one than the source's.
+    """
+    if not config["init"]:
+        return {}
+    nodes = NODES[config["stage"]]
+    if before := RunFolder(Path(config["paths"]["stage"])).started_with():
+        ours = tuple(f"{node}." for node in nodes)
+        return {k: v for k, v in flatten(before).items() if k.startswith(ours) and not _is_typed(k, typed)}
+    source = open_source(config["init"], config["stage"], config["plugins"])
+    images = source.state.images_seen
+    say(f"init: {config['stage']} starts from {source.state.path}" + (f" at {images:,} images" if images else ""))
+    changes = {}
+    for node, part in nodes.items():
+        if part in source.configs:
+            changes |= _changes(source, node, find(config, node), source.skeleton(part), typed)
+        else:
+            say(f"init: {source.name} has no {part}; {node} stands")
+    return changes
+
+
+def _changes(
+    source: Source, node: str, own: dict[str, Any], theirs: Configurable, typed: Collection[str]
+) -> dict[str, Any]:
+    keys: Sequence[str] = OF_WEIGHTS
+    if isinstance(theirs, PretrainedModel):
+        keys = [key for key in theirs.config if key not in NOT_OF_WEIGHTS]
+        if not f".{own['_target_']}".endswith(f".{theirs.class_name()}"):
+            raise ValueError(
+                f"{node} is {own['_target_']}, but init={source.name} holds {theirs.class_name()}:"
+                " choose a model= of that kind, or other weights"
+            )
+    arguments = inspect.signature(type(theirs).__init__).parameters
+    changes = {}
+    for key in keys:
+        value, mine, name = theirs.config[key], own.get(key, arguments[key].default), f"{node}.{key}"
+        mine = list(mine) if isinstance(mine, tuple) else mine
+        if mine is None and key in OPEN:
+            changes[name] = value
+            continue
+        if mine != value and _is_typed(name, typed):
+            raise ValueError(f"{name}={mine}, but init={source.name} was trained with {value}: leave {name} out")
+        if mine != value:
+            say(f"init: {name} {mine} -> {value}, from {source.name}")
+            changes[name] = value
+    return changes
+
+
+def _is_typed(key: str, typed: Collection[str]) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in typed)
+
+
+def load(module: StageModule, config: dict[str, Any], typed: Collection[str]) -> None:
+    """Put the weights of `init=` into a module that was built with its `settings`.
+
+    Args:
+        module: of the stage.
+        config: of the stage.
+        typed: keys that the user has given a value.
+
+    Raises:
+        LoadError: the weights cannot be read, or do not fit.
+        ValueError: another scaling factor was typed than the one that the UNet was trained with.
+    """
+    source = open_source(config["init"], config["stage"], config["plugins"])
+    if isinstance(module, DiffusionModule):
+        weights = source.network("unet").exported_state_dict()
+        for network in (module.unet, module.ema.model):
+            network.load_weights(weights, origin=source.name)
+        _take_scale(module, source, "model.scaling_factor" in typed)
+        return
+    module.autoencoder.load_weights(source.network("vqvae").exported_state_dict(), origin=source.name)
+    if isinstance(module, AutoencoderModule):
+        module.codebook.initialised.fill_(True)  # or the codes would be drawn anew
+
+
+def _take_scale(module: DiffusionModule, source: Source, is_typed: bool) -> None:
+    """Latents are scaled as the UNet knows them, where they are the latents that it knows."""
+    mine = "measure" if module.measures_scale else module.autoencoder.config.scaling_factor
+    theirs = source.network("vqvae") if "vqvae" in source.configs else None
+    if theirs is None or _encoding(theirs) != _encoding(module.autoencoder):
+        why = "comes without an autoencoder" if theirs is None else "was trained on another autoencoder"
+        say(f"init: the UNet of {source.name} {why}; model.scaling_factor={mine} stands")
+        return
+    scale = theirs.config.scaling_factor
+    if mine != scale and is_typed:
+        raise ValueError(
+            f"model.scaling_factor={mine}, but the UNet of init={source.name} was trained with {scale}:"
+            " leave model.scaling_factor out"
+        )
+    if mine != scale:
+        say(f"init: model.scaling_factor {mine} -> {scale:.6g}, from {source.name}")
+    module.autoencoder.register_to_config(scaling_factor=scale)
+    module.measures_scale = False
+
+
+def _encoding(autoencoder: FirstStage) -> str:
+    """A fingerprint of what latents follow from: the decoder may have been trained further."""
+    parts = {name: part for name, part in autoencoder.named_children() if name not in DECODER}
+    return fingerprint(nn.ModuleDict(parts))

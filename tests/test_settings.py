@@ -1,0 +1,75 @@
+"""What a config may hold."""
+
+import pytest
+
+from ldm_lab.settings import check, find
+
+
+def with_target(target, **more):
+    return {"model": {"parts": [{"_target_": target}]}, **more}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "ldm_lab.models.vq_model.VQModel",
+        "ldm_lab.data.drawn.drawn_or_folder",
+        "torch.optim.AdamW",
+        "torch.optim.lr_scheduler.LambdaLR",
+        "torch.nn.MSELoss",
+        "lightning.Trainer",
+        "lightning.pytorch.callbacks.DeviceStatsMonitor",
+    ],
+)
+def test_what_a_training_is_made_of_may_be_named(target):
+    check(with_target(target))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "ldm_lab.images.os.system",
+        "ldm_lab.config.hydra.utils.call",
+        "lightning.pytorch.trainer.trainer.os.system",
+        "tests.callbacks.Journal",
+        "eval",
+        "",
+    ],
+)
+def test_what_could_do_anything_is_refused_with_its_key(target):
+    with pytest.raises(ValueError, match=r"^model\.parts\.0\._target_=") as error:
+        check(with_target(target))
+    assert "\n" not in str(error.value)
+
+
+def test_a_plugin_adds_its_own_classes_and_no_others():
+    check(with_target("tests.callbacks.Journal", plugins=["tests"]))
+    with pytest.raises(ValueError, match=r"add plugins=\[other\]"):
+        check(with_target("other.callbacks.Journal", plugins=["tests"]))
+
+
+@pytest.mark.parametrize("plugins", ["tests", [3], ["a.b"], ["../tests"], {"tests": 1}])
+def test_plugins_are_a_list_of_packages(plugins):
+    with pytest.raises(ValueError, match=r"^plugins=.* must be a list of package names"):
+        check({"plugins": plugins})
+
+
+def test_an_absent_plugin_is_named():
+    with pytest.raises(ValueError, match=r"^plugins=\[no_such_package\]: there is no such package"):
+        check({"plugins": ["no_such_package"]})
+
+
+def test_a_batch_size_may_be_found_by_trial():
+    check({"data": {"batch_size": "auto"}})
+    with pytest.raises(ValueError, match=r"^data\.batch_size=most: must be a whole number, at least 1 or auto"):
+        check({"data": {"batch_size": "most"}})
+
+
+def test_find_looks_nothing_up_where_nothing_is():
+    assert find({"a": {"b": 1}}, "a.b") == 1
+    assert find({"a": {"b": 1}}, "a.c.d") is None
+    assert find({"a": 3}, "a.b") is None
