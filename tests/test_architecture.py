@@ -26,6 +26,7 @@ ROOMS = {
     "sampling": {"pipeline", "diffusion", "checkpoint", "states"},
     "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states"},
     "config": set(),
+    "stages": {"config", "training", "models", "data", "checkpoint"},
     "__init__": set(),
 }
 LEAF_EDGES = {"serialization": {"version"}, "images": {"serialization"}, "config_files": {"sweep"}}

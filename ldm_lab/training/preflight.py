@@ -24,6 +24,7 @@ def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UN
     with torch.device("meta"):
         autoencoder = type(autoencoder).from_config(autoencoder.config)
         if unet is not None:
+            unet = type(unet).from_config(unet.config)
             LDMPipeline(autoencoder, unet, DDIMScheduler())  # refuses networks that do not fit each other
         try:
             latents = autoencoder.latents(torch.empty(1, autoencoder.config.in_channels, *size))

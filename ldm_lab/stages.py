@@ -1,0 +1,143 @@
+"""A stage from its config to what becomes of it: refused, measured or trained."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_lab.checkpoint import fingerprint
+from ldm_lab.config import INTERRUPTED, DictConfig, build, build_all, plain
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.training import batch_size, device, initial, preview
+from ldm_lab.training import plan as planning
+from ldm_lab.training.preflight import check_fit, check_order
+from ldm_lab.training.quiet import quiet
+from ldm_lab.training.run import RunFolder, essentials, first_stage, fit, is_first_process, say
+from ldm_lab.training.stage_module import StageModule
+from ldm_lab.training.trial import Trial
+
+
+def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:
+    """What `init=` changes in a config (see `training.initial.settings`)."""
+    return initial.settings(plain(config), typed)
+
+
+def given_autoencoder(config: DictConfig, command: str) -> FirstStage | None:
+    """The first stage that a config names, for a stage 2. `command` makes one, for the message where there is none."""
+    if config.stage == "autoencoder":
+        return None
+    return first_stage(config.autoencoder, command, config.plugins)
+
+
+def networks(config: DictConfig, autoencoder: FirstStage | None) -> dict[str, Any]:
+    """The networks of a stage, and of stage 2 what is made from them.
+
+    A UNet whose config leaves its channels open has those of the latents of `autoencoder`.
+    """
+    model = config.model
+    if config.stage == "autoencoder":
+        return {"autoencoder": build(model.autoencoder, "model.autoencoder")}
+    open_channels = [key for key in ("in_channels", "out_channels") if model.unet.get(key, 0) is None]
+    unet = build(model.unet, "model.unet", **dict.fromkeys(open_channels, autoencoder.embed_dim))
+    scheduler = build(model.scheduler, "model.scheduler")
+    objective = build(model.objective, "model.objective", scheduler=scheduler)
+    return {"autoencoder": autoencoder, "unet": unet, "scheduler": scheduler, "objective": objective}
+
+
+def parts(
+    config: DictConfig, autoencoder: FirstStage | None
+) -> tuple[StageModule, ImageDataModule, Callable[..., Any]]:
+    """What a stage is trained with: its module, its images, and what makes a `lightning.Trainer` with its settings."""
+    data = build(config.data.module, "data")
+    module = build(config.model, "model", **networks(config, autoencoder))
+    precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    return module, data, functools.partial(build, config.trainer, "trainer", precision=precision)
+
+
+def preflight(configs: list[DictConfig], command: str) -> None:
+    """Say what each stage will train; what cannot be is refused before the first of them is trained."""
+    folders = [RunFolder(Path(config.paths.stage)) for config in configs]
+    if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
+        for folder, config in zip(folders, configs, strict=True):
+            folder.check(plain(config))
+        check_order(folders, [config.max_images for config in configs])
+    autoencoder = given_autoencoder(configs[0], command)
+    for config in configs:
+        if config.model.get("train") == "decoder" and not config.init:
+            raise ValueError("model.train=decoder: of which autoencoder? Name it with init=")
+        with torch.device("meta"):  # no memory for weights
+            made = networks(config, autoencoder)
+        network = made["unet" if config.stage == "diffusion" else "autoencoder"]
+        size = f"{type(network).__name__} with {network.num_parameters() / 1e6:,.1f} M parameters"
+        say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
+        autoencoder = made["autoencoder"]
+        check_fit(config.data.image_size, autoencoder, made.get("unet"))
+
+
+def plan(configs: list[DictConfig], command: str) -> None:
+    """Measure what the stages would take, on one device, and show the images; no run is written.
+
+    Raises:
+        ValueError: something does not fit; the message names the key to lower.
+    """
+    quiet()
+    runs, name, needed = configs[0].paths.runs, configs[0].name, 0
+    preview.show_images(build(configs[0].data.module, "data"), Path(runs, f"plan_{name}.png"))
+    autoencoder = given_autoencoder(configs[0], command)
+    for config in configs:
+        module, data, make_trainer = parts(config, autoencoder)
+        trial = Trial(module, data, make_trainer, config.compile)
+        if autoencoder is not None and config is configs[0]:
+            sheet = Path(runs, f"plan_{name}_autoencoder.png")
+            preview.show_reconstructions(autoencoder, data, trial.device, sheet)
+        if data.batch_size == "auto":
+            data.batch_size = batch_size.find(trial)
+        needed += planning.show_stage(trial, config.max_images, config.snapshots)
+        autoencoder = module.autoencoder
+    planning.check_disk(needed, runs)
+
+
+def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str, float]:
+    """Build one stage and train it to its end; returns the metrics of its last validation.
+
+    Args:
+        config: of the stage.
+        command: makes the autoencoder, for the message where there is none.
+        typed: keys that the user has given a value.
+    """
+    quiet()
+    folder = RunFolder(Path(config.paths.stage))
+    torch.manual_seed(config.seed)
+    autoencoder = given_autoencoder(config, command)
+    settings = {**plain(config), "autoencoder_hash": autoencoder and fingerprint(autoencoder)}
+    if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
+        say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
+        return status
+    module, data, make_trainer = parts(config, autoencoder)
+    if config.init and not folder.last.is_file():
+        initial.load(module, plain(config), typed)
+    if data.batch_size == "auto":
+        data.batch_size = batch_size.find(Trial(module, data, make_trainer, config.compile))
+    loggers, callbacks = build_all(config.logger, "logger"), build_all(config.callbacks, "callbacks")
+    trainer = make_trainer(**essentials(settings, callbacks, loggers))
+    say(f"{config.stage} on {device.describe(trainer)}")
+    if not fit(module, data, trainer, folder, settings):
+        say(f"stopped and saved at {module.images_seen:,} images; the same command continues")
+        sys.exit(INTERRUPTED)
+    metrics = folder.status()
+    say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
+    return metrics
+
+
+def optimized(metrics: dict[str, Any], name: str) -> float:
+    """The metric that a sweep compares. Raises `ValueError` where the last stage has none of that name."""
+    if name not in metrics:
+        there = ", ".join(key for key in metrics if "/" in key)
+        raise ValueError(f"optimized_metric={name}: the last stage has {there}")
+    return metrics[name]

@@ -1,0 +1,117 @@
+"""The memory of a training step, without the memory: the step is run on tensors that have a size and no content."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ldm_lab.training.stage_module import StageModule
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive; a storage counts once, however many tensors look at it.
+
+    Attributes:
+        now: bytes alive, of the tensors that were made or seen inside this mode.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Run one operation and count what it has made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # where Python asks for a value (a timestep, the steps of an optimizer): one is always possible
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor):
+                self.see(value)
+        return output
+
+    def see(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` until it dies."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+class Estimate(NamedTuple):
+    """Bytes of a training.
+
+    Attributes:
+        held: from step to step: weights, averages, gradients, the state of the optimizer.
+        work: what a step makes on top of it, at its peak. What kernels use inside is not counted.
+    """
+
+    held: int
+    work: int
+
+
+def estimate(module: StageModule, image_size: tuple[int, int], batch_size: int, precision: str = "32-true") -> Estimate:
+    """The bytes that tensors take while a stage is trained on a CPU.
+
+    Two steps are run: the first makes the state of the optimizer.
+
+    Args:
+        module: a stage; it stays as it is.
+        image_size: (height, width) in pixels.
+        batch_size: images that are held at a time.
+        precision: of `lightning.Trainer`.
+    """
+    trainer, mode = NoTrainer(batch_size, image_size), FakeTensorMode(allow_non_fake_inputs=True)
+    stage = _without_content(module, mode)
+    stage.trainer = trainer  # of which it keeps a weak reference alone
+    stage.log = stage.log_dict = lambda *_, **__: None
+    stage.setup("fit")
+    images = torch.zeros(()).expand(batch_size, 3, *image_size)
+    batch = stage.on_before_batch_transfer({"image": images, "position": torch.arange(batch_size)}, 0)
+    with mode, LiveBytes() as live:
+        for tensor in [*stage.parameters(), *stage.buffers()]:
+            live.see(tensor)
+        batch = tree_map_only(Tensor, torch.empty_like, batch)
+        optimizer = stage.make_optimizer(stage.parameter_groups())
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision.endswith("mixed")):
+                loss = stage.training_step(batch, 0)
+            loss.backward()
+            optimizer.step()
+            del loss  # with it goes its graph; the gradients stay, as they do while batches are accumulated
+    return Estimate(live.now, live.peak - live.now)
+
+
+class NoTrainer(SimpleNamespace):
+    """What a training step asks of its trainer."""
+
+    def __init__(self, batch_size: int, image_size: tuple[int, int]) -> None:
+        data = SimpleNamespace(global_batch_size=batch_size, image_size=image_size)
+        super().__init__(world_size=1, training=True, datamodule=data)
+
+
+def _without_content(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of `module` whose tensors have shapes alone."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})

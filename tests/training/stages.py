@@ -1,0 +1,18 @@
+"""Stages as `train.py` builds them, for tests that need no run folder."""
+
+from ldm_lab import stages
+from ldm_lab.config import Recipe
+from ldm_lab.training.trial import Trial
+
+
+def tiny(experiment, *overrides):
+    """A stage of an experiment with tiny networks, untrained: module, data, and what makes its trainer."""
+    recipe, stage = experiment.split("/")
+    configs = {c.stage: c for c in Recipe.parse([f"experiment={recipe}", "debug=tiny", *overrides]).compose()}
+    autoencoder = stages.networks(configs["autoencoder"], None)["autoencoder"]
+    return stages.parts(configs[stage], autoencoder)
+
+
+def trial(experiment="celebahq/diffusion", *overrides):
+    """A trial of it."""
+    return Trial(*tiny(experiment, *overrides))
