@@ -86,6 +86,8 @@ def plan(configs: list[DictConfig], command: str) -> None:
     Raises:
         ValueError: something does not fit; the message names the key to lower.
     """
+    if not is_first_process():
+        return
     quiet()
     runs, name, needed = configs[0].paths.runs, configs[0].name, 0
     preview.show_images(build(configs[0].data.module, "data"), Path(runs, f"plan_{name}.png"))

@@ -67,8 +67,8 @@ class Stopwatch(Callback):
         """Note when a step of the optimizer has ended."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
+        if module.device.type != "cpu":
+            torch.accelerator.synchronize(module.device)  # the host runs ahead
         self._ends.append(time.perf_counter())
         if len(self._ends) == 1:  # kernels are chosen and compiled, the optimizer has its state
             memory.reset_peak(module.device)
@@ -190,16 +190,14 @@ class Trial:
 
     def refusal(self, batch_size: int) -> str:
         """What to say where so many images at a time do not fit."""
-        free, stage = self.portion(memory.free(self.device)), f"stage {self.module.stage}"
+        free = self.portion(memory.free(self.device))
+        takes = f"training the {self.module.stage} stage takes more than the {memory.readable(free)} that are free"
         if batch_size > 1 and self.needs(1) <= free:
-            return (
-                f"data.batch_size={batch_size}: more than the {memory.readable(free)} of memory that are free hold"
-                f" of {stage}: lower it; data.batch_size=auto finds the largest that fits"
-            )
+            return f"data.batch_size={batch_size}: {takes}: lower it, or let data.batch_size=auto find what fits"
         height, width = self.data.image_size
         return (
-            f"data.image_size={[height, width]}: {stage} does not fit into the {memory.readable(free)} of memory"
-            " that are free, not even with one image at a time: lower it, or choose smaller networks with model="
+            f"data.image_size=[{height},{width}]: {takes}, even with one image at a time: lower it, or choose smaller"
+            " networks with model="
         )
 
 

@@ -89,7 +89,9 @@ def test_auto_takes_what_a_budget_allows(size, capsys):
 
 def test_auto_refuses_where_one_image_does_not_fit(monkeypatch):
     monkeypatch.setattr(memory, "free", lambda _: 2**20)
-    with pytest.raises(ValueError, match=r"data\.image_size=\[32, 32\]: stage diffusion does not fit into the 1 MB"):
+    with pytest.raises(
+        ValueError, match=r"data\.image_size=\[32,32\]: training the diffusion stage takes more than the 1 MB"
+    ):
         batch_size.find(trial())
 
 
