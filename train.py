@@ -1,4 +1,4 @@
-"""Train: `python train.py experiment=avatars`. What a stage is: configs/; how it is built and run: ldm_lab/stages.py."""
+"""Train: `python train.py experiment=avatars`. What a stage is: configs/; how it is built and run: ldm_lab/stages."""
 
 from __future__ import annotations
 

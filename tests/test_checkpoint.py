@@ -83,7 +83,7 @@ def test_a_checkpoint_describes_itself(diffusion, file):
     assert (entry["stage"], entry["images_seen"]) == ("diffusion", 20_000_001)
     assert entry["configs"]["unet"] == {"_class_name": "UNet2DModel", **diffusion.unet.config}
     assert entry["configs"]["vqvae"] == {"_class_name": "VQModel", **diffusion.autoencoder.config}
-    assert entry["configs"]["scheduler"] == diffusion.scheduler.config
+    assert entry["configs"]["scheduler"] == {"_class_name": "DDIMScheduler", **diffusion.scheduler.config}
     assert json.loads(json.dumps(entry)) == entry  # plain data
 
 

@@ -104,7 +104,6 @@ def test_a_config_that_agrees_stays_as_it_is(tmp_path, stage, capsys):
 DIFFERENT = [
     ("autoencoder", "autoencoder__block_out_channels", [8, 8], [16, 32]),
     ("autoencoder", "autoencoder__mid_block_add_attention", False, True),  # a default of the class
-    ("diffusion", "unet__in_channels", None, 3),
     ("diffusion", "unet__layers_per_block", 2, 1),
     ("diffusion", "scheduler__beta_end", 0.0155, 0.0195),
     ("diffusion", "scheduler__prediction_type", "v_prediction", "epsilon"),
@@ -122,6 +121,13 @@ def test_what_a_file_says_is_replaced_and_what_was_typed_is_refused(tmp_path, st
         with pytest.raises(ValueError) as error:
             initial.settings(asked, typed={typed})
         assert str(error.value) == f"{name}={mine}, but init={MODEL} was trained with {theirs}: leave {name} out"
+
+
+def test_open_channels_are_those_of_the_source_without_a_word(tmp_path, capsys):
+    asked = config(MODEL, "diffusion", tmp_path, unet__in_channels=None, unet__out_channels=None)
+    channels = {"model.unet.in_channels": 3, "model.unet.out_channels": 3}
+    assert initial.settings(asked, typed={"model.unet"}) == channels
+    assert "channels" not in capsys.readouterr().out
 
 
 def test_what_weights_do_not_depend_on_stays(tmp_path):
