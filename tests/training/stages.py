@@ -11,7 +11,7 @@ def tiny(experiment, *overrides):
     """A stage of an experiment with tiny networks, untrained: module, data, and what makes its trainer."""
     recipe, stage = experiment.split("/")
     configs = {c.stage: c for c in Recipe.parse([f"experiment={recipe}", "debug=tiny", *overrides]).compose()}
-    # A fixed draw: L1's gradient is a sign, and where rounding turns one around the difference is not rounding any more.
+    # A fixed draw: the gradient of L1 is a sign, and one that rounding turns around is no rounding any more.
     torch.manual_seed(0)
     autoencoder = stages.networks(configs["autoencoder"], None)["autoencoder"]
     return stages.parts(configs[stage], autoencoder)
