@@ -5,6 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ldm_lab.training.estimate import LiveBytes, NoTrainer, estimate
+from tests.runs import undisturbed
 from tests.training.stages import tiny
 
 SIZE = (32, 32)
@@ -51,7 +52,8 @@ def profiled(module, batch_size):
 def test_an_estimate_is_what_the_allocator_sees(experiment):
     module, _, _ = tiny(experiment)
     work = estimate(module, SIZE, 4).work
-    assert work == pytest.approx(profiled(module, 4), rel=0.06)
+    with undisturbed():  # one thread: kernels give each thread a buffer of its own, and these networks are tiny
+        assert work == pytest.approx(profiled(module, 4), rel=0.06)
 
 
 def test_what_is_held_is_weights_gradients_moments_and_average():
