@@ -13,8 +13,8 @@ USAGE = """Draw images from a trained model.
   python sample.py ckpt=runs/celebahq@2M                                its snapshot at two million training images
 
 Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder or training checkpoint), num_samples, batch_size,
-seed, sampler (ddim, ddpm), sampler.steps, sampler.eta, output (folder), trainer. The same command again draws only
-what is missing."""
+seed, sampler (ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer. The same command again
+draws only what is missing."""
 
 
 def job(overrides: list[str]) -> None:

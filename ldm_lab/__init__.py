@@ -14,6 +14,7 @@ _HOMES = {
     "AutoencoderKL": "ldm_lab.models.kl_model",
     "DDIMScheduler": "ldm_lab.diffusion.ddim",
     "DDPMScheduler": "ldm_lab.diffusion.ddpm",
+    "DPMSolverMultistepScheduler": "ldm_lab.diffusion.dpm_solver",
     "LDMPipeline": "ldm_lab.pipeline",
     "ImagePipelineOutput": "ldm_lab.pipeline",
     "UNet2DModel": "ldm_lab.models.unet",

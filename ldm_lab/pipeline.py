@@ -17,9 +17,11 @@ from typing_extensions import Self
 from ldm_lab import checkpoint, states
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
+from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.images import to_numpy, to_pil, to_unit
+from ldm_lab.interop import compvis
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.serialization import LoadError, read_json, write_json
@@ -71,7 +73,7 @@ class LDMPipeline:
     classes: ClassVar[dict[str, tuple[type, ...]]] = {
         "vqvae": tuple(checkpoint.FIRST_STAGES.values()),
         "unet": (UNet2DModel,),
-        "scheduler": (DDIMScheduler, DDPMScheduler),
+        "scheduler": (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler),
     }
 
     def __init__(self, vqvae: FirstStage, unet: UNet2DModel, scheduler: Scheduler) -> None:
@@ -224,6 +226,28 @@ class LDMPipeline:
         path = states.find(folder).path
         load = cls._from_folder if path.is_dir() else cls._from_checkpoint
         return load(path, plugins).to(dtype=torch_dtype)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        original_config: str | Path | None = None,
+        use_ema: bool = True,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load a checkpoint of CompVis/latent-diffusion, with a scheduler that steps as the original's DDIM.
+
+        Args:
+            path: the file, `model.ckpt`.
+            original_config: its YAML file, which describes the architecture.
+            use_ema: take the moving average of the UNet's weights, as the original does; False takes the weights.
+            torch_dtype: floating-point type of the networks; None keeps that of the file.
+
+        Raises:
+            LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
+                missing or left over; one line says which.
+        """
+        return cls(**compvis.load_pipeline(path, original_config, use_ema)).to(dtype=torch_dtype)
 
     @classmethod
     def _from_folder(cls, folder: Path, plugins: Sequence[str]) -> Self:

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from ldm_lab import checkpoint, randomness
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
+from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.images import grid, save_png, to_pil
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import read_json, replacing, write_json
 from ldm_lab.states import State
 from ldm_lab.version import __version__
 
-SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
 MANIFEST = "manifest.json"
 GRID_IMAGES = 64
 

@@ -126,7 +126,7 @@ def test_samplers_keep_the_noise_schedule(pipe):
 
 def test_samplers_that_are_refused(pipe):
     before = pipe.scheduler
-    with pytest.raises(ValueError, match=r"^sampler=euler: there are ddim, ddpm$"):
+    with pytest.raises(ValueError, match=r"^sampler=euler: there are ddim, ddpm, dpm_solver$"):
         use_sampler(pipe, "euler", None)
     with pytest.raises(ValueError, match=r"^sampler.eta=0.5: ddpm has none; use sampler=ddim or sampler.eta=0$"):
         use_sampler(pipe, "ddpm", 0.5)

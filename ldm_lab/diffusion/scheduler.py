@@ -88,14 +88,14 @@ class Scheduler(Configurable):
         config = self.config
         require_choice("prediction_type", config.prediction_type, PARAMETERIZATIONS)
         require_choice("timestep_spacing", config.timestep_spacing, SPACINGS)
-        offset, clip, limit = config.steps_offset, config.clip_sample_range, config.sample_max_value
+        offset, clip, limit = config.steps_offset, config.get("clip_sample_range", 1.0), config.sample_max_value
         require(is_integer(offset) and offset >= 0, "steps_offset", offset, "a whole number, at least 0")
         require(is_number(clip) and clip > 0, "clip_sample_range", clip, "a number above 0")
         require(is_number(limit) and limit >= 1, "sample_max_value", limit, "a number, at least 1")
         ratio = config.dynamic_thresholding_ratio
         require(is_number(ratio) and 0 <= ratio <= 1, "dynamic_thresholding_ratio", ratio, "between 0 and 1")
         for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-            require(isinstance(config[key], bool), key, config[key], "true or false")
+            require(isinstance(config.get(key, False), bool), key, config.get(key), "true or false")
 
     def __len__(self) -> int:
         return len(self._alpha_bar)
@@ -272,7 +272,7 @@ class Scheduler(Configurable):
         config = self.config
         if config.thresholding:
             x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
+        elif config.get("clip_sample"):  # not all samplers clip
             x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         return x0, epsilon
 

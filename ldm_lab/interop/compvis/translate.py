@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +15,15 @@ ITSELF = {"": ""}  # the empty name stands for the module itself
 CONV = {"conv": "conv"}
 
 Module = tuple[str, str, dict[str, str]]  # their prefix, our prefix, and the names below, theirs -> ours
+
+
+@contextmanager
+def blaming(path: str | Path) -> Iterator[None]:
+    """What fails in this block fails for what a file says: a `LoadError` that names it."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise LoadError(f"{path}: {error}") from error
 
 
 def check(owner: str, params: dict[str, Any], needed: tuple[str, ...], fixed: dict[str, tuple | None]) -> None:
