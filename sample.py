@@ -11,10 +11,12 @@ USAGE = """Draw images from a trained model.
   python sample.py ckpt=runs/celebahq                                   64 images with 50 steps of DDIM
   python sample.py ckpt=runs/celebahq num_samples=50000 sampler.steps=200 trainer=ddp trainer.devices=8
   python sample.py ckpt=runs/celebahq@2M                                its snapshot at two million training images
+  python sample.py ckpt=model.ckpt original_config=config.yaml          a checkpoint of CompVis/latent-diffusion
 
-Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder or training checkpoint), num_samples, batch_size,
-seed, sampler (ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer. The same command again
-draws only what is missing."""
+Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder, training checkpoint, file of CompVis, hub name),
+original_config (of a file of CompVis; the one beside it is found by itself), num_samples, batch_size, seed, sampler
+(ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer. The same command again draws
+only what is missing."""
 
 
 def job(overrides: list[str]) -> None:
@@ -22,6 +24,7 @@ def job(overrides: list[str]) -> None:
     config = compose_sample(overrides)
 
     from ldm_lab import sampling, states
+    from ldm_lab.diffusion import samplers
     from ldm_lab.pipeline import LDMPipeline
     from ldm_lab.training import device
     from ldm_lab.training.quiet import quiet
@@ -29,9 +32,12 @@ def job(overrides: list[str]) -> None:
 
     quiet()
     state = states.find(config.ckpt)
-    pipe = LDMPipeline.from_pretrained(state.path, plugins=config.plugins)
+    if config.original_config:
+        pipe = LDMPipeline.from_single_file(state.path, config.original_config)
+    else:
+        pipe = LDMPipeline.from_pretrained(state.path, plugins=config.plugins)
     name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
-    sampling.use_sampler(pipe, name, eta)
+    pipe.scheduler = samplers.choose(name, pipe.scheduler, eta)
     trainer = build(
         config.trainer,
         "trainer",

@@ -10,40 +10,57 @@ A checkpoint is what Lightning saves (`state_dict`, `optimizer_states`, `loops`,
     prefixes     name -> where its tensors lie in `state_dict` (for the UNet: its moving average)
 
 Everything is dicts, lists, strings, numbers and tensors, so `torch.load(weights_only=True)` reads it.
+
+Where a model is read, a checkpoint of CompVis/latent-diffusion does as well.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ldm_lab import hub
+from ldm_lab.errors import one_line
+from ldm_lab.interop import compvis
+from ldm_lab.interop.compvis import Part
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.serialization import Configurable, LoadError, PretrainedModel, read_json, read_torch, replacing
 
 ENTRY = "ldm_lab"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # in `checkpoints/` of a stage: the newest state, and the one before
 STATUS = "status.json"
 LIBRARIES = ("diffusers", "ldm_lab")  # a class of one is ours of the same name; neither is ever a plugin
 FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
-    """Write `state`: under a temporary name, flushed to disk, then renamed over the previous one."""
+    """Write `state`: under a temporary name, flushed to disk, then renamed over the previous one.
+
+    Raises:
+        SaveError: the disk refused.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # a path would do too, but torch's own writing forgets what the disk said
 
 
 def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a training checkpoint, on the CPU, without running anything it holds.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors on disk until they are used; they are not verified then.
 
     Raises:
         LoadError: no such file, not a checkpoint of this package, or damaged.
@@ -51,10 +68,68 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
+    if not mmap:
+        verify(path)
     state = read_torch(path, mmap)
-    if not isinstance(state, dict) or not isinstance(state.get(ENTRY), dict) or "state_dict" not in state:
+    entry = state.get(ENTRY) if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else None
+    if not isinstance(entry, dict) or not {"stage", "images_seen", "configs", "prefixes"} <= set(entry):
         raise LoadError(f"{path}: not a training checkpoint of ldm_lab")
     return state
+
+
+class DamagedError(LoadError):
+    """A file is not what was written."""
+
+
+def verify(path: Path) -> None:
+    """Compare what is in a file of `torch.save` with its checksums, CRC-32, which `torch.load` does not look at.
+
+    Raises:
+        DamagedError: it is another, or cannot be read.
+    """
+    try:
+        status = path.stat()
+        damage = _damage(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    except Exception as error:  # a damaged file makes zipfile fail in any way there is
+        raise DamagedError(f"{path}: damaged ({one_line(error)})") from error
+    if damage:
+        raise DamagedError(f"{path}: damaged ({damage})")
+
+
+@functools.cache  # a file is read for this once, whoever asks; the status of one that was replaced is another
+def _damage(path: Path, inode: int, size: int, time: int) -> str | None:
+    if size == 0:
+        return "empty"
+    with zipfile.ZipFile(path) as file:
+        if sum(part.file_size for part in file.infolist()) > size:  # torch compresses nothing
+            return "its parts are larger than the whole"
+        part = file.testzip()
+    return f"the checksum of {part} is another" if part else None
+
+
+def newest(folder: Path, report: Callable[[str], Any]) -> Path | None:
+    """The newest whole checkpoint in `checkpoints/` of a stage; `None` where there is none at all.
+
+    Args:
+        folder: `checkpoints/`.
+        report: told in one line which are damaged, where an older one takes their place.
+
+    Raises:
+        LoadError: all are damaged.
+    """
+    damages = []
+    for path in (folder / name for name in (LAST, PREVIOUS)):
+        try:
+            if path.is_file():
+                verify(path)
+                if damages:
+                    report(f"{'; '.join(damages)}: {path.name} takes its place")
+                return path
+        except DamagedError as error:
+            damages.append(str(error))
+    if damages:
+        raise LoadError(f"{'; '.join(damages)}: no whole checkpoint is left; put one there, or choose another name=")
+    return None
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -62,33 +137,56 @@ def describe(path: str | Path) -> dict[str, Any]:
     return load(path, mmap=True)[ENTRY]
 
 
-def networks(
-    path: str | Path, known: Mapping[str, Sequence[type[PretrainedModel]]], plugins: Sequence[str] = ()
-) -> dict[str, PretrainedModel]:
-    """Rebuild networks from a checkpoint, in evaluation mode.
+def images_seen(path: str | Path) -> int | None:
+    """Training images up to a checkpoint; `None` for one of CompVis, which does not say."""
+    return None if compvis.is_checkpoint(path) else describe(path)["images_seen"]
 
-    Args:
-        path: the file.
-        known: name -> classes of this package, for those wanted; the first where the file names none.
-        plugins: packages whose classes the file may name too.
 
-    Raises:
-        LoadError: the checkpoint does not hold one of them, or not all of its tensors.
-    """
+def configs(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The configs of what a checkpoint, ours or CompVis's, holds: `vqvae`, `unet`, `scheduler`."""
+    if compvis.is_checkpoint(path):
+        return {name: part.config for name, part in compvis.read(path).items()}
+    return describe(path)["configs"]
+
+
+def parts(path: str | Path) -> dict[str, Part]:
+    """What a checkpoint, ours or CompVis's, holds, as plain data: of a UNet the averaged weights."""
+    if compvis.is_checkpoint(path):
+        return compvis.read(path)
     state = load(path)
     entry = state[ENTRY]
-    built = {}
-    for name, kinds in known.items():
-        if name not in entry["prefixes"]:
-            raise LoadError(f"{path}: a checkpoint of stage {entry['stage']!r} holds no {name}")
-        prefix, config = entry["prefixes"][name], entry["configs"][name]
-        tensors = {key[len(prefix) :]: value for key, value in state["state_dict"].items() if key.startswith(prefix)}
-        kind = class_of(config, kinds, plugins, f"{path}: {name}")
-        with torch.device("meta"):
-            model = kind.from_config(config)
-        model.load_weights(tensors, origin=str(path), assign=True)
-        built[name] = model.eval()
-    return built
+    return {
+        name: Part(config, _below(state["state_dict"], entry["prefixes"].get(name)))
+        for name, config in entry["configs"].items()
+    }
+
+
+def _below(state: dict[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
+    """The tensors with a prefix, which their names lose; none for what has no place (a scheduler)."""
+    if prefix is None:
+        return {}
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def network(
+    parts: Mapping[str, Part], name: str, kinds: Sequence[type[PretrainedModel]], plugins: Sequence[str], origin: str
+) -> PretrainedModel:
+    """Build one network of a checkpoint's `parts`, in evaluation mode.
+
+    Args:
+        parts: see there.
+        name: which.
+        kinds: classes of this package that it may be; the first where its config names none.
+        plugins: packages whose classes it may name too.
+        origin: the file, for the message.
+
+    Raises:
+        LoadError: the checkpoint does not hold it, or not all of its tensors.
+    """
+    if name not in parts:
+        raise LoadError(f"{origin}: this checkpoint holds no {name}, only {', '.join(parts)}")
+    config, tensors = parts[name]
+    return class_of(config, kinds, plugins, f"{origin}: {name}").from_tensors(config, tensors, origin)
 
 
 def class_of(config: dict[str, Any], kinds: Sequence[type], plugins: Sequence[str], origin: str) -> type[Configurable]:
@@ -127,18 +225,20 @@ def class_named(name: str, known: Mapping[str, type], plugins: Sequence[str], or
 
 
 def load_autoencoder(source: str | Path, plugins: Sequence[str] = ()) -> FirstStage:
-    """A first stage of any kind from a model folder, a pipeline folder, a run folder or a training checkpoint.
+    """A first stage of any kind from wherever one may lie.
 
     Args:
-        source: the folder or file; in a pipeline folder, the first stage lies in `vqvae` or in `vae`.
+        source: a model folder, a pipeline folder (the first stage lies in `vqvae` or in `vae`), a run folder, a
+            training checkpoint, a checkpoint of CompVis of either stage, or a name on the hub.
         plugins: packages whose classes it may name too.
 
     Raises:
         LoadError: none is there, or it is damaged; the message says how one is made.
     """
-    source, kinds = Path(source), tuple(FIRST_STAGES.values())
+    source, kinds = hub.local(source), tuple(FIRST_STAGES.values())
     if source.is_file():
-        return networks(source, {"vqvae": kinds}, plugins)["vqvae"]
+        found = {"vqvae": compvis.read_first_stage(source)} if compvis.is_checkpoint(source) else parts(source)
+        return network(found, "vqvae", kinds, plugins, str(source))
     for folder in (source, source / "vqvae", source / "vae", source / "autoencoder/final", source / "final"):
         path = folder / FirstStage.config_name
         if path.is_file():

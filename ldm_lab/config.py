@@ -7,13 +7,12 @@ goes to every stage that knows its key. A stage on its own is a recipe of one.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
@@ -29,12 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_lab import settings
 from ldm_lab.config_files import CONFIGS, ConfigError, local_plugins, near, option_for, searched, stages
+from ldm_lab.errors import ended_by, fail, listen, one_line
 from ldm_lab.lengths import parse_images
 from ldm_lab.sweep import job_name, pack, unpack
 
 # Numbers of images, which may be typed as 250k, 2M or 100ep.
 LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
-INTERRUPTED = 130  # what shells expect of a command that Ctrl-C has ended
 
 
 def stem(path: str | None) -> str:
@@ -110,7 +109,7 @@ def parse_overrides(lines: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(lines)
     except HydraException as error:
-        raise ConfigError(f"{' '.join(lines)}: not of the form key=value ({_line(error)})") from error
+        raise ConfigError(f"{' '.join(lines)}: not of the form key=value ({one_line(error)})") from error
 
 
 def is_group(override: Override) -> bool:
@@ -149,7 +148,7 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def takers(override: Override, bases: list[DictConfig]) -> list[int]:
@@ -217,7 +216,7 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
                 OmegaConf.update(config, key, parse_images(text, key, epoch))
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     missing = sorted(OmegaConf.missing_keys(config))
     if missing or not config.get("name", "unnamed"):
         raise ConfigError(f"{(missing or ['name'])[0]}= must be given")
@@ -258,7 +257,7 @@ def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: AN
         return instantiate({**own, "_partial_": True}, _convert_="all")(**parts)
     except Exception as error:  # whatever a constructor says of arguments that it cannot take
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        raise ConfigError(f"{where}: {_line(cause)}") from error
+        raise ConfigError(f"{where}: {one_line(cause)}") from error
 
 
 def build_all(nodes: DictConfig, where: str) -> list[Any]:
@@ -281,7 +280,8 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
     """
     flags = [a for a in sys.argv[1:] if a.startswith("-") and "=" not in a]
     overrides = [a for a in sys.argv[1:] if a not in flags and not ("--cfg" in flags and a == "job")]
-    try:
+    listen()
+    with ended_by(ValueError):
         if {"-h", "--help"} & set(flags):
             print(usage)
         elif {"-m", "--multirun"} & set(flags):
@@ -293,18 +293,6 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
             print("---\n".join(yaml.safe_dump(plain(config), sort_keys=False) for config in configs), end="")
         else:
             job(overrides)
-    except ValueError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
-def fail(error: ValueError) -> NoReturn:
-    """End with one line on stderr; `LDM_LAB_TRACEBACK=1` shows where it came from."""
-    if os.environ.get("LDM_LAB_TRACEBACK"):
-        raise error
-    sys.exit(f"error: {_line(error)}")
 
 
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
@@ -345,8 +333,3 @@ def _first(override: Override) -> str:
     if override.is_interval_sweep():
         return f"{override.get_key_element()}={override.value().start}"
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
-
-
-def _line(error: BaseException) -> str:
-    """An exception's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

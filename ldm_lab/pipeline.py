@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +14,20 @@ from typing_extensions import Self
 
 from ldm_lab import checkpoint, states
 from ldm_lab.diffusion.ddim import DDIMScheduler
-from ldm_lab.diffusion.ddpm import DDPMScheduler
-from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.diffusion.noise import randn
+from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.images import to_numpy, to_pil, to_unit
 from ldm_lab.interop import compvis
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
+from ldm_lab.notices import say_once
 from ldm_lab.serialization import LoadError, read_json, write_json
 from ldm_lab.states import INDEX
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-
-log = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -73,7 +69,7 @@ class LDMPipeline:
     classes: ClassVar[dict[str, tuple[type, ...]]] = {
         "vqvae": tuple(checkpoint.FIRST_STAGES.values()),
         "unet": (UNet2DModel,),
-        "scheduler": (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler),
+        "scheduler": tuple(SAMPLERS.values()),
     }
 
     def __init__(self, vqvae: FirstStage, unet: UNet2DModel, scheduler: Scheduler) -> None:
@@ -205,27 +201,43 @@ class LDMPipeline:
             component.save_pretrained(folder / name)
             if component.library != "diffusers":
                 kind = f"{component.library}.{type(component).__name__}"
-                _say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
+                say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
         index = {name: [part.library, type(part).__name__] for name, part in self.components.items()}
         write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, plugins: Sequence[str] = ()
+        cls,
+        source: str | Path,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        plugins: Sequence[str] = (),
     ) -> Self:
-        """Load a pipeline folder, a run (also one that is not finished), its snapshot or a training checkpoint.
+        """Load a pipeline folder, a run (also one that is not finished), its snapshot, a checkpoint or a hub name.
 
         Args:
-            folder: the folder or file; `runs/x@2M` is a snapshot (see `ldm_lab.states`).
+            source: the folder or file; `runs/x@2M` is a snapshot (see `ldm_lab.states`); `owner/model`, where there is
+                no such folder, a model on the Hugging Face hub. Of a file of CompVis, see `from_single_file`.
             torch_dtype: floating-point type of the networks; None keeps that of the file.
+            device: where the networks go; None leaves them on the CPU.
+            revision: branch, tag or commit on the hub.
+            cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
+            local_files_only: of a model on the hub, take what was downloaded before, or fail.
             plugins: packages that may be imported: those whose classes the files may name beside ours.
 
         Raises:
             LoadError: nothing of the kind is there, or it is damaged; one line says what and where.
         """
-        path = states.find(folder).path
-        load = cls._from_folder if path.is_dir() else cls._from_checkpoint
-        return load(path, plugins).to(dtype=torch_dtype)
+        path = states.find(source, revision, cache_dir, local_files_only).path
+        if path.is_dir():
+            pipe = cls._from_folder(path, plugins)
+        else:
+            pipe = cls._from_parts(path, checkpoint.parts(path), plugins)
+        return pipe.to(device=device, dtype=torch_dtype)
 
     @classmethod
     def from_single_file(
@@ -234,26 +246,31 @@ class LDMPipeline:
         original_config: str | Path | None = None,
         use_ema: bool = True,
         torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> Self:
         """Load a checkpoint of CompVis/latent-diffusion, with a scheduler that steps as the original's DDIM.
 
         Args:
             path: the file, `model.ckpt`.
-            original_config: its YAML file, which describes the architecture.
+            original_config: its YAML file, which describes the architecture. None takes a `config.yaml` beside the
+                file; where there is none, the architecture follows from the tensors, and a line says what they leave
+                open and what is assumed for it.
             use_ema: take the moving average of the UNet's weights, as the original does; False takes the weights.
             torch_dtype: floating-point type of the networks; None keeps that of the file.
+            device: where the networks go; None leaves them on the CPU.
 
         Raises:
             LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
                 missing or left over; one line says which.
         """
-        return cls(**compvis.load_pipeline(path, original_config, use_ema)).to(dtype=torch_dtype)
+        return cls._from_parts(path, compvis.read(path, original_config, use_ema)).to(device=device, dtype=torch_dtype)
 
     @classmethod
     def _from_folder(cls, folder: Path, plugins: Sequence[str]) -> Self:
         index = read_json(folder / INDEX)
         if index.get("_class_name") != "LDMPipeline":
-            raise LoadError(f"{folder / INDEX}: describes a {index.get('_class_name')!r}, not an LDMPipeline")
+            kind = index.get("_class_name")
+            raise LoadError(f"{folder / INDEX}: a {kind!r}, not an LDMPipeline: unconditional latent diffusion alone")
         parts = {}
         for name, kinds in cls.classes.items():
             entry = index.get(name)
@@ -264,16 +281,10 @@ class LDMPipeline:
         return cls(**parts)
 
     @classmethod
-    def _from_checkpoint(cls, path: Path, plugins: Sequence[str]) -> Self:
-        known = dict(cls.classes)
-        schedulers = known.pop("scheduler")
-        parts = checkpoint.networks(path, known, plugins)
-        config = checkpoint.describe(path)["configs"]["scheduler"]
-        kind = checkpoint.class_of(config, schedulers, plugins, f"{path}: scheduler")
-        return cls(**parts, scheduler=kind.from_config(config))
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """Once in a process: a training writes many folders."""
-    log.warning(line)
+    def _from_parts(cls, path: str | Path, parts: dict[str, checkpoint.Part], plugins: Sequence[str] = ()) -> Self:
+        built = {
+            name: checkpoint.network(parts, name, cls.classes[name], plugins, str(path)) for name in ("vqvae", "unet")
+        }
+        config = parts["scheduler"].config
+        kind = checkpoint.class_of(config, cls.classes["scheduler"], plugins, f"{path}: scheduler")
+        return cls(**built, scheduler=kind.from_config(config))

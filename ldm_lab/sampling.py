@@ -15,16 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ldm_lab import checkpoint, randomness
-from ldm_lab.diffusion.ddim import DDIMScheduler
-from ldm_lab.diffusion.ddpm import DDPMScheduler
-from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.images import grid, save_png, to_pil
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import read_json, replacing, write_json
 from ldm_lab.states import State
 from ldm_lab.version import __version__
 
-SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm_solver": DPMSolverMultistepScheduler}
 MANIFEST = "manifest.json"
 GRID_IMAGES = 64
 
@@ -79,19 +75,6 @@ def default_folder(state: State, settings: dict[str, Any]) -> Path:
 def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device."""
     return DataLoader(indices[rank::world_size], batch_size=batch_size)  # type: ignore[arg-type]
-
-
-def use_sampler(pipe: LDMPipeline, name: str, eta: float | None) -> None:
-    """Give the pipeline the sampler of that name, with the noise schedule it was trained on.
-
-    Raises:
-        ValueError: there is no such sampler, or it takes no eta.
-    """
-    if name not in SCHEDULERS:
-        raise ValueError(f"sampler={name}: there are {', '.join(SCHEDULERS)}")
-    if name != "ddim" and eta:
-        raise ValueError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
-    pipe.scheduler = SCHEDULERS[name].from_config(pipe.scheduler.config)
 
 
 def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str, Any]:

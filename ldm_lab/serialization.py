@@ -6,13 +6,14 @@ The layout is the one of diffusers (`config.json` or `scheduler_config.json`, an
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import inspect
 import json
 import logging
 import os
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,17 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ldm_lab.untrusted import LoadError, blaming, check_plain, first_line, read_json, read_torch
 from ldm_lab.version import __version__
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEGACY_WEIGHTS = "diffusion_pytorch_model.bin"  # folders of 2022; read with weights_only, never written
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that networks compute with
 OWN_WEIGHTS = "model.safetensors"  # of what diffusers does not have: there it finds no weights, and refuses
 
 
-class LoadError(ValueError):
-    """A file cannot be used as what it was given for; the message is one line that says why."""
+class SaveError(ValueError):
+    """A file cannot be written; the message is one line that says which, why, and what to do."""
 
 
 class FrozenConfig(dict):
@@ -206,14 +209,26 @@ class PretrainedModel(Configurable, nn.Module):
                 architecture. A tensor missing or left over is an error: nothing is initialised silently.
         """
         folder = Path(folder, subfolder or "")
-        config = cls.load_config(folder)
-        try:
-            with torch.device("meta"):
-                model = cls.from_config(config)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise LoadError(f"{folder / cls.config_name}: {_first_line(error)}") from error
+        model = cls.skeleton(cls.load_config(folder), origin=str(folder / cls.config_name))
         model.load_weights(read_weights(folder, model.weights_name), origin=str(folder), assign=True)
         return model.to(dtype=torch_dtype).eval()
+
+    @classmethod
+    def from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: str) -> Self:
+        """Build from a config and the weights themselves, which are not copied, in evaluation mode.
+
+        Raises:
+            LoadError: the config or a tensor is not of this class; the message begins with `origin`.
+        """
+        model = cls.skeleton(config, origin)
+        model.load_weights(tensors, origin, assign=True)
+        return model.eval()
+
+    @classmethod
+    def skeleton(cls, config: dict[str, Any], origin: str) -> Self:
+        """The network of a config that a file holds, on the meta device. Raises `LoadError` where there is none."""
+        with blaming(origin), torch.device("meta"):
+            return cls.from_config(check_plain(config, origin))
 
     def load_weights(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
         """Load `state` after checking that names and shapes are exactly those of this network.
@@ -226,9 +241,11 @@ class PretrainedModel(Configurable, nn.Module):
         Raises:
             LoadError: a tensor is missing, left over or of another shape or kind.
         """
-        state = self.rename_legacy_keys(state)
-        own = self.exported_state_dict()
+        own, renamed = self.exported_state_dict(), self.rename_legacy_keys(state)
         name = type(self).__name__
+        if len(renamed) < len(state):
+            raise LoadError(f"{origin}: holds a tensor of this {name} twice, under its name of 2022 and that of today")
+        state = renamed
         if missing := sorted(set(own) - set(state)):
             raise LoadError(f"{origin}: no tensor {missing[0]!r} for this {name} ({len(missing)} missing)")
         if unexpected := sorted(set(state) - set(own)):
@@ -237,15 +254,24 @@ class PretrainedModel(Configurable, nn.Module):
             if value.shape != state[key].shape:
                 found, wanted = tuple(state[key].shape), tuple(value.shape)
                 raise LoadError(f"{origin}: {key} has shape {found}, this {name} needs {wanted}")
-            if value.is_floating_point() != state[key].is_floating_point():
+            if (value.dtype in FLOATS) != (state[key].dtype in FLOATS):
                 raise LoadError(f"{origin}: {key} holds {state[key].dtype}, this {name} needs {value.dtype}")
-        self.load_state_dict(state, strict=False, assign=assign)
+            if not state[key].isfinite().all():
+                raise LoadError(f"{origin}: {key} holds values that are not finite (NaN or infinity)")
+        self.load_state_dict(_alike(state), strict=False, assign=assign)
 
     @classmethod
     def rename_legacy_keys(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Attention names of 2022 (`query`, `key`, `value`, `proj_attn`) -> today's."""
         names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         return {".".join(names.get(part, part) for part in key.split(".")): value for key, value in state.items()}
+
+
+def _alike(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All numbers with a point in the largest type among them: layers cannot multiply different ones."""
+    types = [value.dtype for value in state.values() if value.dtype in FLOATS]
+    largest = functools.reduce(torch.promote_types, types, types[0]) if types else None
+    return {key: value.to(largest) if value.dtype in FLOATS else value for key, value in state.items()}
 
 
 def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
@@ -255,8 +281,8 @@ def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
         try:
             # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
             return {key: value.clone() for key, value in load_file(path).items()}
-        except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-            raise LoadError(f"{path}: cannot be read: {_first_line(error)}") from error
+        except Exception as error:  # a damaged file makes the reader fail in several ways
+            raise LoadError(f"{path}: cannot be read: {first_line(error)}") from error
     if legacy.is_file():
         state = read_torch(legacy)
         if not isinstance(state, dict) or not all(_is_named_tensor(item) for item in state.items()):
@@ -269,39 +295,6 @@ def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
-    """What `torch.save` wrote to `path`, on the CPU; nothing that the file holds is run.
-
-    Args:
-        path: the file.
-        mmap: leave the tensors on disk until they are used.
-
-    Raises:
-        LoadError: the file is damaged, or holds other things than tensors and plain data.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        # torch's own message advises to load it all the same
-        message = f"{path}: damaged, or holds more than tensors and plain data, which could run code and is not loaded"
-        raise LoadError(message) from error
-    except Exception as error:  # a damaged file makes the unpickler fail in any way there is
-        raise LoadError(f"{path}: cannot be read: {_first_line(error)}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`. Raises `LoadError` where the file is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path}: not readable as JSON: {_first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,30 +302,58 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class replacing:  # noqa: N801 -- a context manager that reads like a verb
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
     """`with replacing(path) as temporary:` write `temporary`, which then takes the place of `path` at once.
 
-    The file is flushed to disk before it is renamed; on an exception `path` stays as it was.
+    File and folder are flushed to disk, so that a power cut leaves the one or the other. On an exception `path` stays
+    as it was, and nothing stays beside it.
+
+    Raises:
+        SaveError: the disk refused (`OSError`, wherever below the exception it lies).
     """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)  # nothing that a foreign folder has put in this place, a link above all
+        mode = temporary.stat().st_mode  # what the user's umask makes of it: safetensors' files are 0600
+        yield temporary
+        flush(temporary)
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # some network disks know no such thing
+            flush(path.parent)
+    except Exception as error:
+        if refusal := _refusal(error):
+            raise SaveError(f"{path}: cannot be written: {refusal}") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
-    def __enter__(self) -> Path:
-        self.temporary.touch()
-        self.mode = self.temporary.stat().st_mode  # what the user's umask makes of it: safetensors' files are 0600
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.temporary.unlink(missing_ok=True)
-            return
-        with open(self.temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        self.temporary.chmod(self.mode)
-        os.replace(self.temporary, self.path)
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+ADVICE = {
+    errno.ENOSPC: "free some space on this disk",
+    errno.EDQUOT: "free some of your quota on this disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+}
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the disk said, and what to do; `None` where the error is another. Writers wrap it in errors of theirs."""
+    while error is not None and not isinstance(error, (OSError, SafetensorError)):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return None
+    reason = getattr(error, "strerror", None) or first_line(error)
+    advice = ADVICE.get(getattr(error, "errno", None), "put that right")
+    return f"{reason}. What was there before is untouched: {advice}, and the same command goes on"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm_lab.checkpoint import fingerprint
-from ldm_lab.config import INTERRUPTED, DictConfig, build, build_all, plain
+from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training import batch_size, device, initial, preview
@@ -21,6 +21,8 @@ from ldm_lab.training.quiet import quiet
 from ldm_lab.training.run import RunFolder, essentials, first_stage, fit, is_first_process, say
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trial import Trial
+
+INTERRUPTED = 130  # what shells expect of a command that Ctrl-C has ended
 
 
 def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:

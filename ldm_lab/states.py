@@ -3,7 +3,8 @@
 runs/x        the result of the run; where it is not finished or trains on, its newest state
 runs/x@2M     its snapshot at two million training images
 FOLDER        a pipeline folder, a snapshot among them
-FILE          a training checkpoint
+FILE          a training checkpoint, or one of CompVis/latent-diffusion
+OWNER/MODEL   a pipeline folder on the hub, `@revision` behind it if need be
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_lab import checkpoint
+from ldm_lab import checkpoint, hub
 from ldm_lab.lengths import parse_images, short
+from ldm_lab.notices import say_once
 from ldm_lab.serialization import LoadError, read_json
 
 INDEX = "model_index.json"
@@ -28,7 +30,7 @@ class State:
     Attributes:
         source: the folder or file that was named, without `@...`.
         path: what holds the state: the folder of a result or a snapshot, or a training checkpoint.
-        images_seen: training images of a snapshot or a checkpoint; `None` for a result.
+        images_seen: training images of a snapshot or a checkpoint; `None` for a result, or what is not of our making.
     """
 
     source: Path
@@ -36,12 +38,28 @@ class State:
     images_seen: int | None = None
 
 
-def find(source: str | Path) -> State:
+def find(
+    source: str | Path,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> State:
     """The state of a pipeline that `source` names.
+
+    Args:
+        source: see above.
+        revision: branch, tag or commit of a model on the hub.
+        cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
+        local_files_only: take what was downloaded before, or fail.
 
     Raises:
         LoadError: nothing of the kind is there; where a snapshot was asked for, the message lists those there are.
     """
+    if hub.is_name(source):
+        model = str(source).partition("@")[0].rpartition("/")[2]  # samples of it go beside that name, not into a cache
+        return State(Path(model), hub.fetch(str(source), revision, cache_dir, local_files_only))
+    if revision:
+        raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
     if state := search(source, "diffusion"):
         return state
     raise LoadError(f"{source}: no pipeline ({INDEX}) and no diffusion checkpoint")
@@ -50,7 +68,7 @@ def find(source: str | Path) -> State:
 def search(source: str | Path, stage: str) -> State | None:
     """The state that `source` names, of a run that of one stage; `None` for a folder without any.
 
-    The newest state of an unfinished run is its last checkpoint, or a snapshot where that is ahead of it (after a
+    The newest state of an unfinished run is its last whole checkpoint, or a snapshot where that is ahead of it (after a
     power cut, say): the same command will pass through that very state again.
 
     Raises:
@@ -65,9 +83,10 @@ def search(source: str | Path, stage: str) -> State | None:
     if not trains_on(folder):
         for result in (path, folder / "final"):
             if (result / RESULTS[stage]).is_file():
-                return State(path, result, int(result.name) if result.parent.name == SNAPSHOTS else None)
-    last = folder / "checkpoints/last.ckpt"
-    states = [_checkpoint(path, last)] if last.is_file() else []
+                is_ours = result.parent.name == SNAPSHOTS and result.name.isdigit()  # the hub's cache has such a folder
+                return State(path, result, int(result.name) if is_ours else None)
+    newest = checkpoint.newest(folder / "checkpoints", say_once)
+    states = [_checkpoint(path, newest)] if newest else []
     states += [State(path, taken, images) for images, taken in snapshots(folder / SNAPSHOTS).items()]
     return max(states, key=lambda state: state.images_seen, default=None)
 
@@ -85,7 +104,7 @@ def snapshots(folder: Path) -> dict[int, Path]:
 
 
 def _checkpoint(source: Path, path: Path) -> State:
-    return State(source, path, checkpoint.describe(path)["images_seen"])
+    return State(source, path, checkpoint.images_seen(path))
 
 
 def _stage_folder(path: Path, stage: str) -> Path:

@@ -9,27 +9,35 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldm_lab"
 
 # The leaves: torch (and the standard library) alone.
-LEAVES = {"version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files"}
+LEAVES = {
+    "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
+    "notices", "untrusted",
+}  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
 ROOMS = {
     "nn": set(),
     "diffusion": set(),
-    "models": {"nn"},
+    "models": {"nn", "interop"},
     "losses": {"models", "nn"},
     "metrics": set(),
     "data": {"models"},
-    "interop": {"models", "diffusion"},
-    "checkpoint": {"models"},
-    "states": {"checkpoint"},
+    "hub": set(),
+    "interop": {"diffusion"},  # plain data in and out: it builds no network
+    "checkpoint": {"models", "interop", "hub"},
+    "states": {"checkpoint", "hub"},
     "pipeline": {"models", "diffusion", "interop", "checkpoint", "states"},
     "sampling": {"pipeline", "diffusion", "checkpoint", "states"},
-    "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states"},
+    "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "hub"},
     "config": set(),
     "stages": {"config", "training", "models", "data", "checkpoint"},
+    "commands": {
+        "pipeline", "models", "losses", "data", "diffusion", "metrics", "interop", "checkpoint", "states", "sampling",
+    },
+    "__main__": {"commands"},
     "__init__": set(),
-}
-LEAF_EDGES = {"serialization": {"version"}, "images": {"serialization"}, "config_files": {"sweep"}}
+}  # fmt: skip
+LEAF_EDGES = {"serialization": {"version", "untrusted"}, "images": {"serialization"}, "config_files": {"sweep"}}
 
 # Libraries that only some may import.
 LIGHTNING = {"training", "data.datamodule", "sampling"}

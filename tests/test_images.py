@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ldm_lab.images import grid, save_png, to_numpy, to_pil, to_uint8, to_unit
+from ldm_lab.serialization import SaveError
 
 
 def test_the_unit_range_is_clamped():
@@ -79,7 +80,7 @@ def test_a_png_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "image.png"
     save_png(to_pil(torch.rand(1, 3, 4, 5))[0], path)
     before = path.read_bytes()
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveError, match="disk full"):
         save_png(Broken(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

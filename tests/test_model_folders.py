@@ -14,6 +14,7 @@ from ldm_lab.serialization import (
     WEIGHTS,
     LoadError,
     PretrainedModel,
+    SaveError,
     read_torch,
     register_to_config,
 )
@@ -132,7 +133,7 @@ def test_weights_that_cannot_be_written_leave_the_old_folder(tmp_path, monkeypat
     Network().save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("ldm_lab.serialization.save_file", fail_half_way)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SaveError, match="disk full"):
         Network(3).save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -1,26 +1,19 @@
-"""LDMPipeline against recorded trajectories of the namesake, and its own promises."""
+"""What LDMPipeline promises. That it equals its namesake: test_pipeline_recorded.py."""
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ldm_lab import DDIMScheduler, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
-from tests.helpers import GOLDEN, assert_close_relative
+from tests.helpers import assert_close_relative
 
-FOLDER = GOLDEN / "diffusers"
-META = json.loads((FOLDER / "golden.json").read_text())
-STEPS = META["steps"]
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(FOLDER / "golden.safetensors")
+# The recorded set that lies here, whatever other set may be tried: its sizes are written out below.
+FOLDER = Path(__file__).parent / "golden" / "diffusers" / "ldm_tiny"
 
 
-def load(folder=FOLDER / "ldm_tiny"):
+def load(folder=FOLDER):
     pipe = LDMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -31,81 +24,8 @@ def pipe():
     return load()
 
 
-def seeded(seed=META["generator_seed"]):
+def seeded(seed=123):
     return torch.Generator().manual_seed(seed)
-
-
-def assert_same_images(actual, expected):
-    """Images in [0, 1]."""
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), atol=1e-4, rtol=0)
-
-
-class Replaying(DDIMScheduler):
-    """Adds recorded noise in each step, whatever the generator."""
-
-    def step(self, model_output, timestep, sample, eta=0.0, generator=None):
-        noise = self.noise[self.timesteps.tolist().index(int(timestep))]
-        return super().step(model_output, timestep, sample, eta=eta, variance_noise=noise)
-
-
-def replaying(pipe, noise):
-    pipe.scheduler = Replaying.from_config(pipe.scheduler.config)
-    pipe.scheduler.noise = noise
-    return pipe
-
-
-# What was recorded of the namesake.
-
-
-@pytest.mark.parametrize("eta", [0, 1])
-@pytest.mark.parametrize("folder", ["ldm_tiny", "ldm_tiny_legacy"])
-def test_recorded_trajectories(golden, folder, eta):
-    pipe = replaying(load(FOLDER / folder), golden["pipe.variance_noise"])
-    seen = []
-    images = pipe(
-        eta=float(eta),
-        num_inference_steps=STEPS,
-        output_type="np",
-        latents=golden["pipe.initial_noise"],
-        callback=lambda step, timestep, latents: seen.append((step, timestep, latents)),
-    ).images
-    assert [step for step, _, _ in seen] == list(range(STEPS))
-    assert [timestep for _, timestep, _ in seen] == META["timesteps_pipe"]
-    for (_, _, latents), expected in zip(seen, golden[f"pipe.eta{eta}.latents_each_step"], strict=True):
-        assert_close_relative(latents, expected)
-    scaled = seen[-1][2] / pipe.vqvae.config.scaling_factor
-    assert_close_relative(scaled, golden[f"pipe.eta{eta}.latents_over_scale"])
-    assert_same_images(images, golden[f"pipe.eta{eta}.images_np"])
-
-
-@pytest.mark.parametrize("folder", ["ldm_tiny", "ldm_tiny_legacy"])
-def test_recorded_images_from_a_generator(golden, folder):
-    pipe = load(FOLDER / folder)
-    images = pipe(2, seeded(), num_inference_steps=STEPS, output_type="np").images
-    assert_same_images(images, golden["pipe.generator.images_np"])
-    pictures = pipe(2, seeded(), num_inference_steps=STEPS).images
-    difference = np.stack([np.asarray(p) for p in pictures]).astype(int) - golden["pipe.generator.images_uint8"].numpy()
-    assert np.abs(difference).max() <= 1  # 1e-4 may lie across the border of two bytes
-    assert (difference != 0).mean() < 0.01
-
-
-def test_recorded_images_with_eta(golden, pipe):
-    """There the noise of the steps came from the global generator; here it is given."""
-    replaying(pipe, golden["pipe.generator_eta1.variance_noise"])
-    images = pipe(2, seeded(), eta=1.0, num_inference_steps=STEPS, output_type="np").images
-    assert_same_images(images, golden["pipe.generator_eta1.images_np"])
-
-
-def test_recorded_images_from_a_list_of_generators(golden, pipe):
-    generators = [seeded(META["generator_seed"] + index) for index in range(2)]
-    images = pipe(2, generators, num_inference_steps=STEPS, output_type="np").images
-    assert_same_images(images, golden["pipe.generator_list.images_np"])
-
-
-def test_the_folder_of_2022_is_the_same_model(pipe):
-    legacy = load(FOLDER / "ldm_tiny_legacy")
-    images = [p(1, seeded(), num_inference_steps=2, output_type="pt").images for p in (pipe, legacy)]
-    assert torch.equal(*images)
 
 
 # Results.
@@ -218,20 +138,7 @@ def test_eta_matters(pipe):
     assert not torch.equal(images[1], images[2])
 
 
-# Types and parts.
-
-
-def test_half_precision_stays_close(pipe):
-    noise = torch.randn(2, 3, 16, 16, generator=seeded())
-    exact = {kind: pipe(latents=noise, num_inference_steps=5, output_type=kind).images for kind in ("latent", "pt")}
-    half = LDMPipeline.from_pretrained(FOLDER / "ldm_tiny", torch_dtype=torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    assert half.dtype == half.vqvae.dtype == torch.bfloat16
-    latents = half(latents=noise, num_inference_steps=5, output_type="latent").images
-    images = half(latents=noise, num_inference_steps=5, output_type="pt").images
-    assert latents.dtype == images.dtype == torch.float32
-    assert (latents - exact["latent"]).norm() / exact["latent"].norm() < 0.02
-    assert (images - exact["pt"]).abs().mean() < 0.03  # some positions fall to another code
+# Parts.
 
 
 def test_parts_are_shared_and_moved_together(pipe):
@@ -257,16 +164,13 @@ def test_parts_that_do_not_fit_are_refused(pipe):
     ("arguments", "message"),
     [
         ({"output_type": "nonsense"}, "output_type is 'nonsense', must be one of pil, np, pt, latent"),
-        ({"output_type": None}, "output_type is None, must be one of"),
         ({"batch_size": 0}, "batch_size is 0, must be a positive integer"),
         ({"batch_size": 2.0}, "batch_size is 2.0, must be a positive integer"),
         ({"latents": torch.zeros(3, 16, 16)}, r"latents have shape \(3, 16, 16\), must be \(B, 3, h, w\)"),
         ({"latents": torch.zeros(1, 4, 16, 16)}, r"latents have shape \(1, 4, 16, 16\), must be \(B, 3, h, w\)"),
         ({"latents": torch.zeros(1, 3, 15, 16)}, "multiples of 2, got 15x16"),
-        ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 1001}, "num_inference_steps"),
         ({"eta": -1.0}, "eta"),
-        ({"batch_size": 3, "generator": [seeded()]}, "1 given for a batch of 3"),
     ],
 )
 def test_arguments_out_of_range(pipe, arguments, message):
@@ -279,12 +183,6 @@ def test_only_ddim_has_an_eta(pipe):
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match=r"eta is 1.0, but DDPMScheduler has none"):
         pipe(eta=1.0, num_inference_steps=1)
-
-
-@pytest.mark.parametrize("name", ["callback_on_step_end", "guidance_scale", "num_inference_step"])
-def test_unknown_arguments_are_errors(pipe, name):
-    with pytest.raises(TypeError, match=name):
-        pipe(**{name: None})
 
 
 def test_the_progress_bar_counts_the_steps(pipe, capsys):

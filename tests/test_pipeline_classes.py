@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_lab import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, checkpoint, pipeline
+from ldm_lab import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, checkpoint
+from ldm_lab.notices import say_once
 from ldm_lab.serialization import LoadError
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
@@ -119,7 +120,7 @@ def test_diffusers_refuses_heads(diffusers, tmp_path):
 
 
 def test_saving_says_once_what_diffusers_refuses(tmp_path, caplog):
-    pipeline._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         build().save_pretrained(tmp_path / "for both")
         assert caplog.messages == []
@@ -138,6 +139,7 @@ from torch import nn
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.models.vq_model import VQModel
+from ldm_lab.notices import say_once
 from ldm_lab.serialization import PretrainedModel, register_to_config
 
 

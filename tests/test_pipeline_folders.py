@@ -82,7 +82,9 @@ def test_a_foreign_autoencoder_without_the_key_is_not_scaled(folder):
     edit(folder / "vqvae" / "config.json", scaling_factor=...)
     pipe = load(folder)
     assert pipe.vqvae.config.scaling_factor == 1.0
-    assert np.array_equal(draw(pipe), draw(load()))
+    unscaled = load()
+    unscaled.vqvae.register_to_config(scaling_factor=1.0)
+    assert np.array_equal(draw(pipe), draw(unscaled))
 
 
 @pytest.mark.parametrize("library", ["diffusers", "ldm_lab"])
@@ -115,7 +117,7 @@ def test_classes_that_are_not_known_are_refused(folder, name, entry):
 
 def test_another_kind_of_pipeline_is_refused(folder):
     edit(folder / "model_index.json", _class_name="StableDiffusionPipeline")
-    with pytest.raises(LoadError, match=r"model_index.json: describes a 'StableDiffusionPipeline', not an LDMPipeline"):
+    with pytest.raises(LoadError, match=r"model_index.json: a 'StableDiffusionPipeline', not an LDMPipeline"):
         load(folder)
 
 

@@ -8,8 +8,9 @@ import torch
 from lightning import Trainer
 from PIL import Image
 
-from ldm_lab import DDIMScheduler, DDPMScheduler, LDMPipeline, randomness, sampling
-from ldm_lab.sampling import SamplingModule, claim, collect, default_folder, describe, loader, missing, use_sampler
+from ldm_lab import DDIMScheduler, LDMPipeline, randomness, sampling
+from ldm_lab.diffusion.samplers import choose
+from ldm_lab.sampling import SamplingModule, claim, collect, default_folder, describe, loader, missing
 from ldm_lab.states import State
 from tests.helpers import GOLDEN, contents
 
@@ -79,7 +80,7 @@ def test_each_state_and_sampler_has_a_folder_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_sample_i_is_the_same_in_any_batch(pipe, tmp_path, monkeypatch, name):
-    use_sampler(pipe, name, None)
+    pipe.scheduler = choose(name, pipe.scheduler)
     noise, latents = {}, {}
     decode = LDMPipeline.decode
 
@@ -112,25 +113,6 @@ def test_other_seeds_and_indices_give_other_samples(pipe, tmp_path):
         predict(SamplingModule(pipe, tmp_path / str(seed), seed=seed, steps=1, eta=0.0), [0, 1], batch_size=2)
     images = np.concatenate([read(tmp_path / str(seed), [0, 1]) for seed in (0, 1)])
     assert len(np.unique(images, axis=0)) == 4
-
-
-def test_samplers_keep_the_noise_schedule(pipe):
-    schedule = pipe.scheduler.config
-    for name, kind in (("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)):
-        use_sampler(pipe, name, None)
-        assert type(pipe.scheduler) is kind
-        assert torch.equal(pipe.scheduler.alphas_cumprod, kind.from_config(schedule).alphas_cumprod)
-        for key in ("prediction_type", "clip_sample", "timestep_spacing"):
-            assert pipe.scheduler.config[key] == schedule[key]
-
-
-def test_samplers_that_are_refused(pipe):
-    before = pipe.scheduler
-    with pytest.raises(ValueError, match=r"^sampler=euler: there are ddim, ddpm, dpm_solver$"):
-        use_sampler(pipe, "euler", None)
-    with pytest.raises(ValueError, match=r"^sampler.eta=0.5: ddpm has none; use sampler=ddim or sampler.eta=0$"):
-        use_sampler(pipe, "ddpm", 0.5)
-    assert pipe.scheduler is before
 
 
 # What they are written as.

@@ -15,7 +15,8 @@ MODEL = GOLDEN / "diffusers" / "ldm_tiny"
 
 def save(path, images):
     """A checkpoint without tensors."""
-    checkpoint.save({"state_dict": {}, checkpoint.ENTRY: {"images_seen": images}}, path)
+    entry = {"stage": "diffusion", "images_seen": images, "configs": {}, "prefixes": {}}
+    checkpoint.save({"state_dict": {}, checkpoint.ENTRY: entry}, path)
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 
@@ -24,8 +25,8 @@ def require_choice(key: str, value: object, choices: Collection[str]) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a number: neither text, nor a truth value, nor missing."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Whether `value` is a finite number: neither text, nor a truth value, nor missing, nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
 
 
 def is_integer(value: object) -> bool:

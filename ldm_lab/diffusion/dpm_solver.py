@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ldm_lab.diffusion.checks import is_integer, require, require_choice
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32
-from ldm_lab.serialization import register_to_config
+from ldm_lab.diffusion.spacing import evenly
+from ldm_lab.serialization import LoadError, register_to_config
 
+# Settings of the namesake by which it leaves the levels of training, at the values by which it does not.
+OTHER_LEVELS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+    "lambda_min_clipped": -math.inf,
+}
 FEW_STEPS = 15  # below, the last steps are of lower order: there the noise levels lie far apart
 
 
@@ -50,13 +61,14 @@ ALGORITHMS = {"dpmsolver++": 1, "sde-dpmsolver++": 2}  # by what the step in λ 
 class DPMSolverMultistepScheduler(Scheduler):
     """Solves the ODE of diffusion, or the SDE, with the predictions of x0 at up to three noise levels.
 
-    Twenty steps of order 2 come close to what DDIM needs hundreds for. It remembers what the last steps predicted:
+    With `use_lu_lambdas` twenty steps come as close as a hundred of DDIM. It remembers what the last steps predicted:
     the timesteps must be visited in their order, from the first; a new first step forgets.
 
-    The timesteps are N of N + 1 spread levels, the last of which is the end: they differ from those of
-    `DDIMScheduler` but equal those of the class of this name in diffusers, and so do all steps but two kinds: those of
-    the SDE with order 3, where a sign there is turned around, and those after pure noise (zero terminal SNR), for which
-    it puts ᾱ = 2^-24.
+    The timesteps are N of N + 1 spread levels, the last of which is the end; N = T takes all. They differ from those of
+    `DDIMScheduler` but equal those of the class of this name in diffusers (which with N = T visits one of them twice,
+    or 0 alone), and so do all steps but two kinds: those of the SDE with order 3, where a sign there is turned around,
+    and those after pure noise (zero terminal SNR), for which it puts ᾱ = 2^-24. With `use_lu_lambdas` it takes levels
+    between the timesteps and tells the network the nearest timestep; here level and timestep belong together.
 
     >>> scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     >>> scheduler.set_timesteps(4)
@@ -78,6 +90,8 @@ class DPMSolverMultistepScheduler(Scheduler):
         solver_type: "midpoint" or "heun", the second term of order 2.
         lower_order_final: with fewer than 15 steps, take the last two with orders 2 and 1.
         euler_at_final: take the last step with order 1.
+        use_lu_lambdas: spread the timesteps evenly in λ, from T - 1 to 0, whatever `timestep_spacing` says ("uniform
+            logSNR", Lu et al. 2022, arXiv 2206.00927): far more accurate than evenly in t.
         final_sigmas_type: "zero" ends at a clean sample, "sigma_min" at the noise of timestep 0.
         timestep_spacing: "linspace", "leading" or "trailing".
         steps_offset: added to the timesteps of "leading".
@@ -104,6 +118,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         solver_type: str = "midpoint",
         lower_order_final: bool = True,
         euler_at_final: bool = False,
+        use_lu_lambdas: bool = False,
         final_sigmas_type: str = "zero",
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
@@ -113,21 +128,41 @@ class DPMSolverMultistepScheduler(Scheduler):
         require_choice("algorithm_type", algorithm_type, ALGORITHMS)
         require_choice("solver_type", solver_type, SOLVERS)
         require_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
+        require(isinstance(use_lu_lambdas, bool), "use_lu_lambdas", use_lu_lambdas, "true or false")
         super().__init__(set_alpha_to_one=final_sigmas_type == "zero")
         self._history: list[tuple[Level, Tensor]] = []  # of the steps before, the newest first
         self._next: int | None = None
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
+        """Build from the config of any scheduler.
+
+        Raises:
+            LoadError: it is one of the namesake with noise levels that this class does not have.
+        """
+        for key, value in OTHER_LEVELS.items():
+            if config.get(key, value) != value:
+                raise LoadError(f"{key}={config[key]!r} is not supported by {cls.__name__}; {value!r} is")
+        return super().from_config(config, **overrides)
+
     def _spaced(self, count: int | None) -> list[int]:
-        total = len(self)
-        most = total if self.config.timestep_spacing == "trailing" else total - 1
-        require(is_integer(count) and 1 <= count <= most, "num_inference_steps", count, f"within 1..{most}")
-        if self.config.timestep_spacing == "trailing":
+        total, spacing = len(self), self.config.timestep_spacing
+        spread = is_integer(count) and 1 <= count < total  # with N = T there is no further level
+        if self.config.use_lu_lambdas and spread:
+            return self._spaced_in_log_snr(count)
+        if spacing == "trailing" or not spread:
             return super()._spaced(count)
-        if self.config.timestep_spacing == "linspace":
+        if spacing == "linspace":
             return [round(index * (total - 1) / count) for index in range(count, 0, -1)]
         chosen = [index * (total // (count + 1)) + self.config.steps_offset for index in range(count, 0, -1)]
         require(chosen[0] < total, "steps_offset", self.config.steps_offset, f"small enough for {count} steps")
         return chosen
+
+    def _spaced_in_log_snr(self, count: int) -> list[int]:
+        # λ of pure noise is -∞: in its place that of ᾱ = 2^-24, below any other.
+        log_snr = [Level.of(max(alpha_bar, 2**-24)).log_snr for alpha_bar in self._alpha_bar]
+        at_zero = self.config.final_sigmas_type == "sigma_min"  # then timestep 0 is where the chain ends
+        return evenly(count + at_zero, log_snr)[:count]
 
     def step(
         self,
@@ -186,7 +221,9 @@ class DPMSolverMultistepScheduler(Scheduler):
         """Of this step: as many predictions as there are, fewer at the end."""
         config, few = self.config, self.config.lower_order_final and self.num_inference_steps < FEW_STEPS
         order = len(self._history)
-        if earlier < 0 and (few or config.euler_at_final or config.final_sigmas_type == "zero"):
+        clean = config.final_sigmas_type == "zero"
+        # "sigma_min" is where timestep 0 is already: that step has no length, and so no order.
+        if earlier < 0 and (few or config.euler_at_final or clean or not self.timesteps[-1]):
             return 1
         return min(order, 2) if few and earlier == int(self.timesteps[-1]) else order
 

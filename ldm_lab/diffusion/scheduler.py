@@ -21,10 +21,11 @@ from typing_extensions import Self
 from ldm_lab.diffusion.broadcast import per_sample
 from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
-from ldm_lab.diffusion.schedules import make_betas
+from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.diffusion.thresholding import dynamic_threshold
-from ldm_lab.serialization import Configurable, LoadError
+from ldm_lab.serialization import Configurable
+from ldm_lab.untrusted import blaming
 
 END = -1  # the "timestep" after the last one: a clean sample
 
@@ -71,7 +72,7 @@ class Scheduler(Configurable):
             config.rescale_betas_zero_snr,
         )
         self._check_config()
-        alpha_bar = torch.cumprod(1 - betas, 0)
+        alpha_bar = cumulative_signal(betas)
         self.betas, self.alphas, self.alphas_cumprod = betas.float(), (1 - betas).float(), alpha_bar.float()
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
@@ -112,10 +113,8 @@ class Scheduler(Configurable):
             LoadError: the file is missing, is not JSON, or holds a setting that is not allowed.
         """
         config = cls.load_config(folder, subfolder)
-        try:
+        with blaming(Path(folder, subfolder or "") / cls.config_name):
             return cls.from_config(config)
-        except (TypeError, ValueError) as error:
-            raise LoadError(f"{Path(folder, subfolder or '') / cls.config_name}: {error}") from error
 
     # The forward process and its inverse, for a batch with its own timestep per sample.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.untrusted import MAX_TIMESTEPS
 
 MAX_COSINE_BETA = 0.999  # Nichol & Dhariwal 2021, below eq. 17: avoids a singularity near t = T
 
@@ -75,8 +76,8 @@ def make_betas(
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
-    positive = is_integer(num_train_timesteps) and num_train_timesteps >= 1
-    require(positive, "num_train_timesteps", num_train_timesteps, "a whole number, at least 1")
+    possible = is_integer(num_train_timesteps) and 1 <= num_train_timesteps <= MAX_TIMESTEPS
+    require(possible, "num_train_timesteps", num_train_timesteps, f"a whole number in 1..{MAX_TIMESTEPS}")
     require_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
     for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         require(is_number(value) and 0 < value < 1, key, value, "between 0 and 1, both excluded")
@@ -90,16 +91,29 @@ def make_betas(
     return rescale_zero_terminal_snr(betas)
 
 
+def cumulative_signal(betas: Tensor) -> Tensor:
+    """ᾱ, the cumulative product of 1 - β: `(T,) -> (T,)`, float64.
+
+    Raises:
+        ValueError: in double precision the first timestep has no noise, or one before the last no signal; steps
+            divide by both.
+    """
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    if alpha_bar[0] == 1:
+        raise ValueError("beta_start or trained_betas[0] is so small that the first timestep has no noise: raise it")
+    if (alpha_bar[:-1] == 0).any():
+        raise ValueError("beta_end or trained_betas are so large that no signal is left before the end: lower them")
+    return alpha_bar
+
+
 def _checked_betas(trained_betas: Sequence[float], num_train_timesteps: int) -> Tensor:
-    try:
-        betas = torch.tensor([float(beta) for beta in trained_betas], dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError):
-        raise ValueError("trained_betas must be a list of numbers") from None
-    if len(betas) != num_train_timesteps:
-        count = len(betas)
+    if not isinstance(trained_betas, Sequence) or not all(type(beta) in (int, float) for beta in trained_betas):
+        raise ValueError("trained_betas must be a list of numbers")
+    if len(trained_betas) != num_train_timesteps:
         raise ValueError(
-            f"trained_betas has {count} values, num_train_timesteps={num_train_timesteps}: make them equal"
+            f"trained_betas has {len(trained_betas)} values, num_train_timesteps={num_train_timesteps}: make them equal"
         )
+    betas = torch.tensor(trained_betas, dtype=torch.float64, device="cpu")
     # Only the last timestep may be pure noise (β = 1): after it there is nothing left to add noise to.
     allowed = (betas > 0) & (betas < 1)
     allowed[-1] |= betas[-1] == 1

@@ -5,7 +5,7 @@ Each function returns N different timesteps, falling, for every N in 1..T.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def leading(num_steps: int, num_train_timesteps: int) -> list[int]:
@@ -37,6 +37,27 @@ def linspace(num_steps: int, num_train_timesteps: int) -> list[int]:
     """
     stride = (num_train_timesteps - 1) / max(num_steps - 1, 1)
     return [round(index * stride) for index in reversed(range(num_steps))]
+
+
+def evenly(num_steps: int, values: Sequence[float]) -> list[int]:
+    """The timesteps, from the last to 0, whose values are as evenly spread as N different ones can be.
+
+    >>> evenly(4, [0.0, 0.5, 1.0, 1.1, 2.0, 3.0])
+    [5, 4, 2, 0]
+    >>> evenly(4, [0.0, 30.0, 31.0, 32.0, 33.0])
+    [4, 2, 1, 0]
+
+    Args:
+        num_steps: N.
+        values: of each of the T timesteps, falling or rising.
+    """
+    first, last, total = values[0], values[-1], len(values)
+    wanted = [last + (first - last) * index / max(num_steps - 1, 1) for index in range(num_steps)]
+    chosen = [-1]
+    for value in reversed(wanted):
+        nearest = min(range(total), key=lambda t, value=value: abs(values[t] - value))
+        chosen.append(max(nearest, chosen[-1] + 1))  # where they lie closer than timesteps do, the next free one
+    return [min(t, total - place) for place, t in enumerate(reversed(chosen[1:]), 1)]
 
 
 SPACINGS: dict[str, Callable[[int, int], list[int]]] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from ldm_lab.untrusted import MAX_LEVELS, MAX_SIDE, MAX_WIDTH
+
 T = TypeVar("T")
 
 
@@ -14,11 +16,41 @@ def require(key: str, value: Any, *supported: Any) -> None:  # noqa: ANN401
         raise ValueError(f"{key}={value!r} is not supported: use {' or '.join(map(repr, supported))}")
 
 
-def require_positive(**values: int) -> None:
-    """Raise `ValueError` unless every value is an integer of at least 1."""
+def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
+    """Raise `ValueError` unless every value is an integer in 1..`maximum`."""
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key}={value!r} is not a positive integer")
+        if value > maximum:
+            raise ValueError(f"{key}={value} is more than the {maximum} that are possible")
+
+
+def require_bool(**values: bool) -> None:
+    """Raise `ValueError` unless every value is True or False: the text "false" would count as true."""
+    for key, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r} must be true or false")
+
+
+def require_number(low: float, high: float, **values: float) -> None:
+    """Raise `ValueError` unless every value is a number in [low, high); not a number, NaN, is in no range."""
+    for key, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < high:
+            raise ValueError(f"{key}={value!r} must be a number, at least {low:g} and below {high:g}")
+
+
+def require_scale(scaling_factor: float) -> None:
+    """Raise `ValueError` unless latents can be multiplied and divided by it in single precision."""
+    require_number(1e-6, 1e6, scaling_factor=scaling_factor)
+
+
+def require_sample_size(sample_size: Any) -> None:  # noqa: ANN401
+    """Raise `ValueError` unless it is None, a side, or height and width, in pixels or positions of latents."""
+    sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
+    if isinstance(sample_size, (list, tuple)) and len(sides) != 2:
+        raise ValueError(f"sample_size={sample_size!r} must be one number, or height and width")
+    for side in [] if sample_size is None else sides:
+        require_positive(MAX_SIDE, sample_size=side)
 
 
 def require_divides(key: str, value: int, width: int) -> None:
@@ -32,6 +64,9 @@ def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
 
     The folders of 2022 prefix some types with "UNetRes", which says nothing.
     """
+    for name in types:
+        if not isinstance(name, str):
+            raise ValueError(f"{key} holds {name!r}, which is no name of a block")
     names = [name.removeprefix("UNetRes") for name in types]
     for name in names:
         require(key, name, *known)
@@ -40,6 +75,9 @@ def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
 
 def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **block_types: Sequence[str]) -> None:
     """Raise `ValueError` unless there is one width for each block, and `norm_num_groups` divides each."""
+    for key, value in {"block_out_channels": block_out_channels, **block_types}.items():
+        if not isinstance(value, (list, tuple)) or len(value) > MAX_LEVELS:
+            raise ValueError(f"{key}={value!r} must be a list of at most {MAX_LEVELS} entries")
     widths = list(block_out_channels)
     for key, types in block_types.items():
         if len(types) != len(widths):

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from ldm_lab.models.arguments import require, require_positive, require_widths
+from ldm_lab.interop import compvis
+from ldm_lab.models.arguments import (
+    require,
+    require_bool,
+    require_positive,
+    require_sample_size,
+    require_scale,
+    require_widths,
+)
 from ldm_lab.models.decoder import Decoder
 from ldm_lab.models.encoder import Encoder
 from ldm_lab.models.outputs import DecoderOutput
-from ldm_lab.serialization import PretrainedModel
+from ldm_lab.serialization import LoadError, PretrainedModel
+from ldm_lab.untrusted import MAX_LAYERS
+
+# Of either kind.
+_SWITCHES = (
+    "force_upcast", "lookup_from_codebook", "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
+)  # fmt: skip
 
 
 class FirstStage(PretrainedModel):
@@ -52,11 +69,37 @@ class FirstStage(PretrainedModel):
         """Unscaled latents `(B, embed_dim, h, w)` -> `.sample` `(B, 3, f*h, f*w)`, about in [-1, 1]."""
         raise NotImplementedError
 
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        original_config: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load a checkpoint of CompVis/latent-diffusion, of a first stage alone or with a UNet, in evaluation mode.
+
+        Args:
+            path: the file, `model.ckpt`.
+            original_config: its YAML file; None takes the one beside it, else what the tensors tell.
+            torch_dtype: floating-point type of the weights; None keeps that of the file.
+
+        Raises:
+            LoadError: a file is missing or damaged, holds another kind of first stage, or a tensor is missing or left
+                over; one line says which.
+        """
+        config, tensors = compvis.read_first_stage(path, original_config)
+        if config["_class_name"] != cls.__name__:
+            raise LoadError(f"{path}: holds a first stage of class {config['_class_name']}, not {cls.__name__}")
+        return cls.from_tensors(config, tensors, origin=str(path)).to(dtype=torch_dtype)
+
     def _check_arguments(self) -> None:
         config = self.config
         require("act_fn", config.act_fn, "silu")
-        keys = ("in_channels", "out_channels", "layers_per_block", "latent_channels")
-        require_positive(**{key: config[key] for key in keys})
+        require_positive(**{key: config[key] for key in ("in_channels", "out_channels", "latent_channels")})
+        require_positive(MAX_LAYERS, layers_per_block=config.layers_per_block)
+        require_sample_size(config.sample_size)
+        require_scale(config.scaling_factor)
+        require_bool(**{key: config[key] for key in _SWITCHES if key in config})
         types = {key: config[key] for key in ("down_block_types", "up_block_types")}
         require_widths(config.block_out_channels, config.norm_num_groups, **types)
 

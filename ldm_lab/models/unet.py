@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from ldm_lab.models.arguments import (
     by_block,
     require,
+    require_bool,
     require_divides,
     require_input,
+    require_number,
     require_positive,
+    require_sample_size,
     require_widths,
 )
 from ldm_lab.models.outputs import UNet2DOutput
@@ -25,6 +28,7 @@ from ldm_lab.nn.embedding import TimestepEmbedding, sinusoid
 from ldm_lab.nn.resample import Downsample, Upsample
 from ldm_lab.nn.resnet import ResnetBlock
 from ldm_lab.serialization import PretrainedModel, register_to_config
+from ldm_lab.untrusted import MAX_LAYERS
 
 DEFAULT_HEAD_DIM = 8  # the namesake's
 
@@ -144,7 +148,8 @@ class UNet2DModel(PretrainedModel):
         config = self.config
         for key, supported in _SUPPORTED.items():
             require(key, config[key], *supported)
-        require_positive(**{key: config[key] for key in ("in_channels", "out_channels", "layers_per_block")})
+        require_positive(**{key: config[key] for key in ("in_channels", "out_channels")})
+        require_positive(MAX_LAYERS, layers_per_block=config.layers_per_block)
         optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_attention_heads")
         require_positive(**{key: config[key] for key in optional if config[key] is not None})
         if config.num_attention_heads is not None and config.attention_head_dim not in (None, DEFAULT_HEAD_DIM):
@@ -153,6 +158,11 @@ class UNet2DModel(PretrainedModel):
         types = {key: config[key] for key in ("down_block_types", "up_block_types")}
         require_widths(config.block_out_channels, config.norm_num_groups, **types)
         require_divides("attn_norm_num_groups", config.attn_norm_num_groups or 1, config.block_out_channels[-1])
+        require_sample_size(config.sample_size)
+        require_bool(add_attention=config.add_attention, flip_sin_to_cos=config.flip_sin_to_cos)
+        require_number(0, 1, dropout=config.dropout)
+        require_number(1e-12, 1, norm_eps=config.norm_eps)
+        require_number(0, max(config.block_out_channels[0] // 2, 1), freq_shift=config.freq_shift)
 
     def _down_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
         """One block per resolution, highest first; all but the last halve the resolution."""

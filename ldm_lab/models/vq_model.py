@@ -12,6 +12,7 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.outputs import DecoderOutput, EncoderOutput
 from ldm_lab.models.quantizer import VectorQuantizer
 from ldm_lab.serialization import register_to_config
+from ldm_lab.untrusted import MAX_CODES
 
 
 class VQModel(FirstStage):
@@ -73,7 +74,8 @@ class VQModel(FirstStage):
         self._check_arguments()
         require("norm_type", norm_type, "group")
         vq_embed_dim = latent_channels if vq_embed_dim is None else vq_embed_dim
-        require_positive(num_vq_embeddings=num_vq_embeddings, vq_embed_dim=vq_embed_dim)
+        require_positive(MAX_CODES, num_vq_embeddings=num_vq_embeddings)
+        require_positive(vq_embed_dim=vq_embed_dim)
 
         self.encoder = self._make_encoder(latent_channels)
         self.quant_conv = nn.Conv2d(latent_channels, vq_embed_dim, 1)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_lab.checkpoint import class_of, describe, fingerprint, load_autoencoder, networks
+from ldm_lab import checkpoint, hub
+from ldm_lab.checkpoint import class_of, fingerprint, load_autoencoder
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
@@ -68,10 +69,11 @@ class Source:
     def network(self, part: str) -> PretrainedModel:
         """A network with its weights, those of a UNet averaged."""
         path = self.state.path
+        if path.is_file():
+            found, kinds = checkpoint.parts(path), LDMPipeline.classes[part]
+            return checkpoint.network(found, part, kinds, self.plugins, str(path))
         if part == "vqvae":
             return load_autoencoder(path, self.plugins)
-        if path.is_file():
-            return networks(path, {part: LDMPipeline.classes[part]}, self.plugins)[part]
         return type(self.skeleton(part)).from_pretrained(path / part if (path / part).is_dir() else path)
 
 
@@ -83,10 +85,11 @@ def open_source(name: str, stage: str, plugins: Sequence[str] = ()) -> Source:
     Raises:
         LoadError: there is nothing, or nothing for that stage.
     """
-    alone = Path(name, PretrainedModel.config_name)
-    state = State(Path(name), Path(name)) if alone.is_file() else search(name, "diffusion")
+    local = hub.local(name)
+    alone = Path(local, PretrainedModel.config_name)
+    state = State(local, local) if alone.is_file() else search(local, "diffusion")
     if state is None and stage == "autoencoder":
-        state = search(name, stage)
+        state = search(local, stage)
     source = Source(name, state, _configs(state.path, plugins), plugins) if state else None
     if source is None or next(iter(NODES[stage].values())) not in source.configs:
         raise LoadError(f"init={name}: there is no {'UNet' if stage == 'diffusion' else 'first stage'} here")
@@ -95,7 +98,7 @@ def open_source(name: str, stage: str, plugins: Sequence[str] = ()) -> Source:
 
 def _configs(path: Path, plugins: Sequence[str]) -> dict[str, dict[str, Any]]:
     if path.is_file():
-        return describe(path)["configs"]
+        return checkpoint.configs(path)
     if (alone := path / PretrainedModel.config_name).is_file():
         config, kinds = read_json(alone), (*LDMPipeline.classes["vqvae"], *LDMPipeline.classes["unet"])
         return {"vqvae" if issubclass(class_of(config, kinds, plugins, str(alone)), FirstStage) else "unet": config}

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning import Trainer
 
-from ldm_lab import checkpoint
+from ldm_lab import checkpoint, hub
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.serialization import LoadError
@@ -111,6 +111,6 @@ def say(line: str) -> None:
 
 def first_stage(source: str | None, command: str, plugins: Sequence[str] = ()) -> FirstStage:
     """The autoencoder of a stage 2. Raises `LoadError` with the command that makes one, where there is none."""
-    if not source or not Path(source).exists():
+    if not source or not (Path(source).exists() or hub.is_name(source)):
         raise LoadError(f"autoencoder={source} is not there; make it with: {command}")
     return checkpoint.load_autoencoder(source, plugins)

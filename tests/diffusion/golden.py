@@ -24,6 +24,18 @@ def compvis(name):
 
 
 @functools.cache
+def compvis_meta():
+    return json.loads((GOLDEN / "compvis" / "meta.json").read_text())
+
+
+def recorded_schedule():
+    """The schedule of the networks whose outputs were recorded; that of `schedule.safetensors` is celebahq's."""
+    schedule = compvis_meta()["schedule"]
+    betas = {"beta_start": schedule["linear_start"], "beta_end": schedule["linear_end"]}
+    return {**COMPVIS, **betas, "num_train_timesteps": schedule["timesteps"]}
+
+
+@functools.cache
 def diffusers_tensors():
     return load_file(GOLDEN / "diffusers" / "golden.safetensors")
 

@@ -3,6 +3,7 @@ import torch
 
 from ldm_lab.diffusion.ddpm import VARIANCES, DDPMScheduler
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS
+from tests.diffusion.golden import compvis
 from tests.helpers import assert_close_relative
 
 PUBLISHED = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
@@ -39,6 +40,25 @@ def test_limits_on_x0_equal_diffusers(options):
         other = theirs.step(epsilon, t, x, generator=torch.Generator().manual_seed(2))
         assert_close_relative(mine.prev_sample, other.prev_sample, 1e-5)
         assert_close_relative(mine.pred_original_sample, other.pred_original_sample, 1e-5)
+
+
+def test_the_posterior_at_every_timestep_is_that_of_compvis():
+    """The weights of x0, x_t and the noise, read off steps on unit vectors."""
+    scheduler = DDPMScheduler(**PUBLISHED, prediction_type="sample", clip_sample=False)
+    scheduler.set_timesteps(1000)
+    steps = []
+    for x0, x_t, noise in torch.eye(3, dtype=torch.float64).reshape(3, 3, 1, 1):
+        steps.append([scheduler.step(x0, t, x_t, variance_noise=noise).prev_sample.item() for t in range(1000)])
+    weight_x0, weight_x_t, deviation = torch.tensor(steps, dtype=torch.float64)
+    recorded = {key.removeprefix("celebahq."): value for key, value in compvis("schedule").items()}
+    assert_close_relative(weight_x0, recorded["posterior_mean_coef1"], 1e-6)
+    assert_close_relative(weight_x_t, recorded["posterior_mean_coef2"], 1e-6)
+    variance = deviation.square()
+    assert_close_relative(variance, recorded["posterior_variance"], 1e-6)
+    # At the end there is no noise; the original says 1e-20 for the sake of the logarithm.
+    assert_close_relative(variance.clamp(min=1e-20).log(), recorded["posterior_log_variance_clipped"], 1e-6)
+    weights = scheduler.betas[1:] ** 2 / (2 * variance * scheduler.alphas * (1 - scheduler.alphas_cumprod))[1:]
+    assert_close_relative(weights, recorded["lvlb_weights"][1:], 1e-4)
 
 
 def test_posterior_of_a_gaussian_follows_from_bayes():

@@ -5,13 +5,19 @@ import torch
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
-from ldm_lab.diffusion.spacing import SPACINGS
-from tests.diffusion.golden import COMPVIS, compvis, diffusers_meta
+from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
+from ldm_lab.diffusion.spacing import SPACINGS, evenly
+from tests.diffusion.golden import diffusers_meta
+
+SCHEDULERS = pytest.mark.parametrize(
+    "scheduler_class", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler], ids=lambda kind: kind.__name__
+)
 
 
+@SCHEDULERS
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_n_steps_asked_are_n_steps_done(spacing):
-    scheduler = DDIMScheduler(timestep_spacing=spacing)
+def test_n_steps_asked_are_n_steps_done(spacing, scheduler_class):
+    scheduler = scheduler_class(timestep_spacing=spacing)
     for count in range(1, 1001):
         scheduler.set_timesteps(count)
         timesteps = scheduler.timesteps
@@ -57,14 +63,7 @@ def test_every_list_equals_that_of_diffusers_where_that_has_n_steps(spacing):
     assert len(different) == (62 if spacing == "trailing" else 0)
 
 
-def test_timesteps_of_compvis():
-    scheduler, recorded = DDIMScheduler(**COMPVIS), compvis("schedule")
-    for count in (1, 10, 50, 100, 200, 250, 500):
-        scheduler.set_timesteps(count)
-        assert scheduler.timesteps.flip(0).tolist() == recorded[f"ddim.timesteps.{count}"].tolist()
-
-
-@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, DDPMScheduler])
+@SCHEDULERS
 def test_own_list_of_timesteps(scheduler_class):
     scheduler = scheduler_class()
     scheduler.set_timesteps(timesteps=torch.tensor([999, 500, 3]))
@@ -88,6 +87,26 @@ def test_own_list_of_timesteps(scheduler_class):
         ({"timesteps": [5, -1]}, r"within 0\.\.999"),
     ],
 )
-def test_timesteps_that_cannot_be(arguments, message):
+@SCHEDULERS
+def test_timesteps_that_cannot_be(scheduler_class, arguments, message):
     with pytest.raises(ValueError, match=message):
-        DDIMScheduler().set_timesteps(**arguments)
+        scheduler_class().set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize("total", [10, 1000])
+@pytest.mark.parametrize(
+    "curve", [lambda t: t, lambda t: -t, lambda t: t**3, lambda t: 1e-9 ** (1 - t), lambda t: (2 * t - 1) ** 3]
+)
+def test_even_values_are_n_timesteps_for_every_n(curve, total):
+    values = [float(curve(t / (total - 1))) for t in range(total)]
+    for steps in range(1, total + 1, max(1, total // 40)):
+        chosen = evenly(steps, values)
+        assert len(chosen) == steps
+        assert chosen == sorted(set(chosen), reverse=True)
+        assert chosen[0] == total - 1
+        assert chosen[-1] == 0 or steps == 1
+
+
+def test_even_values_are_the_nearest_that_there_are():
+    cubes = [t**3 for t in range(101)]
+    assert evenly(5, cubes) == [100, 91, 79, 63, 0]  # 100 times the cube roots of 1, 3/4, 1/2, 1/4, 0

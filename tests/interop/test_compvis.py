@@ -105,15 +105,20 @@ def test_decoder(vq):
     assert_close_relative(vq.decode(latents).sample, IO["vq.decode_interface"])
     assert_close_relative(vq.decode(latents, force_not_quantize=True).sample, IO["vq.decode_no_quant"])
     assert_close_relative(vq(IO["in.image"]).sample, IO["vq.reconstruction"])
-    codes = vq.quantize.get_codebook_entry(IO["vq.indices"].flatten(), (2, 16, 16, 3))
+    shape = (*IO["vq.indices"].shape, vq.embed_dim)
+    codes = vq.quantize.get_codebook_entry(IO["vq.indices"].flatten(), shape)
     assert_close_relative(codes, IO["vq.codebook_vectors"])
+    assert_close_relative(vq.decode(IO["ddim10.eta1.final"]).sample, IO["ddim10.eta1.final_decoded"])
 
 
 def test_gradients_of_reconstruction_and_codebook(vq):
     """Before the discriminator starts, the loss is the L1 distance (and a constant) plus the quantizer's."""
     output = vq(IO["in.image"])
-    loss = (output.sample - IO["in.image"]).abs().mean() + output.commit_loss
-    loss.backward()
+    distance = (output.sample - IO["in.image"]).abs().mean()
+    constant = META["scalars"]["loss.before_start.ae.p_loss"]
+    assert_close_relative(distance.detach() + constant, IO["loss.before_start.ae.rec_loss"])
+    assert_close_relative(output.commit_loss.detach(), IO["loss.before_start.ae.quant_loss"])
+    (distance + output.commit_loss).backward()
     for name in ("decoder.conv_out", "encoder.conv_in", "quant_conv", "quantize.embedding"):
         gradient = vq.get_parameter(f"{name}.weight").grad
         assert_close_relative(gradient, IO[f"loss.before_start.grad.{name}.weight"])
@@ -121,8 +126,8 @@ def test_gradients_of_reconstruction_and_codebook(vq):
 
 @torch.no_grad()
 def test_unet(unet):
-    assert_close_relative(sinusoid(IO["in.unet_t"], 32), IO["unet.time_embedding_raw"])
-    assert IO["in.unet_t"].tolist() == [0, 1, 500, 999]
+    width = META["arch"]["unet"]["model_channels"]
+    assert_close_relative(sinusoid(IO["in.unet_t"], width), IO["unet.time_embedding_raw"])
     assert_close_relative(unet(IO["in.unet_x"], IO["in.unet_t"]).sample, IO["unet.out"])
     for x, t, expected in zip(IO["in.unet_x"], IO["in.unet_t"], IO["unet.out"], strict=True):
         assert_close_relative(unet(x[None], t).sample[0], expected)
@@ -165,13 +170,30 @@ def test_networks_inside_a_whole_checkpoint():
     assert_close_relative(scaled, expected["latent_scaled"])
 
 
-@pytest.mark.parametrize("name", ["unet", "unet_churches_like"])
-def test_every_tensor_is_used_once(name):
+@pytest.mark.parametrize(
+    ("name", "build", "config", "translate"),
+    [
+        ("unet", UNet2DModel, unet_config(META["arch"]["unet"]), unet_state),
+        ("unet_churches_like", UNet2DModel, unet_config(META["arch"]["unet_churches_like"]), unet_state),
+        ("vq", VQModel, vq_config(**META["arch"]["vq"]), vq_model_state),
+        ("kl", AutoencoderKL, kl_config(**META["arch"]["kl"]), kl_model_state),
+    ],
+)
+def test_every_tensor_is_used_once(name, build, config, translate):
     state = floats(f"{name}_state.safetensors")
-    config = unet_config(META["arch"][name])
-    renamed = unet_state(state, config)
-    assert sum(value.numel() for value in renamed.values()) == sum(value.numel() for value in state.values())
-    assert renamed.keys() == UNet2DModel(**config).state_dict().keys()
+    renamed, count = translate(state, config), sum(value.numel() for value in state.values())
+    assert sum(value.numel() for value in renamed.values()) == count == META["params"].get(name, count)
+    assert renamed.keys() == build(**config).state_dict().keys()
+
+
+@torch.no_grad()
+def test_recorded_codes_are_safe_from_rounding(vq):
+    """The two nearest codes lie far enough apart everywhere that equal indices can be asked for."""
+    for latents, name in ((vq.encode(IO["in.image"]).latents, "prequant"), (IO["in.latent_for_decode"], "decode_in")):
+        points = latents.movedim(1, -1).flatten(0, 2)  # (B, C, h, w) -> (B*h*w, C)
+        squared = torch.cdist(points.double(), vq.quantize.embedding.weight.double()).square()
+        nearest, second = squared.topk(2, largest=False).values.unbind(1)
+        assert (second - nearest).min().item() == pytest.approx(META["argmin_margin"][name], rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm_lab import AutoencoderKL, LDMPipeline, VQModel
-from ldm_lab.interop.compvis import load_first_stage
 from ldm_lab.interop.compvis.checkpoint import read_state
 from ldm_lab.serialization import LoadError
 from tests.helpers import GOLDEN, Malicious, assert_close_relative
@@ -184,7 +183,7 @@ def test_a_first_stage_alone(write, whole, stage_2_config):
     own = {key.removeprefix(FIRST_STAGE): value for key, value in STATE.items() if key.startswith(FIRST_STAGE)}
     path = CHECKPOINT if whole else write({**own, "loss.discriminator.main.0.weight": torch.zeros(1)})
     content = original_config() if stage_2_config else {"model": autoencoder("ckpt_vq", "VQModel")}
-    model = load_first_stage(path, write(content, "config.yaml"))
+    model = VQModel.from_single_file(path, write(content, "config.yaml"))
     assert isinstance(model, VQModel)
     assert not model.training
     assert model.config.scaling_factor == 1.0
@@ -195,7 +194,7 @@ def test_a_first_stage_alone(write, whole, stage_2_config):
 def test_a_first_stage_with_a_gaussian(write):
     state = {key: value.float() for key, value in load_file(FOLDER / "kl_state.safetensors").items()}
     config = write({"model": autoencoder("kl", "AutoencoderKL")}, "config.yaml")
-    model = load_first_stage(write({**state, "loss.logvar": torch.zeros(())}), config)
+    model = AutoencoderKL.from_single_file(write({**state, "loss.logvar": torch.zeros(())}), config)
     assert isinstance(model, AutoencoderKL)
     expected = load_file(FOLDER / "io.safetensors")
     assert_close_relative(model.decode(expected["in.kl_latent"]).sample, expected["kl.decode"])
@@ -233,7 +232,7 @@ def test_code_in_a_file_is_not_run(tmp_path, config, place):
     path, trace = tmp_path / "model.ckpt", tmp_path / "trace"
     torch.save({"state_dict": STATE, place: {"x": Malicious(trace)}}, path)
     assert "could run code" in refusal(load, path, config)
-    assert "could run code" in refusal(load_first_stage, path, config)
+    assert "could run code" in refusal(VQModel.from_single_file, path, config)
     assert not trace.exists()
 
 
@@ -340,9 +339,15 @@ def changed(where, value):
             "there is no section model.params.first_stage_config.params.ddconfig",
         ),
         ("unet_config", None, "there is no section model.params.unet_config.params"),
-        ("unet_config.params.channel_mult", 1, "config.yaml: "),
+        ("unet_config.params.channel_mult", 1, "unet_config: channel_mult=1 must be a list of positive integers"),
+        ("unet_config.params.channel_mult", [2, 2], "channel_mult=[2, 2] is not supported; a list that begins with 1"),
+        ("first_stage_config.params.ddconfig.ch_mult", [2, 2], "ch_mult=[2, 2] is not supported; a list that begins"),
+        ("unet_config.params.model_channels", "32", "unet_config: model_channels='32' must be a positive integer"),
+        ("first_stage_config.params.embed_dim", None, "embed_dim=None must be a positive integer"),
+        ("first_stage_config.params.ddconfig.ch_mult", "1,2", "ddconfig: ch_mult='1,2' must be a list of positive"),
+        ("first_stage_config.params.ddconfig.resolution", 32.5, "ddconfig: resolution=32.5 must be a positive integer"),
         ("unet_config.params.num_res_blocks", 2, "CompVis tensor 'input_blocks.2.0.op.bias' has no counterpart"),
-        ("unet_config.params.num_res_blocks", -1, "layers_per_block"),
+        ("unet_config.params.num_res_blocks", -1, "unet_config: num_res_blocks=-1 must be a positive integer"),
         ("parameterization", "v", "parameterization='v' is not supported; eps or x0 is"),
         ("beta_schedule", "sqrt", "beta_schedule='sqrt' is not supported; linear or sqrt_linear or cosine is"),
         ("linear_start", "small", "linear_start='small' is not a number"),
@@ -362,5 +367,6 @@ def test_a_config_that_is_none_is_refused(tmp_path):
     assert "not readable as YAML" in refusal(load, CHECKPOINT, path)
     assert not (tmp_path / "trace").exists()
     path.write_text("[1, 2]")
+    assert "config.yaml: holds a list, not an object" in refusal(load, CHECKPOINT, path)
+    path.write_text("model: 2")
     assert "there is no section model.params" in refusal(load, CHECKPOINT, path)
-    assert "give its YAML file as original_config=" in refusal(load, CHECKPOINT, None)

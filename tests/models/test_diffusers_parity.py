@@ -1,6 +1,8 @@
 """The networks against those of diffusers: recorded outputs, and the library itself where it is installed."""
 
 import inspect
+import json
+import random
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tests.helpers import GOLDEN, assert_close_relative
 from tests.models.weights import assert_equal_weights
 
 FOLDERS = ("ldm_tiny", "ldm_tiny_legacy")
+META = json.loads((GOLDEN / "diffusers" / "golden.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,7 @@ def load(kind, folder):
 def test_folders_of_today_and_of_2022_hold_the_same(kind):
     today, legacy = (load(kind, folder) for folder in FOLDERS)
     assert_equal_weights(today, legacy)
+    assert today.num_parameters() == META["params"][{VQModel: "vqvae", UNet2DModel: "unet"}[kind]]
 
 
 @torch.no_grad()
@@ -39,6 +43,7 @@ def test_recorded_outputs_of_the_autoencoder(golden, folder):
     assert_close_relative(latents, golden["vq.encode"])
     quantized, loss, info = model.quantize(latents)
     assert torch.equal(info.indices.view_as(golden["vq.indices"]), golden["vq.indices"])
+    assert len(info.indices.unique()) == META["vq_codes_used"]
     assert_close_relative(quantized, golden["vq.quantized"])
     assert_close_relative(loss.view(1), golden["vq.loss_legacy_beta"])
     assert_close_relative(model.decode(latents).sample, golden["vq.decode"])
@@ -186,3 +191,80 @@ def test_unets_go_there_and_back(diffusers, case, tmp_path):
     back = UNet2DModel.from_pretrained(tmp_path / "theirs")
     assert back.config == ours.config
     assert_equal_weights(back, ours)
+
+
+def some_sizes(draw, levels):
+    """What all networks have in common; the widths of neighbouring levels may be equal, rise or fall."""
+    return {
+        "block_out_channels": [draw.choice([8, 16, 24]) for _ in range(levels)],
+        "layers_per_block": draw.choice([1, 2, 3]),
+        "norm_num_groups": draw.choice([1, 2, 4, 8]),
+        "in_channels": draw.choice([1, 3, 4]),
+        "out_channels": draw.choice([1, 3, 4]),
+        "sample_size": draw.choice([16, (16, 24)]),
+    }
+
+
+def some_unet(draw):
+    levels = draw.choice([1, 2, 3, 4])
+    down, up = ["DownBlock2D", "AttnDownBlock2D"], ["UpBlock2D", "AttnUpBlock2D"]
+    return {
+        **some_sizes(draw, levels),
+        "down_block_types": [draw.choice([*down, "ResnetDownsampleBlock2D"]) for _ in range(levels)],
+        "up_block_types": [draw.choice([*up, "ResnetUpsampleBlock2D"]) for _ in range(levels)],
+        "attention_head_dim": draw.choice([None, 1, 4, 8]),
+        "time_embedding_dim": draw.choice([None, 20]),
+        "flip_sin_to_cos": draw.choice([True, False]),
+        "freq_shift": draw.choice([0, 1]),
+        "downsample_padding": draw.choice([0, 1]),
+        "downsample_type": draw.choice(["conv", "resnet"]),
+        "upsample_type": draw.choice(["conv", "resnet"]),
+        "dropout": draw.choice([0.0, 0.1]),
+        "attn_norm_num_groups": draw.choice([None, 4]),
+        "norm_eps": draw.choice([1e-5, 1e-3]),
+        "resnet_time_scale_shift": draw.choice(["default", "scale_shift"]),
+        "add_attention": draw.choice([True, False]),
+        "num_train_timesteps": draw.choice([None, 1000]),
+    }
+
+
+def some_autoencoder(draw):
+    levels = draw.choice([1, 2, 3, 4])
+    return {
+        **some_sizes(draw, levels),
+        "down_block_types": [draw.choice(["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]) for _ in range(levels)],
+        "up_block_types": [draw.choice(["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]) for _ in range(levels)],
+        "latent_channels": draw.choice([2, 3, 5]),
+        "mid_block_add_attention": draw.choice([True, False]),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(12))
+def test_unets_of_any_architecture(diffusers, seed):
+    torch.manual_seed(seed)
+    arguments = some_unet(random.Random(seed))
+    theirs, ours = diffusers.UNet2DModel(**arguments).eval(), UNet2DModel(**arguments).eval()
+    ours.load_weights(theirs.state_dict(), origin="diffusers")
+    x, timesteps = torch.randn(2, ours.config.in_channels, 16, 24), torch.tensor([3, 900])
+    assert_close_relative(ours(x, timesteps).sample, theirs(x, timesteps).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", [VQModel, AutoencoderKL])
+def test_autoencoders_of_any_architecture(diffusers, kind, seed):
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    arguments = some_autoencoder(draw)
+    if kind is VQModel:
+        arguments |= {"num_vq_embeddings": draw.choice([7, 16]), "vq_embed_dim": draw.choice([None, 2, 4])}
+    theirs, ours = getattr(diffusers, kind.__name__)(**arguments).eval(), kind(**arguments).eval()
+    if kind is VQModel:
+        torch.nn.init.normal_(theirs.quantize.embedding.weight)
+    ours.load_weights(theirs.state_dict(), origin="diffusers")
+    images = torch.randn(2, ours.config.in_channels, 16, 24)
+    encoded = theirs.encode(images)
+    latents = encoded.latents if kind is VQModel else encoded.latent_dist.mode()
+    assert_close_relative(ours.latents(images), latents)
+    assert_close_relative(ours.decode(latents).sample, theirs.decode(latents).sample)

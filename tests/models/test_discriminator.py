@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +25,9 @@ def test_width_grows_up_to_eight_times():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_logits_of_the_original(mode):
     io = load_file(GOLDEN / "compvis/io.safetensors")
-    discriminator = PatchDiscriminator(channels=8)
+    settings = json.loads((GOLDEN / "compvis/meta.json").read_text())["arch"]["disc"]
+    sizes = (settings[f"disc_{key}"] for key in ("in_channels", "ndf", "num_layers"))
+    discriminator = PatchDiscriminator(*sizes)
     state = load_file(GOLDEN / "compvis/disc_state.safetensors")
     discriminator.load_state_dict({key: value.float() if "num_" not in key else value for key, value in state.items()})
     discriminator.train(mode == "train")

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.interop.compvis.translate import CONV, ITSELF, Module, check, linear, rename
+from ldm_lab.interop.compvis.translate import CONV, ITSELF, Module, check, check_first, check_sizes, linear, rename
 from ldm_lab.serialization import LoadError
 
 # Names below a module, theirs -> ours.
 _RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
-_NEEDED = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels", "resolution", "in_channels", "out_ch")
+_SIZES = ("ch", "num_res_blocks", "z_channels", "resolution", "in_channels", "out_ch")
+_LISTS = ("ch_mult", "attn_resolutions")
+_NEEDED = _SIZES + _LISTS
 
 # Arguments that our architecture covers with these values only, or that have no effect on it (None).
 _FIXED = {
@@ -32,6 +34,7 @@ def vq_config(ddconfig: dict[str, Any], embed_dim: int, n_embed: int) -> dict[st
         LoadError: an argument is missing, unknown, or asks for what ours cannot express.
     """
     check("ddconfig", ddconfig, _NEEDED, {**_FIXED, "double_z": (False,)})
+    check_sizes("first_stage_config", {"embed_dim": embed_dim, "n_embed": n_embed}, ("embed_dim", "n_embed"))
     return {**_halves(ddconfig), "num_vq_embeddings": n_embed, "vq_embed_dim": embed_dim}
 
 
@@ -51,6 +54,8 @@ def kl_config(ddconfig: dict[str, Any], embed_dim: int) -> dict[str, Any]:
 
 def _halves(ddconfig: dict[str, Any]) -> dict[str, Any]:
     """What encoder and decoder are made of."""
+    check_sizes("ddconfig", ddconfig, _SIZES, _LISTS)
+    check_first("ddconfig", "ch_mult", ddconfig["ch_mult"])
     attention = ddconfig.get("attn_type", "vanilla") != "none"
     sides = [ddconfig["resolution"] // 2**level for level in range(len(ddconfig["ch_mult"]))]
     attended = ["Attn" if attention and side in ddconfig["attn_resolutions"] else "" for side in sides]

@@ -1,4 +1,4 @@
-"""Checkpoints of CompVis/latent-diffusion: a `model.ckpt` and its config -> our networks and scheduler.
+"""Checkpoints of CompVis/latent-diffusion: a `model.ckpt` and its config -> configs and tensors of our networks.
 
 Every tensor of a file is accounted for: it belongs to a network, describes the noise, or is left out by one of the
 rules below. Anything else is an error.
@@ -6,23 +6,24 @@ rules below. Anything else is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.interop.compvis import shapes
 from ldm_lab.interop.compvis.original_config import OriginalConfig
-from ldm_lab.interop.compvis.translate import blaming
 from ldm_lab.interop.compvis.unet import unet_state
-from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.serialization import LoadError, PretrainedModel, read_torch
+from ldm_lab.notices import say_once
+from ldm_lab.serialization import LoadError, read_torch
+from ldm_lab.untrusted import blaming, pickled_names
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
+OF_A_FIRST_STAGE = "encoder.down.0.block.0."  # what a checkpoint of a first stage alone is known by
 
 # Of a first stage's own checkpoint: LPIPS and the discriminator.
 _LOSS = "loss."
@@ -46,51 +47,73 @@ _SCALE = "scale_factor"
 _CONDITIONAL = ("cond_stage_model.", UNET + "label_emb.")
 _CROSS_ATTENTION = ".transformer_blocks."
 
+State = dict[str, Tensor]
 
-def load_pipeline(
-    path: str | Path, original_config: str | Path | None, use_ema: bool = True
-) -> dict[str, PretrainedModel | DDIMScheduler]:
-    """The parts of a pipeline: `vqvae`, `unet` (both in evaluation mode) and a `scheduler` that steps as CompVis's.
+
+class Part(NamedTuple):
+    """A network, or with no tensors a scheduler, as plain data under our names."""
+
+    config: dict[str, Any]  # `_class_name` names the class
+    tensors: State
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file holds tensors of the original, by their names; where it can be, they stay on disk."""
+    try:
+        names = read_state(path, mmap=True)
+    except LoadError:
+        return False
+    return any(name.startswith((UNET, FIRST_STAGE, OF_A_FIRST_STAGE)) for name in names)
+
+
+def read(path: str | Path, original_config: str | Path | None = None, use_ema: bool = True) -> dict[str, Part]:
+    """The parts of a checkpoint: `vqvae`, and of stage 2 also `unet` and a `scheduler` that steps as CompVis's.
 
     Args:
         path: the checkpoint.
-        original_config: its YAML file, which describes the architecture.
+        original_config: its YAML file, which describes the architecture. None takes a `config.yaml` or one of the
+            checkpoint's name beside it, and where there is none, what the shapes of the tensors tell.
         use_ema: take the moving average of the UNet's weights, not the weights themselves.
 
     Raises:
-        LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
-            missing, left over or of another shape; one line says which.
+        LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is left
+            over or cannot be translated; one line says which.
     """
-    state = _separate(read_state(path), path)
-    config = _read_config(path, original_config)
+    state = read_state(path)
+    if not any(key.startswith(UNET) for key in state) and any(key.startswith(OF_A_FIRST_STAGE) for key in state):
+        return {"vqvae": read_first_stage(path, original_config)}
+    parts = _separate(state, path)
+    config = _config(path, original_config, parts)
+    weights = _averaged(parts, path) if use_ema else parts[UNET]
     unet = config.unet()
-    weights = _averaged(state, path) if use_ema else state[UNET]
+    with blaming(path):
+        unet = Part({"_class_name": "UNet2DModel", **unet}, unet_state(weights, unet))
     return {
-        "vqvae": _first_stage(state[FIRST_STAGE], config, path, scaling_factor=_scale(state[""], config, path)),
-        "unet": _build(UNet2DModel, unet, unet_state, weights, path),
-        "scheduler": _scheduler(state[""], config, path),
+        "vqvae": _first_stage(parts[FIRST_STAGE], config, path, scaling_factor=_scale(parts[""], config, path)),
+        "unet": unet,
+        "scheduler": Part(_scheduler(parts[""], config, path).to_json(), {}),
     }
 
 
-def load_first_stage(path: str | Path, original_config: str | Path | None) -> FirstStage:
-    """The autoencoder of a checkpoint, in evaluation mode; its `scaling_factor` is 1.
+def read_first_stage(path: str | Path, original_config: str | Path | None = None) -> Part:
+    """The autoencoder of a checkpoint; its `scaling_factor` is 1.
 
     Args:
         path: a checkpoint of a first stage, or one of stage 2, which holds its first stage.
-        original_config: the YAML file of either.
+        original_config: the YAML file of either; None as in `read`.
 
     Raises:
-        LoadError: as `load_pipeline`.
+        LoadError: as `read`.
     """
     state = read_state(path)
     if any(key.startswith(UNET) for key in state):
         own = _separate(state, path)[FIRST_STAGE]
     else:
         own = {key: value for key, value in state.items() if not key.startswith(_LOSS)}
-    return _first_stage(own, _read_config(path, original_config), path)
+    return _first_stage(own, _config(path, original_config, {FIRST_STAGE: own}), path)
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, mmap: bool = False) -> State:
     """The `state_dict` of a checkpoint, on the CPU; nothing that the file holds is run or imported.
 
     Lightning of that time kept the state of its callbacks by their class. Such a class, and no other, is read as an
@@ -102,8 +125,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
-    with safe_globals([(_Callback, name) for name in _callbacks(path)]):
-        content = read_torch(path)
+    names = (name.replace(" ", ".") for name in pickled_names(path))
+    callbacks = [name for name in names if name.startswith("pytorch_lightning.callbacks.")]
+    with safe_globals([(_Callback, name) for name in callbacks]):
+        content = read_torch(path, mmap and zipfile.is_zipfile(path))
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
@@ -116,17 +141,9 @@ class _Callback:
     """Stands for the class of a callback."""
 
 
-def _callbacks(path: Path) -> list[str]:
-    try:
-        names = get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # a damaged file; what is wrong with it, `read_torch` says
-        return []
-    return [name for name in names if name.startswith("pytorch_lightning.callbacks.")]
-
-
-def _separate(state: dict[str, Tensor], path: str | Path) -> dict[str, dict[str, Tensor]]:
+def _separate(state: State, path: str | Path) -> dict[str, State]:
     """The tensors by prefix, which their names lose; those of the noise have none."""
-    parts: dict[str, dict[str, Tensor]] = {UNET: {}, EMA: {}, FIRST_STAGE: {}, "": {}}
+    parts: dict[str, State] = {UNET: {}, EMA: {}, FIRST_STAGE: {}, "": {}}
     for key, value in state.items():
         if key.startswith(_CONDITIONAL) or _CROSS_ATTENTION in key:
             raise LoadError(f"{path}: a conditional model (it holds {key!r}), only unconditional ones are supported")
@@ -141,7 +158,7 @@ def _separate(state: dict[str, Tensor], path: str | Path) -> dict[str, dict[str,
     return parts
 
 
-def _averaged(state: dict[str, dict[str, Tensor]], path: str | Path) -> dict[str, Tensor]:
+def _averaged(state: dict[str, State], path: str | Path) -> State:
     """The moving average under the names of the weights that it follows; its own have lost their dots."""
     average = state[EMA]
     if not average:
@@ -154,13 +171,37 @@ def _averaged(state: dict[str, dict[str, Tensor]], path: str | Path) -> dict[str
     return {name: average[flat] for flat, name in names.items()}
 
 
-def _read_config(path: str | Path, original_config: str | Path | None) -> OriginalConfig:
-    if original_config is None:
-        raise LoadError(f"{path}: does not describe its architecture: give its YAML file as original_config=")
-    return OriginalConfig(original_config)
+def _config(path: str | Path, original_config: str | Path | None, parts: dict[str, State]) -> OriginalConfig:
+    """The config that was given, else the one beside the checkpoint, else what the tensors tell."""
+    if original_config is not None:
+        return OriginalConfig.read(original_config)
+    for beside in (Path(path).with_suffix(".yaml"), Path(path).with_name("config.yaml")):
+        if beside.is_file() and (config := OriginalConfig.read(beside)).is_one:
+            say_once(f"{path}: its architecture is that of {beside}")
+            return config
+    with blaming(path):
+        return OriginalConfig({"model": _read_off(path, parts)}, path)
 
 
-def _scale(buffers: dict[str, Tensor], config: OriginalConfig, path: str | Path) -> float:
+def _read_off(path: str | Path, parts: dict[str, State]) -> dict[str, Any]:
+    autoencoder = shapes.first_stage(parts[FIRST_STAGE])
+    if UNET not in parts:
+        return autoencoder
+    if "betas" not in parts[""]:
+        raise LoadError("holds no betas: give its YAML file as original_config=")
+    halvings = len(autoencoder["params"]["ddconfig"]["ch_mult"]) - 1
+    unet = shapes.unet(parts[UNET], image_size=shapes.RESOLUTION // 2**halvings)
+    heads = ", ".join(f"{key}={unet[key]}" for key in ("num_head_channels", "num_heads") if key in unet)
+    say_once(
+        f"{path}: without a YAML file (original_config=), its tensors leave open and these are assumed: {heads},"
+        f" images of {shapes.RESOLUTION} pixels" + ("" if _SCALE in parts[""] else ", scale_factor=1")
+    )
+    betas = parts[""]["betas"].flatten()
+    ends = {"linear_start": f"{betas[0]:.6g}", "linear_end": f"{betas[-1]:.6g}", "timesteps": len(betas)}
+    return {"params": {**ends, "unet_config": {"params": unet}, "first_stage_config": autoencoder}}
+
+
+def _scale(buffers: State, config: OriginalConfig, path: str | Path) -> float:
     if _SCALE not in buffers:
         return config.scale_factor()
     if buffers[_SCALE].numel() != 1:
@@ -169,32 +210,17 @@ def _scale(buffers: dict[str, Tensor], config: OriginalConfig, path: str | Path)
 
 
 def _first_stage(
-    state: dict[str, Tensor],
+    state: State,
     config: OriginalConfig,
     path: str | Path,
     **settings: Any,  # noqa: ANN401
-) -> FirstStage:
+) -> Part:
     kind, arguments = config.first_stage()
-    arguments = {**arguments, **settings}
-    return _build(kind.model, arguments, kind.state, state, path)
-
-
-def _build(
-    kind: type[PretrainedModel],
-    config: dict[str, Any],
-    translate: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]],
-    state: dict[str, Tensor],
-    path: str | Path,
-) -> PretrainedModel:
     with blaming(path):
-        with torch.device("meta"):
-            model = kind.from_config(config)
-        state = translate(state, config)
-    model.load_weights(state, origin=str(path), assign=True)
-    return model.eval()
+        return Part({"_class_name": kind.class_name, **arguments, **settings}, kind.state(state, arguments))
 
 
-def _scheduler(noise: dict[str, Tensor], config: OriginalConfig, path: str | Path) -> DDIMScheduler:
+def _scheduler(noise: State, config: OriginalConfig, path: str | Path) -> DDIMScheduler:
     """DDIM as theirs. The betas are those of the file: where the config says others, they are listed one by one."""
     settings = {
         **config.noise(),

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
+from typing_extensions import Self
 
 from ldm_lab.interop.compvis.autoencoder import kl_config, kl_model_state, vq_config, vq_model_state
-from ldm_lab.interop.compvis.translate import blaming, check
+from ldm_lab.interop.compvis.translate import check
 from ldm_lab.interop.compvis.unet import unet_config
-from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.models.kl_model import AutoencoderKL
-from ldm_lab.models.vq_model import VQModel
 from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import blaming, read_yaml
 
 UNCONDITIONAL = "__is_unconditional__"
 
@@ -32,16 +30,16 @@ _OF_VQ_TRAINING = ("batch_resize_range", "scheduler_config", "lr_g_factor", "san
 class FirstStageKind:
     """A class of theirs: which of ours it is, and how its config and its tensors are translated."""
 
-    model: type[FirstStage]
+    class_name: str
     config: Callable[..., dict[str, Any]]
     state: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     needed: tuple[str, ...]
     fixed: dict[str, tuple | None]
 
 
-_KL = FirstStageKind(AutoencoderKL, kl_config, kl_model_state, ("ddconfig", "embed_dim"), dict.fromkeys(_OF_TRAINING))
+_KL = FirstStageKind("AutoencoderKL", kl_config, kl_model_state, ("ddconfig", "embed_dim"), dict.fromkeys(_OF_TRAINING))
 _VQ = FirstStageKind(
-    VQModel,
+    "VQModel",
     vq_config,
     vq_model_state,
     ("ddconfig", "embed_dim", "n_embed"),
@@ -51,23 +49,26 @@ _FIRST_STAGES = {"VQModel": _VQ, "VQModelInterface": _VQ, "AutoencoderKL": _KL}
 
 
 class OriginalConfig:
-    """A YAML file of CompVis/latent-diffusion, of stage 2 or of a first stage alone.
+    """What a YAML file of CompVis/latent-diffusion says, of stage 2 or of a first stage alone.
 
     Args:
-        path: the file; it is read as plain data, and no class that it names is imported.
-
-    Raises:
-        LoadError: the file is not there or not YAML.
+        content: of the file, plain data: no class that it names is imported.
+        path: where it comes from, for the messages.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        try:
-            self._content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LoadError(f"{path}: no such file") from None
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise LoadError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    def __init__(self, content: Any, path: str | Path) -> None:  # noqa: ANN401
+        self._content, self.path = content, Path(path)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """From a file. Raises `LoadError` where it is not there or not YAML."""
+        return cls(read_yaml(Path(path)), path)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it describes a model at all, as the original's files do."""
+        model = self._content.get("model") if isinstance(self._content, dict) else None
+        return isinstance(model, dict) and isinstance(model.get("params"), dict)
 
     def first_stage(self) -> tuple[FirstStageKind, dict[str, Any]]:
         """The kind of the first stage and the arguments of ours.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.interop.compvis.translate import CONV, ITSELF, Module, check, linear, rename
+from ldm_lab.interop.compvis.translate import CONV, ITSELF, Module, check, check_first, check_sizes, linear, rename
 from ldm_lab.serialization import LoadError
 
 # Names below a module, theirs -> ours.
@@ -24,7 +24,8 @@ _ATTENTION = {"norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0"}
 _DOWNSAMPLER = {"op": "conv", **_RESNET}
 _UPSAMPLER = {**CONV, **_RESNET}
 
-_NEEDED = ("image_size", "in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions")
+_SIZES = ("image_size", "in_channels", "out_channels", "model_channels", "num_res_blocks")
+_NEEDED = (*_SIZES, "attention_resolutions")
 _GROUPS = 32  # of every normalisation there
 
 # Arguments that our architecture covers with these values only, or with all values or none (None).
@@ -57,7 +58,9 @@ def unet_config(params: dict[str, Any]) -> dict[str, Any]:
         LoadError: an argument is missing, unknown, or asks for what ours cannot express.
     """
     check("unet_config", params, _NEEDED, _FIXED)
+    check_sizes("unet_config", params, _SIZES, lists=("attention_resolutions", "channel_mult"))
     multipliers = params.get("channel_mult", (1, 2, 4, 8))
+    check_first("unet_config", "channel_mult", multipliers)
     by_resnet = params.get("resblock_updown", False)
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
     # "Resolutions" of attention are factors of downsampling there, not sizes.

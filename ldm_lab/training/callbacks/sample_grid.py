@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, Trainer
 
 from ldm_lab import randomness
+from ldm_lab.diffusion import samplers
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.pictures import show
 from ldm_lab.training.diffusion_module import DiffusionModule
@@ -20,13 +21,26 @@ class SampleGrid(Callback):
         folder: `samples/` of the stage.
         every_images: interval in training images.
         images: how many samples.
-        steps: DDIM steps.
+        steps: evaluations of the UNet for a sample.
         seed: sample i is drawn from (seed, i), as in `sample.py`.
+        sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
+
+    Raises:
+        ValueError: there is no such sampler.
     """
 
-    def __init__(self, folder: str, every_images: int, images: int = 36, steps: int = 20, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: str,
+        every_images: int,
+        images: int = 36,
+        steps: int = 20,
+        seed: int = 0,
+        sampler: str = "ddim",
+    ) -> None:
+        samplers.named(sampler)
         self.folder, self.every = Path(folder), Every(every_images)
-        self.images, self.steps, self.seed = images, steps, seed
+        self.images, self.steps, self.seed, self.sampler = images, steps, seed, sampler
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Begin to count."""
@@ -42,6 +56,7 @@ class SampleGrid(Callback):
         if not trainer.is_global_zero:
             return
         pipe = module.pipeline()
+        pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
         generators = [randomness.generator(self.seed, "sample", index) for index in range(self.images)]
         with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):

@@ -1,0 +1,44 @@
+"""The small tools: `python -m ldm_lab` lists them, `python -m ldm_lab NAME ...` runs one."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from ldm_lab.errors import ended_by
+
+WRONG_USAGE = 2  # as argparse ends
+
+
+def tools() -> dict[str, str]:
+    """Name -> what it is for: the first line of each module's docstring. None of them is imported."""
+    files = sorted(Path(__file__).with_name("commands").glob("[!_]*.py"))
+    docstrings = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    return {name: (text or "").partition("\n")[0] for name, text in docstrings.items()}
+
+
+def listing() -> str:
+    """The tools, a line each."""
+    known = tools()
+    width = max(map(len, known))
+    lines = [f"  {name:{width}}  {purpose}" for name, purpose in known.items()]
+    return "\n".join(["python -m ldm_lab NAME ...; NAME --help says more", *lines])
+
+
+def main(argv: list[str]) -> None:
+    """Run the tool that `argv` begins with; what it cannot do, it says in one line and ends with status 1."""
+    name, *arguments = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(listing())
+    elif name not in tools():
+        print(f"error: {name}: there is no such tool\n{listing()}", file=sys.stderr)
+        sys.exit(WRONG_USAGE)
+    else:
+        with ended_by(ValueError, OSError):
+            importlib.import_module(f"ldm_lab.commands.{name}").main(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

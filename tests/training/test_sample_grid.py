@@ -1,0 +1,40 @@
+"""The preview: which sampler draws it, and that training does not notice."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ldm_lab.config import ConfigError, Recipe, build_all
+from ldm_lab.diffusion.samplers import SAMPLERS
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.training.callbacks import sample_grid
+from ldm_lab.training.callbacks.sample_grid import SampleGrid
+from tests.helpers import GOLDEN
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_sampler_that_was_asked_for_draws(name, tmp_path, monkeypatch):
+    model, pipes, shown = LDMPipeline.from_pretrained(GOLDEN / "diffusers" / "ldm_tiny"), [], []
+    own = model.scheduler
+
+    def pipeline():
+        pipes.append(LDMPipeline(**model.components))
+        return pipes[-1]
+
+    monkeypatch.setattr(sample_grid, "show", lambda trainer, module, folder, name, images: shown.append(images))
+    module = SimpleNamespace(device=torch.device("cpu"), pipeline=pipeline)
+    trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
+    SampleGrid(tmp_path, 8, images=2, steps=3, sampler=name).sample(trainer, module)
+    assert type(pipes[0].scheduler) is SAMPLERS[name]
+    assert pipes[0].scheduler.num_inference_steps == 3
+    assert (model.scheduler, own.num_inference_steps) == (own, None)
+    assert shown[0].shape[0] == 2
+
+
+def test_a_sampler_that_there_is_not_is_refused_when_the_callback_is_built(tmp_path):
+    with pytest.raises(ValueError, match=r"^sampler=euler: there are ddim, ddpm, dpm_solver$"):
+        SampleGrid(tmp_path, 8, sampler="euler")
+    recipe = Recipe.parse(["experiment=avatars/diffusion", "callbacks.sample_grid.sampler=euler"])
+    with pytest.raises(ConfigError, match=r"^callbacks\.sample_grid: sampler=euler: there are "):
+        build_all(recipe.compose()[0].callbacks, "callbacks")
