@@ -29,6 +29,7 @@ def job(overrides: list[str]) -> None:
     from ldm_lab.training import device
     from ldm_lab.training.quiet import quiet
     from ldm_lab.training.run import is_first_process
+    from ldm_lab.training.watch import watched
 
     quiet()
     state = states.find(config.ckpt)
@@ -52,15 +53,14 @@ def job(overrides: list[str]) -> None:
         stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
         print(f"{config.ckpt}: {stands}", flush=True)
         sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
-    indices = sampling.missing(folder, config.num_samples)
-    if indices:
-        module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta)
-        mine = sampling.loader(indices, config.batch_size, trainer.global_rank, trainer.world_size)
-        trainer.predict(module, mine, return_predictions=False)
+    module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta)
+    samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size)
+    with watched():
+        trainer.predict(module, datamodule=samples, return_predictions=False)
         trainer.strategy.barrier()
     if is_first_process():
         sampling.collect(folder, config.num_samples)
-        counts = f"{config.num_samples:,} samples ({len(indices):,} new)"
+        counts = f"{config.num_samples:,} samples ({samples.count:,} new)"
         print(f"{counts} in {folder}: grid.png, samples.npz, manifest.json")
 
 

@@ -25,6 +25,7 @@ def job(overrides: list[str]) -> float | None:
 
     from ldm_lab import stages
     from ldm_lab.training.run import say
+    from ldm_lab.training.watch import watched
 
     if len(configs) > 1 and any(override.key_or_group == "autoencoder" for override in recipe.overrides):
         configs = [config for config in configs if config.stage != "autoencoder"]
@@ -45,7 +46,8 @@ def job(overrides: list[str]) -> float | None:
     for before, config in zip([None, *configs], configs, strict=False):
         if before is not None:
             config.autoencoder = f"{before.paths.stage}/final"
-        metrics = stages.train(config, command, recipe.typed)
+        with watched():
+            metrics = stages.train(config, command, recipe.typed)
     sampling = f"python sample.py ckpt={configs[-1].paths.runs}/{configs[-1].name}"
     say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else recipe.command('diffusion')}")
     return stages.optimized(metrics, configs[-1].optimized_metric)

@@ -16,7 +16,6 @@ Where a model is read, a checkpoint of CompVis/latent-diffusion does as well.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
 import zipfile
@@ -35,8 +34,10 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.serialization import Configurable, LoadError, PretrainedModel, read_json, read_torch, replacing
+from ldm_lab.untrusted import check_plain
 
 ENTRY = "ldm_lab"
+ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # in `checkpoints/` of a stage: the newest state, and the one before
 STATUS = "status.json"
 LIBRARIES = ("diffusers", "ldm_lab")  # a class of one is ours of the same name; neither is ever a plugin
@@ -71,10 +72,27 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not mmap:
         verify(path)
     state = read_torch(path, mmap)
-    entry = state.get(ENTRY) if isinstance(state, dict) and isinstance(state.get("state_dict"), dict) else None
-    if not isinstance(entry, dict) or not {"stage", "images_seen", "configs", "prefixes"} <= set(entry):
+    entry = state.get(ENTRY) if isinstance(state, dict) and _are_tensors(state.get("state_dict")) else None
+    if not isinstance(entry, dict) or not ENTRIES.keys() <= entry.keys():
         raise LoadError(f"{path}: not a training checkpoint of ldm_lab")
+    _check_entry(entry, path)
     return state
+
+
+def _check_entry(entry: dict[str, Any], path: Path) -> None:
+    """Raise `LoadError` where what explains the file is of other types than this module writes."""
+    check_plain(entry, f"{path}: {ENTRY}")
+    for key, kind in ENTRIES.items():
+        if not isinstance(entry[key], kind):
+            raise LoadError(f"{path}: {ENTRY}.{key} is a {type(entry[key]).__name__}, not a {kind.__name__}")
+    for key, kind in (("configs", dict), ("prefixes", str)):
+        for name, value in entry[key].items():
+            if not isinstance(name, str) or not isinstance(value, kind):
+                raise LoadError(f"{path}: {ENTRY}.{key}.{name} is a {type(value).__name__}, not a {kind.__name__}")
+
+
+def _are_tensors(state: Any) -> bool:  # noqa: ANN401
+    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
 class DamagedError(LoadError):
@@ -88,16 +106,15 @@ def verify(path: Path) -> None:
         DamagedError: it is another, or cannot be read.
     """
     try:
-        status = path.stat()
-        damage = _damage(path, status.st_ino, status.st_size, status.st_mtime_ns)
+        damage = _damage(path)
     except Exception as error:  # a damaged file makes zipfile fail in any way there is
         raise DamagedError(f"{path}: damaged ({one_line(error)})") from error
     if damage:
         raise DamagedError(f"{path}: damaged ({damage})")
 
 
-@functools.cache  # a file is read for this once, whoever asks; the status of one that was replaced is another
-def _damage(path: Path, inode: int, size: int, time: int) -> str | None:
+def _damage(path: Path) -> str | None:
+    size = path.stat().st_size
     if size == 0:
         return "empty"
     with zipfile.ZipFile(path) as file:
@@ -217,7 +234,7 @@ def class_named(name: str, known: Mapping[str, type], plugins: Sequence[str], or
         raise LoadError(f"{origin} is {name}: add plugins=[{package}]")
     try:
         found = getattr(importlib.import_module(module), kind, None)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: a name such as "my_pkg..networks"
         raise LoadError(f"{origin} is {name}, which cannot be imported: {error}") from error
     if not isinstance(found, type) or not issubclass(found, Configurable):
         raise LoadError(f"{origin} is {name}: {module} has no such subclass of PretrainedModel or Scheduler")

@@ -303,7 +303,8 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     recipe = Recipe.parse([_first(override) for override in parsed])
     configs = recipe.compose()
     for config in configs:
-        if "ddp" in str(config.trainer.get("strategy")) and config.trainer.devices != 1:
+        several = config.trainer.devices != 1 or config.trainer.num_nodes != 1  # `strategy=auto` makes ddp of them
+        if several and not any("submitit" in line for line in lines):
             raise ConfigError(
                 f"-m with trainer.devices={config.trainer.devices}: the children of a sweep would replay the whole"
                 " sweep; start one command per job, or use a launcher (hydra/launcher=submitit_slurm)"

@@ -24,6 +24,7 @@ from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.notices import say_once
 from ldm_lab.serialization import LoadError, read_json, write_json
 from ldm_lab.states import INDEX
+from ldm_lab.untrusted import blaming
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,7 +139,8 @@ class LDMPipeline:
             callback: called after each step with (step, timestep, latents).
 
         Raises:
-            ValueError: an argument is out of its range; the message names it.
+            ValueError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
+                NaN or infinity.
         """
         self._check(batch_size, output_type, latents)
         if latents is None:
@@ -187,6 +189,8 @@ class LDMPipeline:
         if output_type == "latent":
             return latents
         images = to_unit(self.decode(latents))
+        if output_type in ("pil", "np") and not images.isfinite().all():
+            raise ValueError(f"the images are not finite: the networks overflow {self.dtype}, or their weights are bad")
         return {"pt": lambda x: x, "np": to_numpy, "pil": to_pil}[output_type](images)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -278,13 +282,17 @@ class LDMPipeline:
             known = {f"{library}.{kind.__name__}": kind for library in checkpoint.LIBRARIES for kind in kinds}
             kind = checkpoint.class_named(wanted, known, plugins, f"{folder / INDEX}: {name}")
             parts[name] = kind.from_pretrained(folder, subfolder=name)
-        return cls(**parts)
+        with blaming(folder):
+            return cls(**parts)
 
     @classmethod
     def _from_parts(cls, path: str | Path, parts: dict[str, checkpoint.Part], plugins: Sequence[str] = ()) -> Self:
         built = {
             name: checkpoint.network(parts, name, cls.classes[name], plugins, str(path)) for name in ("vqvae", "unet")
         }
+        if "scheduler" not in parts:
+            raise LoadError(f"{path}: this checkpoint holds no scheduler, only {', '.join(parts)}")
         config = parts["scheduler"].config
         kind = checkpoint.class_of(config, cls.classes["scheduler"], plugins, f"{path}: scheduler")
-        return cls(**built, scheduler=kind.from_config(config))
+        with blaming(path):
+            return cls(**built, scheduler=kind.from_config(config))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ldm_lab import checkpoint, randomness
-from ldm_lab.images import grid, save_png, to_pil
+from ldm_lab.images import grid, save_png
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import read_json, replacing, write_json
 from ldm_lab.states import State
@@ -23,6 +24,7 @@ from ldm_lab.version import __version__
 
 MANIFEST = "manifest.json"
 GRID_IMAGES = 64
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk of every PNG, with its checksum
 
 
 class SamplingModule(LightningModule):
@@ -38,7 +40,6 @@ class SamplingModule(LightningModule):
 
     def __init__(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than devices
         self.networks = nn.ModuleList([pipe.vqvae, pipe.unet])  # so that Lightning moves them
         self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
         pipe.set_progress_bar_config(disable=True)
@@ -47,11 +48,38 @@ class SamplingModule(LightningModule):
         """Indices `(B,)` -> B files."""
         indices = batch.tolist()
         generators = [randomness.generator(self.seed, "sample", index) for index in indices]
-        images = self.pipe(
-            len(indices), generators, self.eta, self.steps, output_type="pt"
-        ).images  # (B, 3, H, W) in [0, 1]
-        for index, image in zip(indices, to_pil(images.float()), strict=True):
+        images = self.pipe(len(indices), generators, self.eta, self.steps).images
+        for index, image in zip(indices, images, strict=True):
             save_png(image, image_path(self.folder, index))
+
+
+class MissingSamples(LightningDataModule):
+    """The indices that have no file yet, shared among the devices.
+
+    The first device looks, and tells the others: two that look for themselves may see different files, and what each
+    thinks is the other's nobody draws.
+
+    Args:
+        folder: where the images go.
+        num_samples: how many there shall be.
+        batch_size: images at a time on each device.
+
+    Attributes:
+        count: how many were missing; known when sampling has begun.
+    """
+
+    def __init__(self, folder: Path, num_samples: int, batch_size: int) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than devices
+        self.folder, self.num_samples, self.batch_size = folder, num_samples, batch_size
+        self.count = 0
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of this device."""
+        trainer = self.trainer
+        indices = trainer.strategy.broadcast(missing(self.folder, self.num_samples) if trainer.is_global_zero else [])
+        self.count = len(indices)
+        return loader(indices, self.batch_size, trainer.global_rank, trainer.world_size)
 
 
 def image_path(folder: Path, index: int) -> Path:
@@ -60,8 +88,18 @@ def image_path(folder: Path, index: int) -> Path:
 
 
 def missing(folder: Path, num_samples: int) -> list[int]:
-    """The indices whose files are not there yet."""
-    return [index for index in range(num_samples) if not image_path(folder, index).is_file()]
+    """The indices whose files are not there yet, or not whole."""
+    return [index for index in range(num_samples) if not _is_whole(image_path(folder, index))]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there to its end. Ours are whole; one that was copied may be cut short."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def default_folder(state: State, settings: dict[str, Any]) -> Path:
@@ -87,13 +125,17 @@ def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str
 def claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, or check that the samples there are of the same model with the same settings.
 
+    What a killed process was writing is removed.
+
     Raises:
         ValueError: the folder holds something else; nothing in it is touched.
     """
     path = folder / MANIFEST
-    if not path.is_file() and folder.is_dir() and any(folder.iterdir()):
+    unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them
+    if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - set(unfinished):
         raise ValueError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
     if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
+        _remove(unfinished)
         write_json(path, manifest)
         return
     old, new = read_json(path), json.loads(json.dumps(manifest))
@@ -101,6 +143,12 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     if changed:
         values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
         raise ValueError(f"output={folder} holds samples of other settings ({values}): choose another output=")
+    _remove(unfinished)
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def collect(folder: Path, num_samples: int) -> None:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ldm_lab.checkpoint import fingerprint
 from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.errors import STOPPING, status_of
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.training import batch_size, device, initial, preview
+from ldm_lab.training import batch_size, device, initial, preview, slurm
 from ldm_lab.training import plan as planning
 from ldm_lab.training.preflight import check_fit, check_order
 from ldm_lab.training.quiet import quiet
 from ldm_lab.training.run import RunFolder, essentials, first_stage, fit, is_first_process, say
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trial import Trial
-
-INTERRUPTED = 130  # what shells expect of a command that Ctrl-C has ended
 
 
 def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:
@@ -80,6 +80,7 @@ def preflight(configs: list[DictConfig], command: str) -> None:
         say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
         autoencoder = made["autoencoder"]
         check_fit(config.data.image_size, autoencoder, made.get("unet"))
+        build_all(config.callbacks, "callbacks")  # what they refuse, they refuse before stage 1 is trained
 
 
 def plan(configs: list[DictConfig], command: str) -> None:
@@ -124,19 +125,31 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
         say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
         return status
     module, data, make_trainer = parts(config, autoencoder)
+    if is_first_process():
+        folder.check_marks(data.marks, config.resume)
     if config.init and not folder.last.is_file():
         initial.load(module, plain(config), typed)
     if data.batch_size == "auto":
         data.batch_size = batch_size.find(Trial(module, data, make_trainer, config.compile))
     loggers, callbacks = build_all(config.logger, "logger"), build_all(config.callbacks, "callbacks")
     trainer = make_trainer(**essentials(settings, callbacks, loggers))
+    slurm.check_tasks(trainer.num_devices, trainer.num_nodes)
     say(f"{config.stage} on {device.describe(trainer)}")
-    if not fit(module, data, trainer, folder, settings):
-        say(f"stopped and saved at {module.images_seen:,} images; the same command continues")
-        sys.exit(INTERRUPTED)
+    if received := fit(module, data, trainer, folder, settings):
+        end_by(received, f"stopped and saved at {module.images_seen:,} images; the same command continues")
     metrics = folder.status()
     say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
     return metrics
+
+
+def end_by(received: int, line: str) -> NoReturn:
+    """End as the signal asked, with its status. Launchers end all processes when one fails: only the first does."""
+    say(line)
+    if is_first_process():
+        sys.exit(status_of(received))
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # on its way out, whatever the launcher now sends
+    sys.exit()
 
 
 def optimized(metrics: dict[str, Any], name: str) -> float:

@@ -85,6 +85,7 @@ def test_a_signal_to_one_process_stops_both_in_the_same_step(two_processes, tmp_
         f"autoencoder={two_processes[0]}/celebahq",
         f"paths.runs={tmp_path}",
         "max_images=160",
+        "validate_every=160",
         "data.batch_size=2",
     )
     stopped = command(*TWO, *given, "plugins=[tests]", *interrupt)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ldm_lab.serialization import LoadError
+from tests.data.pictures import save
 from tests.helpers import assert_close_relative
 from tests.runs import assert_equal, copy, final_weights, last_checkpoint, metrics, train
 
@@ -32,7 +33,7 @@ LOSSES = {
 
 
 def interrupt(stage, images, **more):
-    """Overrides that send Ctrl-C to the step which begins at `images` images of a stage."""
+    """Overrides that send a signal, Ctrl-C unless told, to the step which begins at `images` images of a stage."""
     arguments = {"_target_": "tests.callbacks.Signal", "stage": stage, "images": images, **more}
     return ["plugins=[tests]", *[f"+callbacks.interrupt.{key}={value}" for key, value in arguments.items()]]
 
@@ -61,19 +62,26 @@ def assert_same_training(stage_folder, reference):
 
 
 def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny_runs, tmp_path, capsys):
-    """Ctrl-C in stage 1, in the last step of stage 1, and in stage 2; each time the same command goes on."""
+    """In steps with a validation to come and without, in the last one, in validations; each time the same command."""
     folder = tmp_path / "celebahq"
-    for stage, begins, ends in (("autoencoder", 32, 40), ("autoencoder", 56, 64), ("diffusion", 32, 40)):
+    for stage, images, where, number in (
+        ("autoencoder", 24, "train", signal.SIGINT),  # the step has a validation to come
+        ("autoencoder", 40, "train", signal.SIGTERM),
+        ("autoencoder", 56, "train", signal.SIGINT),  # the last step
+        ("diffusion", 32, "validation", signal.SIGUSR1),
+        ("diffusion", 40, "train", signal.SIGUSR1),
+        ("diffusion", 64, "validation", signal.SIGTERM),  # the last one
+    ):
         with pytest.raises(SystemExit) as stop:
-            train(tmp_path, RECIPE, *interrupt(stage, begins))
-        assert stop.value.code == 130
+            train(tmp_path, RECIPE, *interrupt(stage, images, where=where, number=int(number)))
+        ends = images + 8 * (where == "train")
+        assert stop.value.code == 128 + number
         assert f"stopped and saved at {ends} images; the same command continues" in capsys.readouterr().out
         assert last_checkpoint(folder / stage)["ldm_lab"]["images_seen"] == ends
-        assert status(folder / stage)["finished"] is (ends == 64)
-        assert (folder / stage / "final").is_dir() is (ends == 64)
+        assert status(folder / stage)["finished"] is False
         assert (folder / "diffusion").exists() is (stage == "diffusion")
     train(tmp_path, RECIPE)
-    assert f"continuing {folder}/diffusion at 40 of 64 images" in capsys.readouterr().out
+    assert f"continuing {folder}/diffusion at 64 of 64 images" in capsys.readouterr().out
     for stage in STAGES:
         assert_same_training(folder / stage, tiny_runs / "celebahq" / stage)
 
@@ -153,6 +161,21 @@ def test_force_goes_on_with_the_new_settings(tiny_runs, tmp_path):
     assert metrics(runs / "celebahq/diffusion")[80]["train/lr"] == 0.5e-3
 
 
+def test_data_is_known_by_its_files_and_not_by_its_path(tmp_path):
+    for number in range(12):
+        save(tmp_path / f"photos/{number}.png", size=(32 + number, 40))
+    command = ("experiment=celebahq/autoencoder", "callbacks=none", "data.val_fraction=0.2")
+    train(tmp_path, *command, "max_images=16", f"data.root={tmp_path}/photos")
+    shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere")
+    train(tmp_path, *command, "max_images=24", f"data.root={tmp_path}/elsewhere")
+    (tmp_path / "elsewhere/3.png").unlink()
+    save(tmp_path / "elsewhere/new.png")
+    with pytest.raises(ValueError, match=r"other images: 1 added and 1 missing of 12 .* or resume=force"):
+        train(tmp_path, *command, "max_images=32", f"data.root={tmp_path}/elsewhere")
+    train(tmp_path, *command, "max_images=32", f"data.root={tmp_path}/elsewhere", "resume=force")
+    train(tmp_path, *command, "max_images=40", f"data.root={tmp_path}/elsewhere")  # they are the run's own now
+
+
 def test_a_checkpoint_of_something_else_is_refused(tiny_runs, tmp_path):
     runs = copy(tiny_runs, tmp_path)
     more = (STAGE_2, "max_images=72")
@@ -166,7 +189,8 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_runs, tmp_path):
         train(runs, *more, "resume=force")
     last.unlink()
     last.write_bytes(b"not a checkpoint")
-    with pytest.raises(LoadError, match=r"last\.ckpt: "):
+    last.with_name("previous.ckpt").unlink()
+    with pytest.raises(LoadError, match=r"last\.ckpt: damaged .* no whole checkpoint is left; put one there, or"):
         train(runs, *more, "resume=force")
 
 

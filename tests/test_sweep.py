@@ -59,8 +59,9 @@ def test_a_job_is_named_after_its_swept_values():
     assert job_name("celebahq", swept, other) == job_name("celebahq", swept, lines)  # nothing else decides
 
 
-def test_several_devices_are_refused_in_one_line():
-    refused = sweep("trainer=ddp", "trainer.devices=2", "seed=1,2")
+@pytest.mark.parametrize("trainer", ["trainer=ddp", "trainer.accelerator=cpu"])  # which is ddp, too
+def test_several_devices_are_refused_in_one_line(trainer):
+    refused = sweep(trainer, "trainer.devices=2", "seed=1,2")
     assert refused.returncode == 1
     assert refused.stdout == ""
     assert refused.stderr.startswith("error: -m with trainer.devices=2: ")

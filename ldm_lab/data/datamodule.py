@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -81,6 +85,11 @@ class ImageDataModule(lightning.LightningDataModule):
     def fingerprint(self) -> dict[str, str]:
         """A short text for each data set that changes when its images do."""
         return {"train": self.train_set.fingerprint(), "val": self.val_set.fingerprint()}
+
+    @functools.cached_property
+    def marks(self) -> dict[str, np.ndarray]:
+        """Which images these are, by data set: a sorted number for each, which changes with it; `(N,)`, uint32."""
+        return {"train": self.train_set.marks(), "val": self.val_set.marks()}
 
     def device_batch_size(self, world_size: int) -> int:
         """Images that one of `world_size` devices holds at a time."""
@@ -164,14 +173,27 @@ class ImageDataModule(lightning.LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "worker_init_fn": leave_interrupts_to_parent,
+            "worker_init_fn": leave_signals_to_parent,
             "pin_memory": on_gpu,
         }
 
 
-def leave_interrupts_to_parent(_: int) -> None:
-    """A terminal sends Ctrl-C to loader processes too; the training must find them alive to finish its step."""
+def leave_signals_to_parent(_: int) -> None:
+    """What is sent to a whole group of processes is not for its loaders: training must find them alive for its step.
+
+    The parent itself may end them by SIGTERM, and does where it ends in haste.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells the sender; macOS has no such thing
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class Chosen(Dataset):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -61,6 +62,14 @@ class ImageDataset(Dataset):
         """A short text that changes with the images (not with their crops): equal for equal data."""
         raise NotImplementedError
 
+    def marks(self) -> np.ndarray:
+        """For every image a number that changes with it, sorted: `(N,)`, uint32. Equal for equal data.
+
+        Where images have no names of their own, it is of the whole and the image's index.
+        """
+        whole = self.fingerprint()
+        return sorted_marks(f"{whole} {index}".encode() for index in range(len(self)))
+
     def prepare(self) -> None:
         """Make what must lie on disk. Called by one process per machine before any image is read."""
 
@@ -74,6 +83,12 @@ class ImageDataset(Dataset):
         if position is not None and self.flip:
             image = random_flip(image, self.seed, position)
         return {"image": to_tensor(image), "index": index, "position": index if position is None else position}
+
+
+def sorted_marks(images: Iterable[bytes]) -> np.ndarray:
+    """The hashes of what stands for each image: `(N,)`, uint32, sorted."""
+    hashes = b"".join(blake2b(image, digest_size=4).digest() for image in images)
+    return np.sort(np.frombuffer(hashes, "<u4"))
 
 
 def digest(parts: Iterable[object]) -> str:

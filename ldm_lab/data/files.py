@@ -77,7 +77,9 @@ class Folder(Files):
                     for entry in entries:
                         if is_hidden(entry.name):
                             continue
-                        if entry.is_dir():
+                        if entry.is_symlink() and not os.path.exists(entry.path):
+                            yield f"{folder}{entry.name}", ()  # a link that leads nowhere is a file that is damaged
+                        elif entry.is_dir():
                             pending.append(f"{folder}{entry.name}/")
                         elif entry.is_file():
                             yield f"{folder}{entry.name}", ()
@@ -89,8 +91,11 @@ class Folder(Files):
         return (self.root / name).read_bytes()
 
     def size(self, name: str, place: Place) -> int:
-        """Ask the file system."""
-        return (self.root / name).stat().st_size
+        """Ask the file system; -1 for a link that leads nowhere, or a file that is gone."""
+        try:
+            return (self.root / name).stat().st_size
+        except OSError:
+            return -1
 
 
 class Archive(Files):

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
-from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.files import ARCHIVES, Files, Folder, open_root
-from ldm_lab.data.transforms import to_rgb
+from ldm_lab.data.transforms import covering_size, to_rgb
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever its name, a file is never handed to another decoder
@@ -137,7 +137,9 @@ class FolderImages(ImageDataset):
         name, place = self._locate(index)
         try:
             with Image.open(BytesIO(self.files.read(name, place)), formats=FORMATS) as image:
-                return to_rgb(image, self.background)
+                upright = to_rgb(image, self.background)
+                covering_size(upright, self.image_size)
+                return upright
         except UnidentifiedImageError:
             raise ImageError(f"{self.path(index)}: not an image; expected {', '.join(FORMATS)}") from None
         except Exception as error:  # decoders raise almost anything on damaged data
@@ -146,7 +148,12 @@ class FolderImages(ImageDataset):
 
     def fingerprint(self) -> str:
         """Stands for the relative paths and sizes of this split's files; a folder and its archive are alike."""
-        return digest(f"{self.files.size(*self._locate(i))} {name!r}" for i, name in enumerate(self.names.tolist()))
+        return digest(self.marks().tolist())
+
+    def marks(self) -> np.ndarray:
+        """Hashes of each file's path and size."""
+        sizes = (self.files.size(*self._locate(index)) for index in range(len(self)))
+        return sorted_marks(b"%d %b" % pair for pair in zip(sizes, self.names.tolist(), strict=True))
 
     def _locate(self, index: int) -> tuple[str, tuple[int, ...]]:
         names, places = self._found

@@ -18,6 +18,7 @@ from ldm_lab.randomness import generator
 
 RGB = tuple[int, int, int]
 Size = tuple[int, int]  # (height, width) in pixels
+MOST_PIXELS = 2**27  # of a picture after scaling: 400 MB
 
 
 def parse_size(image_size: int | Sequence[int]) -> Size:
@@ -53,15 +54,27 @@ def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
     return image.convert("RGB")
 
 
+def covering_size(image: Image.Image, size: Size) -> tuple[int, int]:
+    """(width, height) to which an image is scaled so that it just covers `size`.
+
+    Raises:
+        ValueError: that would be a picture of `MOST_PIXELS` or more, made of one that is far too narrow.
+    """
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if covering[0] * covering[1] >= MOST_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are too narrow to be enlarged to {width}x{height}")
+    return covering
+
+
 def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
     """Scale, keeping the proportions, to the smallest picture that a crop of `size` fits into.
 
     For a square crop the shorter side becomes its side. Bicubic with antialiasing (Pillow widens the
     kernel when it shrinks), as for the reference statistics that FIDs are compared with.
     """
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    covering = covering_size(image, size)
     return image if covering == image.size else image.resize(covering, Image.Resampling.BICUBIC)
 
 

@@ -139,7 +139,7 @@ class AutoencoderModule(FirstStageModule):
         latents, indices = (torch.cat(parts) for parts in zip(*self.quantized, strict=True))
         self.quantized.clear()
         quantizer = self.autoencoder.quantize
-        if quantizer.embedding.weight.requires_grad:
+        if quantizer.embedding.weight.requires_grad and not self.step_left_out:
             step = self.images_seen // self.trainer.datamodule.global_batch_size
             self.codebook.update(quantizer, latents, indices, step=step, seed=self.seed)
 

@@ -145,7 +145,8 @@ class DiffusionModule(StageModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Step, then average: once per step of the optimizer, whatever is accumulated."""
         super().optimizer_step(*args, **kwargs)
-        self.ema.update(self.unet)
+        if not self.step_left_out:
+            self.ema.update(self.unet)
 
     def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
         """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise."""

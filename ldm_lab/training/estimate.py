@@ -108,7 +108,7 @@ class NoTrainer(SimpleNamespace):
 
     def __init__(self, batch_size: int, image_size: tuple[int, int]) -> None:
         data = SimpleNamespace(global_batch_size=batch_size, image_size=image_size)
-        super().__init__(world_size=1, training=True, datamodule=data)
+        super().__init__(world_size=1, training=True, accumulate_grad_batches=1, datamodule=data)
 
 
 def _without_content(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

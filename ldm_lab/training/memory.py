@@ -7,10 +7,16 @@ import gc
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
+
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.sampler import divisors
+from ldm_lab.errors import one_line
+from ldm_lab.training.stage_module import StageModule
 
 UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}  # as GPUs are sold
 
@@ -71,6 +77,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory did not suffice, on whatever device."""
     allocator = isinstance(error, RuntimeError) and "you tried to allocate" in str(error)  # of a CPU
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or allocator or is_oom_error(error)
+
+
+@contextlib.contextmanager
+def explained(module: StageModule, data: ImageDataModule, world_size: int) -> Iterator[None]:
+    """Around training. Raises `ValueError`, which names the key to lower, where memory does not suffice."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = _what_to_lower(module, data, world_size)
+        raise ValueError(f"out of memory in stage {module.stage}: {advice} ({one_line(error)[:120]} ...)") from error
+
+
+def _what_to_lower(module: StageModule, data: ImageDataModule, world_size: int) -> str:
+    """The key, its value and a better one: half as many images at a time, or fewer where that does not divide."""
+    size = data.device_batch_size(world_size)
+    if not module.training and (data.val_batch_size or size) > 1:  # it was validating
+        size = data.val_batch_size or size
+        return f"data.val_batch_size={size} is too much for the device: use {size // 2}"
+    if size > 1:
+        smaller = max(n for n in divisors(data.global_batch_size // world_size) if n <= size // 2)
+        return f"data.batch_size={size} is too much for the device: use {smaller}, or auto; the steps stay the same"
+    height, width = data.image_size
+    return (
+        f"data.image_size=[{height},{width}], even with data.batch_size=1: lower it, or choose smaller networks, model="
+    )
 
 
 def _kilobytes(path: str, key: str) -> int:

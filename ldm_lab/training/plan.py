@@ -95,7 +95,7 @@ def latents_line(autoencoder: FirstStage, data: ImageDataModule) -> str:
 
 
 def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | None) -> int:
-    """Bytes of a finished stage: last checkpoint, the one before it, the result, and snapshots.
+    """Bytes of a stage: last checkpoint, the one before it, a third while it is written, the result, and snapshots.
 
     The first stage lies in all snapshots as one file.
     """
@@ -103,7 +103,7 @@ def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | 
     result = sum(networks.values())
     count = max_images // snapshots if snapshots and trial.module.stage == "diffusion" else 0
     shared = networks["vqvae"]
-    return 2 * measured.checkpoint + result + count * (result - shared) + shared * bool(count)
+    return 3 * measured.checkpoint + result + count * (result - shared) + shared * bool(count)
 
 
 def millions(parameters: Iterable[nn.Parameter]) -> str:

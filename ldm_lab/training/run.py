@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -15,12 +16,15 @@ from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.serialization import LoadError
 from ldm_lab.settings import find
+from ldm_lab.training import memory
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.export import Export
-from ldm_lab.training.callbacks.interrupt import Interrupt
+from ldm_lab.training.callbacks.interrupt import BrokenOff, Interrupt, without_own_handlers
+from ldm_lab.training.callbacks.not_finite import NotFinite
+from ldm_lab.training.callbacks.same_start import SameStart
 from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
 from ldm_lab.training.callbacks.validate import NEVER, Validate
-from ldm_lab.training.checkpoint_io import AtomicCheckpointIO
+from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.stage_module import StageModule
 
@@ -30,23 +34,28 @@ def is_first_process() -> bool:
     return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFolder, config: dict[str, Any]) -> bool:
+def fit(
+    module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFolder, config: dict[str, Any]
+) -> int | None:
     """Train one stage to `max_images`, from its newest state if there is one.
 
     Returns:
-        Whether it came to its end and may be followed by another (`False`: it was interrupted; everything is saved).
+        The signal that has interrupted it, after everything was saved; None: it came to its end.
     """
+    without_own_handlers(trainer)
     data.compare_with_training = module.stage == "diffusion"
     set_lengths(trainer, data, config["max_images"])
     if config["compile"]:
         module.compile_networks()
-    start = run.last if run.last.is_file() else None
+    start = run.newest(say)
     identity = {"stage": module.stage, "max_images": config["max_images"], "autoencoder": config["autoencoder_hash"]}
     if start:
         data.images_seen = checkpoint.describe(start)["images_seen"]
     if is_first_process():
         before = run.started_with()
+        run.clear_leftovers()
         run.write_config(config)
+        run.write_marks(data.marks)
         run.write_status(finished=False, **identity)
         for logger in trainer.loggers:
             if hasattr(logger, "forget_after"):
@@ -56,8 +65,12 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
             if before and before["max_images"] < config["max_images"]:
                 print(lengthened(module, before, config["max_images"], data.images_seen), flush=True)
-    trainer.fit(module, data, ckpt_path=start, weights_only=True)
-    finished = trainer.global_step >= trainer.max_steps
+    if start and owes_validation(data, config):
+        trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
+    with contextlib.suppress(BrokenOff), memory.explained(module, data, trainer.world_size):
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    interrupt = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupt))
+    finished = not interrupt.agree(trainer) and trainer.global_step >= trainer.max_steps
     if finished and "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
         trainer.validate(module, data, verbose=False)
     if finished and is_first_process():
@@ -65,7 +78,13 @@ def fit(module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFo
         kept = {key: value for key, value in sorted(metrics.items()) if key.startswith(("val/", "codebook/"))}
         run.write_status(finished=True, **identity, **kept)
     trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
-    return finished and not any(isinstance(c, Interrupt) and c.received for c in trainer.callbacks)
+    return interrupt.received
+
+
+def owes_validation(data: ImageDataModule, config: dict[str, Any]) -> bool:
+    """Whether a validation belongs to the step at which a run resumes: it may not have come to its end."""
+    seen, every = data.images_seen, config["validate_every"]
+    return seen < config["max_images"] and seen // every > (seen - data.global_batch_size) // every
 
 
 def lengthened(module: StageModule, before: dict[str, Any], max_images: int, images_seen: int) -> str:
@@ -99,8 +118,11 @@ def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[s
     """Arguments of the trainer, with what no run can do without: validation, checkpoints, a clean stop, the export."""
     stage = config["paths"]["stage"]
     checkpoints = Checkpoint(f"{stage}/checkpoints", config["checkpoint_every"])
-    always = [SmallestBatchSize(), Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
-    return {"callbacks": [*callbacks, *always], "logger": loggers or False, "plugins": [AtomicCheckpointIO()]}
+    checks = [SmallestBatchSize(), SameStart()]
+    always = [*checks, Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
+    # `NotFinite` comes first: before others see, show or save what has come of a step.
+    callbacks = [NotFinite(stage), *callbacks, *always]
+    return {"callbacks": callbacks, "logger": loggers or False, "plugins": [BackgroundCheckpointIO()]}
 
 
 def say(line: str) -> None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ldm_lab import checkpoint
-from ldm_lab.serialization import read_json, replacing, write_json
+from ldm_lab.serialization import LoadError, read_json, replacing, write_json
+from ldm_lab.untrusted import read_yaml
+
+KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # of a config, flattened
 
 # What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
 # and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
@@ -20,10 +28,13 @@ HARMLESS_GROUPS = (
 )  # fmt: skip
 HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error")
 
+MARKS = "data.npz"
+SHOWN_IN_LINE = 3  # changed settings; more have a line each
+
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`<runs>/<name>/<stage>/`: config.yaml, checkpoints/, metrics.csv, samples/, final/, status.json."""
+    """`<runs>/<name>/<stage>/`: config.yaml, data.npz, checkpoints/, metrics.csv, samples/, final/, status.json."""
 
     folder: Path
 
@@ -34,8 +45,12 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """The newest state."""
-        return self.folder / "checkpoints/last.ckpt"
+        """The newest state, unless it is damaged."""
+        return self.folder / "checkpoints" / checkpoint.LAST
+
+    def newest(self, report: Callable[[str], Any]) -> Path | None:
+        """The newest whole state (see `checkpoint.newest`)."""
+        return checkpoint.newest(self.last.parent, report)
 
     def status(self) -> dict[str, Any]:
         """What `status.json` says; nothing where there is none."""
@@ -48,12 +63,27 @@ class RunFolder:
 
     def has_state(self) -> bool:
         """Whether anything was trained here; a start that failed before its first checkpoint binds nobody."""
-        return self.last.is_file() or self.final.is_dir()
+        states = (self.last, self.last.with_name(checkpoint.PREVIOUS))
+        return any(path.is_file() for path in states) or self.final.is_dir()
 
     def started_with(self) -> dict[str, Any] | None:
-        """The config of what was trained here; `None` where nothing was."""
+        """The config of what was trained here; `None` where nothing was. Raises `LoadError` for what is none."""
         path = self.folder / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if self.has_state() and path.is_file() else None
+        if not self.has_state() or not path.is_file():
+            return None
+        config = read_yaml(path)
+        if not isinstance(config.get("max_images"), int):
+            raise LoadError(f"{path}: max_images={config.get('max_images')!r}: is no config of a run")
+        for key, value in flatten(config).items():
+            # What was resolved before it was written would be resolved again: ${oc.env:...} tells secrets.
+            if not KEY.fullmatch(key) or "${" in str(value):
+                raise LoadError(f"{path}: {key}={value!r}: is no config of a run")
+        return config
+
+    def clear_leftovers(self) -> None:
+        """Remove what a killed process was writing (see `serialization.replacing`)."""
+        for path in [path for path in self.folder.rglob(".*.tmp") if path.is_file()]:
+            path.unlink()
 
     def check(self, config: dict[str, Any]) -> None:
         """Compare the folder with the config of a stage that would go on in it; nothing is touched.
@@ -80,10 +110,47 @@ class RunFolder:
                 " a run can be continued, not shortened; choose another name="
             )
         if resume == "auto" and (changed := differences(old, config)):
-            raise ValueError(
-                f"{self.folder} was started with other settings: {'; '.join(changed)}."
-                " Choose another name=, or resume=force to go on with the new ones"
+            many = len(changed) > SHOWN_IN_LINE
+            what = f"{len(changed)} other settings, listed below" if many else f"other settings: {'; '.join(changed)}"
+            error = ValueError(
+                f"{self.folder} was started with {what}. Choose another name=, or resume=force to go on with the new"
+                " ones"
             )
+            error.__notes__ = changed if many else []
+            raise error
+
+    def write_marks(self, marks: dict[str, np.ndarray]) -> None:
+        """Write `data.npz`: which images are trained on (see `ImageDataModule.marks`), four bytes for each."""
+        with replacing(self.folder / MARKS) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **marks)
+
+    def check_marks(self, marks: dict[str, np.ndarray], resume: str) -> None:
+        """Compare the images with those that were trained on, wherever they lie now; nothing is touched.
+
+        Args:
+            marks: see `ImageDataModule.marks`.
+            resume: `force` takes others.
+
+        Raises:
+            ValueError: they are others.
+            LoadError: `data.npz` is damaged.
+        """
+        path = self.folder / MARKS
+        if resume == "force" or not self.has_state() or not path.is_file():
+            return
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                before = {name: file[name].ravel() for name in marks}
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            raise LoadError(f"{path}: not readable ({error}); resume=force takes the images as they are") from error
+        if all(np.array_equal(before[name], now) for name, now in marks.items()):
+            return
+        old, new = (Counter((name, mark) for name in marks for mark in some[name].tolist()) for some in (before, marks))
+        raise ValueError(
+            f"{self.folder} was started with other images: {(new - old).total():,} added and"
+            f" {(old - new).total():,} missing of {old.total():,} (one that has changed counts as both)."
+            " Choose another name=, or resume=force to go on with these"
+        )
 
     def finished(self, max_images: int, autoencoder: str | None) -> dict[str, Any] | None:
         """The status, if this stage is done at that length and with that first stage (its fingerprint).
@@ -97,7 +164,7 @@ class RunFolder:
                 f"{self.folder} was trained on another autoencoder ({status['autoencoder']}, now {autoencoder}):"
                 f" choose another name=, or go on with its own, autoencoder={self.last}"
             )
-        done = status.get("finished") and status["max_images"] == max_images and self.final.is_dir()
+        done = status.get("finished") and status.get("max_images") == max_images and self.final.is_dir()
         return status if done else None
 
     def write_config(self, config: dict[str, Any]) -> None:

@@ -25,6 +25,9 @@ class StageModule(LightningModule):
 
     Attributes:
         images_seen: training images so far, over all ranks. Lightning's `global_step` counts batches.
+        terms: what the step costs, by name: sums over its micro-batches so far, each with its share of the step, so
+            that they end as means; 0-dim, of this rank.
+        step_left_out: whether the optimizer's step is left out, and what follows it with it (see `NotFinite`).
     """
 
     stage: ClassVar[str]
@@ -38,6 +41,8 @@ class StageModule(LightningModule):
         super().__init__()
         self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed
         self.images_seen = 0
+        self.terms: dict[str, Tensor] = {}
+        self.step_left_out = False
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What is trained, as optimizers take it."""
@@ -78,6 +83,8 @@ class StageModule(LightningModule):
         """Dropout and the like follow from (seed, images seen, rank), not from what was drawn before."""
         state = randomness.generator(self.seed, "layers", self.images_seen, self.global_rank)
         torch.manual_seed(state.initial_seed())
+        if self.images_seen % self.trainer.datamodule.global_batch_size == 0:
+            self.terms = {}
 
     def count(self, images: Tensor) -> None:
         """Add a batch `(B, ...)` of every rank to `images_seen`; an act of every `training_step`."""
@@ -85,8 +92,14 @@ class StageModule(LightningModule):
         self._log_images_seen()
 
     def log_terms(self, prefix: str, terms: dict[str, Tensor], batch_size: int) -> None:
-        """Log scalars as `prefix/name`, beside the images seen, which every logger takes as its axis."""
+        """Log scalars as `prefix/name`, beside the images seen, which every logger takes as its axis.
+
+        In training these are means over the step, whatever is accumulated: loggers get those of its last micro-batch.
+        """
         validating = not self.training
+        if self.training:
+            share = self.trainer.accumulate_grad_batches
+            terms = self.terms = {name: self.terms.get(name, 0) + value / share for name, value in terms.items()}
         self.log_dict(
             {f"{prefix}/{name}": value for name, value in terms.items()},
             batch_size=batch_size, on_step=not validating, on_epoch=validating,

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from ldm_lab.errors import STOPPING, Interrupted
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.export import publish
-from ldm_lab.training.callbacks.interrupt import Interrupt
+from ldm_lab.training.callbacks.interrupt import BrokenOff, Interrupt
 from ldm_lab.training.callbacks.validate import NEVER, Validate
-from ldm_lab.training.checkpoint_io import place
+from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO, place
+from ldm_lab.training.run_folder import RunFolder
 
 
 class FakeTrainer(SimpleNamespace):
@@ -23,7 +25,10 @@ class FakeTrainer(SimpleNamespace):
             max_steps=steps, global_step=start // global_batch_size, world_size=world_size, is_global_zero=True,
             should_stop=False, val_check_batch=None, limit_val_batches=1.0, loggers=[], callbacks=[], saves=[],
             datamodule=SimpleNamespace(global_batch_size=global_batch_size),
-            strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+            _logger_connector=SimpleNamespace(update_train_step_metrics=lambda: None),
+            strategy=SimpleNamespace(
+                reduce=lambda value, reduce_op: value, checkpoint_io=BackgroundCheckpointIO(), root_device="cpu"
+            ),
         )  # fmt: skip
         self.accumulation = accumulation
         self.module = SimpleNamespace(images_seen=start, device="cpu", stage="diffusion")
@@ -78,39 +83,21 @@ def test_every_is_due_once_for_each_multiple():
     assert due == [False, False, False, True, False, False, True, False]
 
 
-def test_the_checkpoint_before_stays(tmp_path):
-    trainer = FakeTrainer(steps=4)
-    trainer.train(Checkpoint(tmp_path, 8))
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"last.ckpt": "32", "previous.ckpt": "24"}
-
-
-def test_a_save_that_fails_loses_neither(tmp_path):
-    FakeTrainer(steps=2).train(Checkpoint(tmp_path, 8))
-    trainer = FakeTrainer(steps=3, start=16)
-
-    def disk_full(path):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    trainer.save_checkpoint = disk_full
-    for _ in range(2):  # also where both names are already one file
-        with pytest.raises(OSError, match="no space"):
-            Checkpoint(tmp_path, 8).save(trainer)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"last.ckpt": "16", "previous.ckpt": "16"}
-
-
 def test_metrics_are_on_disk_before_the_state_that_will_not_repeat_them(tmp_path):
     trainer, order = FakeTrainer(steps=1), []
     trainer.loggers = [SimpleNamespace(flush=lambda: order.append("metrics")), SimpleNamespace()]
     trainer.save_checkpoint = lambda path: order.append("state")
+    trainer._logger_connector.update_train_step_metrics = lambda: order.append("this step's")
     Checkpoint(tmp_path, 8).save(trainer)
-    assert order == ["metrics", "state"]
+    assert order == ["this step's", "metrics", "state"]
 
 
 def test_leftovers_of_a_killed_process_are_cleared_away(tmp_path):
-    for name in (".last.ckpt.99.tmp", "mine.txt"):
+    for name in ("checkpoints/.last.ckpt.99.tmp", ".status.json.99.tmp", "final/.config.json.99.tmp", ".mine", "a.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    Checkpoint(tmp_path, 8).on_train_start(FakeTrainer(steps=1), SimpleNamespace(images_seen=0))
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    RunFolder(tmp_path).clear_leftovers()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".mine", "a.tmp"]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -158,13 +145,13 @@ def test_validation_is_counted_in_images_and_comes_at_the_end(accumulation):
     assert validated == [16, 32, 40]
 
 
-# --- Ctrl-C
+# --- Ctrl-C, and what schedulers send
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPPING)
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_signal_ends_the_step_saves_and_stops(tmp_path, number, accumulation):
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(one) for one in STOPPING]
     trainer = FakeTrainer(steps=9, accumulation=accumulation)
     checkpoint, interrupt = Checkpoint(tmp_path, 1000), Interrupt()
     first_batch_of_step_3 = 16 + 8 // accumulation
@@ -174,26 +161,56 @@ def test_a_signal_ends_the_step_saves_and_stops(tmp_path, number, accumulation):
     assert (trainer.module.images_seen, trainer.saves) == (24, [24])
     assert trainer.limit_val_batches == 0, "Lightning would validate before it stops"
     assert interrupt.received == number
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(one) for one in STOPPING] == before
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+@pytest.fixture
+def training():
+    """An `Interrupt` that has taken over the signals."""
     interrupt, trainer = Interrupt(), FakeTrainer(steps=9)
-    interrupt.setup(trainer, trainer.module, "fit")
     interrupt.on_train_start(trainer, trainer.module)
-    try:
+    yield interrupt
+    interrupt.teardown(trainer, trainer.module, "fit")
+
+
+@pytest.mark.parametrize("first", STOPPING)
+def test_a_second_ctrl_c_stops_at_once(training, first):
+    signal.raise_signal(first)
+    with pytest.raises(Interrupted) as stop:
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        interrupt.teardown(trainer, trainer.module, "fit")
+    assert stop.value.number == signal.SIGINT
 
 
-def test_a_signal_in_the_last_step_lets_the_stage_end(tmp_path):
-    trainer, interrupt = FakeTrainer(steps=3), Interrupt()
-    trainer.train(interrupt, each_batch=lambda n: n == 24 and signal.raise_signal(signal.SIGINT))
-    assert (trainer.should_stop, trainer.limit_val_batches) == (False, 1.0)
-    assert interrupt.received == signal.SIGINT  # the next stage does not begin
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_counts_again_only_after_a_while(training, number, monkeypatch):
+    """Launchers pass on what the whole group has got."""
+    signal.raise_signal(number)
+    signal.raise_signal(number)
+    assert training.received == number
+    monkeypatch.setattr(Interrupt, "ONE_REQUEST", -1.0)
+    with pytest.raises(Interrupted) as stop:
+        signal.raise_signal(number)
+    assert stop.value.number == number
+
+
+def test_the_first_signal_of_a_rank_that_knows_already_is_no_second_one(training):
+    training.received = signal.SIGTERM  # of another rank
+    signal.raise_signal(signal.SIGINT)
+    assert training.received == signal.SIGTERM
+
+
+def test_a_validation_is_broken_off_where_the_step_is_not(training):
+    trainer = FakeTrainer(steps=9)
+    training.on_validation_batch_start(trainer, trainer.module, {}, 0)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(BrokenOff):
+        training.on_validation_batch_start(trainer, trainer.module, {}, 1)
+
+
+def test_the_state_is_saved_before_a_validation(tmp_path):
+    trainer = FakeTrainer(steps=9)
+    trainer.train(Validate(32), Checkpoint(tmp_path, 24))
+    assert trainer.saves == [24, 32, 48, 64, 72]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
@@ -207,5 +224,5 @@ def test_ranks_agree_every_few_steps_whatever_is_accumulated(tmp_path, accumulat
 
     trainer.strategy.reduce = reduce
     trainer.train(Checkpoint(tmp_path, 10**6), interrupt)
-    assert asked == [Interrupt.EVERY, 2 * Interrupt.EVERY, 2 * Interrupt.EVERY]  # and once at the end
+    assert asked == [Interrupt.EVERY, 2 * Interrupt.EVERY]
     assert trainer.saves == [2 * Interrupt.EVERY * 8]

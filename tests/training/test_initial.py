@@ -157,7 +157,7 @@ def test_a_bare_unet_leaves_the_schedule_as_configured(tmp_path, capsys):
 def test_a_stage_that_has_a_state_keeps_its_settings(tmp_path, capsys):
     """Whatever has become of the source."""
     started = config("gone", "diffusion", tmp_path, unet__layers_per_block=3)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(started))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**started, "max_images": 64}))
     (tmp_path / "final").mkdir()
     changes = initial.settings(config("gone", "diffusion", tmp_path), typed={"model.unet.norm_num_groups"})
     assert changes["model.unet.layers_per_block"] == 3

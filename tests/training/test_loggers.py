@@ -1,6 +1,7 @@
 """Where metrics go: one row for each number of images, and a W&B that neither asks nor stops anything."""
 
 import csv
+import re
 import sys
 from types import SimpleNamespace
 
@@ -90,6 +91,8 @@ def test_writing_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
 
 
 class FakeRun:
+    settings = SimpleNamespace(log_internal="/nowhere")
+
     def __init__(self):
         self.logged, self.metrics, self.finished, self.config = [], {}, None, self
 
@@ -122,6 +125,7 @@ def service(monkeypatch):
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(wandb, "login", login)
+    monkeypatch.setattr(wandb, "teardown", lambda exit_code: None)
     return calls
 
 
@@ -167,6 +171,22 @@ def test_images_are_the_axis_of_everything(tmp_path, service):
     assert run.params == {"seed": 0}
 
 
+def test_what_a_killed_process_had_not_written_is_logged_again(tmp_path, service):
+    one = logger(tmp_path)
+    for images in (8, 16):
+        log(one, images, loss=1 / images)
+        one.flush()  # a checkpoint follows, and the process is killed
+    for _ in range(2):  # as often as that happens
+        resumed = logger(tmp_path)
+        resumed.forget_after(8)
+        resumed.flush()
+        assert service.runs[-1].logged == [{"images_seen": 8.0, "loss": 1 / 8}]
+    resumed.finalize("success")
+    ended = logger(tmp_path)
+    ended.forget_after(16)
+    assert service.runs[-1].logged == []
+
+
 def use_all(one):
     log(one, 8, loss=1.0)
     one.log_hyperparams({"seed": 0})
@@ -199,13 +219,51 @@ def test_an_installation_that_is_broken_stops_nothing(tmp_path, monkeypatch):
     use_all(logger(tmp_path))
 
 
-@pytest.mark.slow
-def test_the_real_one_works_offline_and_continues(tmp_path, monkeypatch):
-    for variable in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # nobody is logged in here
-    for _ in range(2):
-        use_all(logger(tmp_path, offline=True))
-    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert {path.stem.removeprefix("run-") for path in files} == {(tmp_path / "wandb_id").read_text()}
-    assert all(path.stat().st_size for path in files)
+@pytest.mark.parametrize("text", ["", "../../etc/passwd", "two words", "a\nb", "UPPER", "a" * 5000, "\udcff\x00"])
+def test_only_a_plain_id_is_trusted(tmp_path, text):
+    path = tmp_path / "wandb_id"
+    path.write_text(text, errors="surrogateescape")
+    made = logger(tmp_path).version
+    assert re.fullmatch("[a-z0-9]{12}", made)
+    assert path.read_text() == made == logger(tmp_path).version
+
+
+def test_an_id_file_that_leads_elsewhere_changes_nothing_there(tmp_path):
+    (tmp_path / "elsewhere").write_text("precious words")
+    (tmp_path / "wandb_id").symlink_to(tmp_path / "elsewhere")
+    made = logger(tmp_path).version
+    assert (tmp_path / "elsewhere").read_text() == "precious words"
+    assert (tmp_path / "wandb_id").read_text() == made
+
+
+@pytest.mark.parametrize("where", ["login", "init"])
+def test_where_it_cannot_go_online_it_stays_offline_and_says_so(tmp_path, service, monkeypatch, caplog, where):
+    service.logged_in = True
+    given = getattr(wandb, where)
+
+    def fail(**settings):
+        if settings.get("mode") != "offline":
+            raise wandb.errors.CommError("no network")
+        return given(**settings)
+
+    monkeypatch.setattr(wandb, where, fail)
+    use_all(logger(tmp_path))
+    assert service.inits[-1]["mode"] == "offline"
+    assert service.runs[-1].finished == 0
+    (record,) = caplog.records
+    assert record.getMessage().startswith("W&B cannot be reached (no network): it stays offline, in ")
+
+
+def test_the_user_may_disable_it(tmp_path, service, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    service.logged_in = True
+    use_all(logger(tmp_path))
+    assert [settings["mode"] for settings in service.inits] == ["disabled"]
+    assert service.logins == []
+
+
+def test_nothing_is_waited_for_long(tmp_path, service):
+    use_all(logger(tmp_path))
+    settings = service.inits[0]["settings"]
+    assert 0 < settings.init_timeout <= 60
+    assert 0 < settings.finish_timeout <= 60

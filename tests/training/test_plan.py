@@ -137,16 +137,16 @@ def test_latents_on_disk():
     )
 
 
-def test_disk_holds_two_checkpoints_the_result_and_snapshots_that_share_the_first_stage():
+def test_disk_holds_three_checkpoints_the_result_and_snapshots_that_share_the_first_stage():
     module, _, _ = tiny("celebahq/diffusion")
     trial = SimpleNamespace(module=module)
     unet, first = num_bytes(module.unet.state_dict()), num_bytes(module.autoencoder.state_dict())
-    result = 6 * GB + unet + first
+    result = 9 * GB + unet + first
     assert plan.on_disk(trial, measured(), 1000, snapshots=None) == result
     assert plan.on_disk(trial, measured(), 1000, snapshots=1001) == result
     assert plan.on_disk(trial, measured(), 1000, snapshots=300) == result + 3 * unet + first
     stage_1, _, _ = tiny("celebahq/autoencoder")
-    size = 6 * GB + num_bytes(stage_1.autoencoder.state_dict())
+    size = 9 * GB + num_bytes(stage_1.autoencoder.state_dict())
     assert plan.on_disk(SimpleNamespace(module=stage_1), measured(), 1000, snapshots=300) == size
 
 

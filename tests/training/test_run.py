@@ -3,10 +3,12 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
+from ldm_lab.errors import ended_by
 from ldm_lab.serialization import LoadError
 from ldm_lab.training import device
 from ldm_lab.training.run import first_stage, is_first_process, lengthened
@@ -77,6 +79,56 @@ def test_a_folder_takes_its_own_settings_and_longer_runs(folder):
     folder.check(CONFIG)
     folder.check(changed(max_images=128))
     folder.check(changed(seed=1, resume="force"))
+
+
+def test_many_changed_settings_have_a_line_each(folder, capsys):
+    more = {f"model__optimizer__{name}": value for name, value in zip("abcdefghi", range(9), strict=True)}
+    with pytest.raises(SystemExit) as end, ended_by(ValueError):
+        folder.check(changed(seed=1, **more))
+    first, *rest = str(end.value).splitlines()
+    assert "was started with 10 other settings, listed below. Choose another name=, or resume=force" in first
+    assert rest == ["  seed: 0 -> 1", *[f"  model.optimizer.{name}: None -> {n}" for n, name in enumerate("abcdefghi")]]
+
+
+# --- the images
+
+
+def marks(train, val):
+    return {"train": np.array(train, np.uint32), "val": np.array(val, np.uint32)}
+
+
+def test_a_folder_knows_its_images_wherever_they_lie(folder):
+    folder.check_marks(marks([1, 2, 3], [9]), "auto")  # nothing is known of it
+    folder.write_marks(marks([1, 2, 3], [9]))
+    folder.check_marks(marks([1, 2, 3], [9]), "auto")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "added", "missing"),
+    [
+        ([1, 2], [9], 0, 1),
+        ([1, 2, 3, 4, 5], [9], 2, 0),
+        ([1, 2, 4], [9], 1, 1),
+        ([1, 2, 3, 9], [], 1, 1),
+        ([2, 3, 3], [9], 1, 1),
+    ],
+)
+def test_a_folder_refuses_other_images_with_their_number(folder, train, val, added, missing):
+    folder.write_marks(marks([1, 2, 3], [9]))
+    expected = f"other images: {added} added and {missing} missing of 4 .* Choose another name=, or resume=force"
+    with pytest.raises(ValueError, match=expected):
+        folder.check_marks(marks(train, val), "auto")
+    folder.check_marks(marks(train, val), "force")
+    shutil.rmtree(folder.last.parent)
+    shutil.rmtree(folder.final)
+    folder.check_marks(marks(train, val), "auto")  # a start that failed binds nobody
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an archive", b"PK\3\4 cut short"])
+def test_a_damaged_list_of_images_is_named(folder, damage):
+    (folder.folder / "data.npz").write_bytes(damage)
+    with pytest.raises(LoadError, match=r"data\.npz: not readable .*resume=force takes the images as they are"):
+        folder.check_marks(marks([1], [2]), "auto")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
+from ldm_lab import checkpoint
 from ldm_lab.training.callbacks.every import Every
-from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.stage_module import StageModule
 
 
 class Checkpoint(Callback):
     """Write `last.ckpt` every so many images and at the end; the one before stays as `previous.ckpt`.
+
+    Training goes on while a file is written. Where that fails it stops at the next step with one line: hours that
+    nothing keeps are worse.
 
     Args:
         folder: `checkpoints/` of the stage.
@@ -26,26 +29,34 @@ class Checkpoint(Callback):
     @property
     def last(self) -> Path:
         """The newest state."""
-        return self.folder / "last.ckpt"
+        return self.folder / checkpoint.LAST
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
         """Begin to count."""
         self.every.start(module)
-        if trainer.is_global_zero:
-            for stale in self.folder.glob(".*.tmp"):  # what a killed process was writing
-                stale.unlink()
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: Any) -> None:  # noqa: ANN401
-        """Save when due, and at the last step, before its validation."""
+        """Save when due, at the last step, and before a validation, which `Interrupt` may break off."""
+        trainer.strategy.checkpoint_io.check()
         finished = trainer.global_step >= trainer.max_steps
-        if self.every.due(trainer, module) or finished:
+        if self.every.due(trainer, module) or finished or trainer.val_check_batch == 1:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write now; every rank must call it. Until the new file is whole the old one keeps its name."""
-        if trainer.is_global_zero and self.last.is_file():
-            place(self.last, self.folder / "previous.ckpt")
+        """Begin to write now; every rank must call it. Until the new file is whole the old one keeps its name."""
+        trainer._logger_connector.update_train_step_metrics()  # of this step; Lightning's own turn comes too late
         for logger in trainer.loggers:
             if hasattr(logger, "flush"):
                 logger.flush()  # what was measured before this state is never measured again
         trainer.save_checkpoint(self.last)
+
+    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
+        """What was said to be saved is."""
+        trainer.strategy.checkpoint_io.wait()
+
+    def on_exception(self, trainer: Trainer, module: StageModule, exception: BaseException) -> None:
+        """Finish the file, but not where the user will not wait."""
+        if isinstance(exception, KeyboardInterrupt):
+            trainer.strategy.checkpoint_io.abandon()
+        else:
+            trainer.strategy.checkpoint_io.wait()

@@ -6,17 +6,36 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from tqdm import tqdm
 
 from ldm_lab.models.quantizer import code_counts, perplexity
 from ldm_lab.training.autoencoder_module import AutoencoderModule, FirstStageModule
+from ldm_lab.training.callbacks.episode import Episode
 
 
 class CodebookUse(Callback):
     """Logs, over the whole held-out set, which codes are used: `codebook/used_fraction` and `codebook/perplexity`.
 
     Perplexity is exp(entropy) of the codes' frequencies: the number of codes that would be used as
-    evenly as possible to the same effect. An autoencoder without a codebook has nothing to log.
+    evenly as possible to the same effect. Where that stays low the codebook has collapsed, which is said once:
+    `collapse/codebook` is 1 as long as it lasts, else 0. An autoencoder without a codebook has nothing to log.
+
+    Args:
+        collapsed_below: perplexity, as a part of all codes, under which the codebook has collapsed; two are the least.
+        patience: so many validations in a row, from when the codes were drawn; it is over at twice the perplexity.
     """
+
+    def __init__(self, collapsed_below: float = 0.01, patience: int = 3) -> None:
+        self.collapsed_below = collapsed_below
+        self.episode = Episode(patience)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episode."""
+        return self.episode.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.episode.load_state_dict(state)
 
     def on_validation_start(self, trainer: Trainer, module: FirstStageModule) -> None:
         """Count from zero."""
@@ -40,3 +59,17 @@ class CodebookUse(Callback):
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum")
         module.log("codebook/used_fraction", (counts > 0).float().mean(), batch_size=1, sync_dist=True)
         module.log("codebook/perplexity", perplexity(counts), batch_size=1, sync_dist=True)
+        if module.codebook.initialised:
+            self._judge(trainer, module, float(perplexity(counts)))
+
+    def _judge(self, trainer: Trainer, module: AutoencoderModule, found: float) -> None:
+        codes = len(self._counts)
+        limit = max(2.0, self.collapsed_below * codes)
+        begins = self.episode.note(module.images_seen, bad=found < limit, good=found > 2 * limit)
+        if begins and trainer.is_global_zero:
+            tqdm.write(
+                f"warning: the codebook has collapsed: its perplexity is {found:.1f} of {codes:,} codes, since"
+                f" {self.episode.since:,} images. Images are rounded to almost nothing. Lower model.optimizer.lr, or"
+                " let the codes follow the latents faster (model.legacy_codebook_loss=false), under another name="
+            )
+        module.log("collapse/codebook", float(self.episode.on), batch_size=1, sync_dist=True)

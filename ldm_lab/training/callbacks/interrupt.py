@@ -1,55 +1,67 @@
-"""Ctrl-C and SIGTERM: stop between two steps, with everything saved."""
+"""Ctrl-C, SIGTERM and SIGUSR1: stop between two steps, with everything saved."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import time
 from types import FrameType
-from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 
+from ldm_lab.errors import STOPPING, Interrupted
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.stage_module import StageModule
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+class BrokenOff(Exception):  # noqa: N818  it is no error
+    """A validation ends here: the state was saved before it, and the next start makes up for it."""
 
 
 class Interrupt(Callback):
     """On the first signal finish the step, save and stop; on the second stop at once.
 
-    With several ranks all must stop after the same step, or the others wait for ever: they compare notes
-    every `EVERY` steps. A signal in the last step, or later, lets the stage come to its end.
+    With several ranks all must stop after the same step, whichever has got the signal, or the others wait for
+    ever: they compare notes every `EVERY` steps. A validation is not waited for, nor is it done after the last step.
+
+    Attributes:
+        received: the signal, of this rank or (where they have compared notes) another; None: no signal.
     """
 
     EVERY = 8
+    # A launcher passes on what the whole group has got already, so that one request comes twice. Of Ctrl-C it is a
+    # person who repeats it.
+    ONE_REQUEST = 5.0  # seconds
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def setup(self, trainer: Trainer, module: StageModule, stage: str) -> None:
-        """Note who has the signals: when training starts, Lightning has already taken some."""
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self._first: float | None = None  # when this rank got a signal
+        self._speaks = False
+        self._before = {number: signal.getsignal(number) for number in STOPPING}
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
         """Take over the signals while training runs."""
-        for number in SIGNALS:
+        self._speaks = trainer.is_global_zero
+        for number in STOPPING:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print("\nstopping after this step, once more to stop at once", flush=True)
+        now = time.monotonic()
+        if self._first is None:
+            self.received, self._first = self.received or number, now
+            if self._speaks:  # not print: it may be what the signal has interrupted
+                name = signal.Signals(number).name
+                os.write(sys.__stderr__.fileno(), f"\n{name}: stopping after this step\n".encode())
+        elif number == signal.SIGINT or now - self._first > self.ONE_REQUEST:
+            raise Interrupted(number)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save and stop where a signal came in."""
-        if module.images_seen % trainer.datamodule.global_batch_size or trainer.global_step >= trainer.max_steps:
-            return
-        if (trainer.world_size > 1 and trainer.global_step % self.EVERY) or not self._agreed(trainer, module):
+        if module.images_seen % trainer.datamodule.global_batch_size or not self._asked(trainer, trainer.global_step):
             return
         for callback in trainer.callbacks:
             if isinstance(callback, Checkpoint):
@@ -57,20 +69,40 @@ class Interrupt(Callback):
         trainer.should_stop = True
         trainer.limit_val_batches = 0  # or Lightning validates before it stops
 
-    def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Let all ranks know of a late signal: none of them goes on to the next stage."""
-        self._agreed(trainer, module)
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: StageModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Break a validation off."""
+        if self._asked(trainer, batch_idx):
+            raise BrokenOff
 
-    def _agreed(self, trainer: Trainer, module: StageModule) -> bool:
+    def _asked(self, trainer: Trainer, count: int) -> bool:
+        """Whether to stop, at a place that all ranks pass with the same `count`."""
         if trainer.world_size == 1:
             return self.received is not None  # and no wait for the device
-        flag = torch.tensor(float(self.received or 0), device=module.device)
-        agreed = int(trainer.strategy.reduce(flag, reduce_op="max"))
-        self.received = agreed or None
-        return bool(agreed)
+        return count % self.EVERY == 0 and self.agree(trainer)
+
+    def agree(self, trainer: Trainer) -> bool:
+        """Let all ranks know of a signal that any of them has got; they wait for each other."""
+        flag = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
+        self.received = int(trainer.strategy.reduce(flag, reduce_op="max")) or None
+        return self.received is not None
 
     def teardown(self, trainer: Trainer, module: StageModule, stage: str) -> None:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    def on_exception(self, trainer: Trainer, module: StageModule, exception: BaseException) -> None:
+        """Give them back where Lightning does not come to `teardown`, nor leaves Ctrl-C as it was."""
+        self.teardown(trainer, module, "fit")
+
+
+def without_own_handlers(trainer: Trainer) -> None:
+    """Keep Lightning's hands off the signals, and from asking all ranks about them in every step.
+
+    Its handler of SIGTERM waits for the other ranks in the middle of a step, so that a signal to one of them is the
+    end of all progress; under Slurm its handler of SIGUSR1 saves where nobody looks for it.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

@@ -40,9 +40,10 @@ class Progress(Callback):
         """Move on; the loss is read now and then."""
         if self._bar is None:
             return
-        if time.monotonic() - self._shown > self.SHOW_LOSS_EVERY:
+        whole_step = module.images_seen % trainer.datamodule.global_batch_size == 0
+        if whole_step and time.monotonic() - self._shown > self.SHOW_LOSS_EVERY:
             self._shown = time.monotonic()
-            self._bar.set_postfix(loss=f"{float(outputs['loss']):.3f}", refresh=False)
+            self._bar.set_postfix(loss=f"{float(module.terms['loss']):.3f}", refresh=False)
         self._bar.update(module.images_seen - self._bar.n)
 
     def on_validation_start(self, trainer: Trainer, module: StageModule) -> None:

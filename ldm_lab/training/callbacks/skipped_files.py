@@ -17,8 +17,8 @@ from ldm_lab.training.stage_module import StageModule
 class SkippedFiles(Callback):
     """Says at once that a file was passed over, and lists all of them in `skipped_files.txt`, a line each.
 
-    The list is brought up to date at each validation, with `data/skipped_files`, how many they are, and
-    at the end. A resumed run adds to it. With `on_error=raise` there is nothing to report, and nothing is.
+    The list is brought up to date at each checkpoint, at each validation (with `data/skipped_files`, how many they
+    are) and at the end. A resumed run adds to it. With `on_error=raise` there is nothing to report, and nothing is.
 
     Args:
         folder: the stage's folder.
@@ -61,6 +61,10 @@ class SkippedFiles(Callback):
         self._write(trainer)
         if self.skipping:
             module.log("data/skipped_files", float(len(self.lines)), batch_size=1, sync_dist=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: StageModule, state: dict[str, Any]) -> None:
+        """What was skipped before a checkpoint is not met again after it."""
+        self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
         """Say how many there were."""

@@ -1,0 +1,74 @@
+"""Whether the discriminator still has something to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from tqdm import tqdm
+
+from ldm_lab.training.autoencoder_module import FirstStageModule
+from ldm_lab.training.callbacks.episode import Episode
+
+TERMS = ("discriminator", "logits_real", "logits_fake")
+
+
+class DiscriminatorHealth(Callback):
+    """Says when the discriminator has collapsed: `collapse/discriminator` is 1 as long as that lasts, else 0.
+
+    Looked at are the means of its loss and its logits over the steps between two validations. Either it *wins*: its
+    hinge loss is nearly 0, and with it its gradient; or it is *blind*: real images and reconstructions get the same
+    logits. In good training the loss lies between about 0.3 and 1, and the logits apart. A first stage without
+    discriminator has nothing to log, nor has one whose discriminator has not begun.
+
+    Args:
+        loss_below: mean hinge loss under which it wins.
+        gap_below: distance of the mean logits under which it is blind.
+        patience: so many validations in a row; it is over when loss and distance are twice as large.
+    """
+
+    def __init__(self, loss_below: float = 0.01, gap_below: float = 1e-3, patience: int = 3) -> None:
+        self.loss_below, self.gap_below = loss_below, gap_below
+        self.episode = Episode(patience)
+        self._sums, self._steps = torch.zeros(len(TERMS)), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The episode and the sums."""
+        return {"episode": self.episode.state_dict(), "sums": self._sums, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        if self.episode.load_state_dict(state["episode"]):
+            self._sums, self._steps = state["sums"], state["steps"]
+
+    def on_train_batch_end(self, trainer: Trainer, module: FirstStageModule, *_: object) -> None:
+        """Add a step up, on the device."""
+        size = trainer.datamodule.global_batch_size
+        whole = module.images_seen % size == 0
+        if not whole or module.loss.discriminator is None or module.step_left_out:
+            return
+        if module.loss.adversarial.discriminator_factor(module.images_seen - size):
+            self._sums = self._sums.to(module.device) + torch.stack([module.terms[name] for name in TERMS])
+            self._steps += 1
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: FirstStageModule) -> None:
+        """Judge; rank 0 speaks for all."""
+        if not self._steps:
+            return
+        loss, real, fake = trainer.strategy.broadcast(self._sums / self._steps).tolist()
+        self._sums, self._steps = torch.zeros(len(TERMS)), 0
+        bad = loss < self.loss_below or abs(real - fake) < self.gap_below
+        good = loss > 2 * self.loss_below and abs(real - fake) > 2 * self.gap_below
+        if self.episode.note(module.images_seen, bad, good) and trainer.is_global_zero:
+            tqdm.write(f"warning: {self._line(loss, real, fake)}")
+        module.log("collapse/discriminator", float(self.episode.on), batch_size=1, sync_dist=True)
+
+    def _line(self, loss: float, real: float, fake: float) -> str:
+        what = "wins: its loss" if loss < self.loss_below else "is blind: its loss"
+        return (
+            f"the discriminator {what} is {loss:.2g}, its mean logits {real:.3g} for images and {fake:.3g} for"
+            f" reconstructions, since {self.episode.since:,} images. The reconstructions learn nothing from it any"
+            " more. Lower model.optimizer.lr, let it begin later (model.loss.adversarial.start_images) or make it"
+            " smaller (model.loss.discriminator.channels), under another name="
+        )

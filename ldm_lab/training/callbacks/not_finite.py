@@ -1,0 +1,170 @@
+"""Losses and gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from ldm_lab.serialization import write_json
+from ldm_lab.training.stage_module import StageModule
+from ldm_lab.training.trainer import Trainer
+
+ADVICE = (
+    "Nothing of it is saved: the same command continues from the last checkpoint. Try trainer.precision=32-true;"
+    " a lower model.optimizer.lr or trainer.gradient_clip_val=1, with resume=force; or leave such steps out,"
+    " trainer.on_nan=skip"
+)
+
+
+class NotFinite(Callback):
+    """Looks in every step whether losses and gradients are finite; what comes of others is never saved.
+
+    `trainer.on_nan=stop` ends the training, on all ranks, before any other callback sees the step. With `skip` the
+    optimizer's step is left out: weights, moments, averages, codebook and running statistics stay as they are,
+    while the stream of images, the learning rate and the numbers of steps go on; `train/skipped_steps` counts. Too
+    many in a row end the training too. Either way `folder/not_finite/<images seen>.json` lists the images of the step.
+
+    It costs a pass over the gradients, and with several ranks the reduction of a few numbers. `stop` learns the result
+    while the device is busy with the optimizer's step; `skip` must know it before, so that the device runs dry for
+    a moment in each step. Under float16 the gradients are those of its loss scaler, which leaves steps out itself: only
+    the loss is looked at.
+
+    Args:
+        folder: the stage's folder.
+    """
+
+    MOST_IN_A_ROW = 100
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder) / "not_finite"
+        self.skipped = self.in_a_row = 0
+        self._batches: list[dict[str, Any]] = []  # of the step so far
+        self._losses: list[Tensor] = []
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._names: list[str] = []  # of what was looked at
+        self._read: Callable[[], list[bool]] = list
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Count on."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+    def on_train_batch_start(self, trainer: Trainer, module: StageModule, batch: dict, batch_idx: int) -> None:
+        """Remember which images these are."""
+        if module.images_seen % trainer.datamodule.global_batch_size == 0:
+            self._batches, self._losses = [], []
+            if trainer.on_nan == "skip":  # a forward changes these already
+                normed = [part for part in module.modules() if isinstance(part, _NormBase)]
+                self._statistics = [(b, b.clone()) for part in normed for b in part.buffers()]
+        self._batches.append({key: batch[key] for key in ("index", "position")})
+
+    def on_before_backward(self, trainer: Trainer, module: StageModule, loss: Tensor) -> None:
+        """Remember the loss of a micro-batch."""
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: StageModule, optimizer: Optimizer) -> None:
+        """Look at the whole step, before its gradients are clipped; with `skip` take them away where need be."""
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        looked_at = {"loss": torch.stack(self._losses), **({} if scaled else largest_gradients(module))}
+        self._names = list(looked_at)
+        flags = torch.stack([~value.isfinite().all() for value in looked_at.values()]).to(torch.uint8)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        self._read = read_later(flags)
+        module.step_left_out = trainer.on_nan == "skip" and any(self._read())
+        if module.step_left_out:
+            for parameter in module.parameters():
+                parameter.grad = None  # which optimizers pass over, with their moments
+            for statistic, before in self._statistics:
+                statistic.copy_(before)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Say what was found."""
+        if module.images_seen % trainer.datamodule.global_batch_size:
+            return
+        found = [name for name, flag in zip(self._names, self._read(), strict=True) if flag]
+        self.in_a_row = self.in_a_row + 1 if found else 0
+        self.skipped += bool(found)
+        if found:
+            self._report(trainer, module, found)
+        if trainer.on_nan == "skip":
+            module.log("train/skipped_steps", float(self.skipped), batch_size=1)
+
+    def _report(self, trainer: Trainer, module: StageModule, found: list[str]) -> None:
+        """List the images; end the training, or say that the step was left out.
+
+        Raises:
+            ValueError: the training ends here. Launchers end all processes when one fails: the others end quietly.
+        """
+        seen, size = module.images_seen, trainer.datamodule.global_batch_size
+        path = self.folder / f"{seen:09d}.json"
+        batches = gathered(trainer, self._images(trainer))
+        line = (
+            f"step {seen // size:,} of stage {module.stage}, images {seen - size:,} to {seen:,}: not finite:"
+            f" {', '.join(found)}; its images are listed in {path}."
+        )
+        if trainer.is_global_zero:
+            write_json(path, {"stage": module.stage, "images_seen": seen, "not_finite": found, "batches": batches})
+        if trainer.on_nan == "stop" or self.in_a_row >= self.MOST_IN_A_ROW:
+            row = f" The last {self.in_a_row} steps were like this." if self.in_a_row > 1 else ""
+            raise ValueError(f"{line}{row} {ADVICE}") if trainer.is_global_zero else SystemExit
+        if trainer.is_global_zero and self.in_a_row == 1:
+            tqdm.write(f"skipped {line}")
+
+    def _images(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """The micro-batches of this rank, as plain data; with files where the data set has them."""
+        path = getattr(trainer.datamodule.train_set, "path", None)
+        batches = []
+        for batch, loss in zip(self._batches, self._losses, strict=True):
+            images = {key: values.tolist() for key, values in batch.items()}
+            files = {"file": [str(path(index)) for index in images["index"]]} if path else {}
+            batches.append({"rank": trainer.global_rank, "loss_finite": math.isfinite(loss), **images, **files})
+        return batches
+
+
+def largest_gradients(module: StageModule) -> dict[str, Tensor]:
+    """`gradient of <network>` -> the largest absolute value in it, 0-dim; NaN where it holds one."""
+    networks: dict[str, list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None:
+            network = name.removeprefix("loss.").split(".")[0]  # the loss owns the discriminator
+            networks.setdefault(f"gradient of {network}", []).append(parameter.grad)
+    return {name: get_total_norm(gradients, math.inf) for name, gradients in networks.items()}
+
+
+def read_later(flags: Tensor) -> Callable[[], list[bool]]:
+    """Copy to the host meanwhile: what is returned waits for this copy, not for what the device is given after it."""
+    if flags.device.type != "cuda":
+        return flags.bool().tolist
+    copy, copied = flags.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy lies in pinned memory
+    copied.record()
+
+    def read() -> list[bool]:
+        copied.synchronize()
+        return copy.bool().tolist()
+
+    return read
+
+
+def gathered(trainer: Trainer, mine: list[Any]) -> list[Any]:
+    """The lists of all ranks in one, on each of them."""
+    if trainer.world_size == 1:
+        return mine
+    lists: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(lists, mine)
+    return [item for items in lists for item in items]

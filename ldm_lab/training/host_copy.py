@@ -1,0 +1,48 @@
+"""A second copy of a training's state, which stays as it is while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ldm_lab.training import memory
+
+
+class HostCopy:
+    """Copies of a changing state in host memory, one after the other in the same place."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, Tensor] = {}
+
+    def fits(self, state: dict[str, Any]) -> bool:
+        """Whether there is memory for it."""
+        more = num_bytes(tensors(state)) - num_bytes(self._buffers.values())
+        return more <= 0 or more <= memory.budget(torch.device("cpu"))
+
+    @torch.no_grad()
+    def take(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as it is now: tensors and whatever holds them. The next copy overwrites it."""
+        found = {(n, tensor.shape, tensor.dtype): tensor for n, tensor in enumerate(tensors(state))}
+        self._buffers = {key: self._buffer(key, tensor) for key, tensor in found.items()}
+        for key, tensor in found.items():
+            self._buffers[key].copy_(tensor)
+        # What deepcopy finds in its memo is copied already.
+        return copy.deepcopy(state, {id(tensor): self._buffers[key] for key, tensor in found.items()})
+
+    def _buffer(self, key: tuple, tensor: Tensor) -> Tensor:
+        return self._buffers[key] if key in self._buffers else torch.empty_like(tensor, device="cpu")
+
+
+def tensors(state: dict[str, Any]) -> list[Tensor]:
+    """Those in nested data."""
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """What they take together."""
+    return sum(tensor.nbytes for tensor in tensors)
