@@ -15,6 +15,7 @@ LOWEST = {
     "num_samples": 1, "batch_size": 1, "sampler.steps": 1,
 }  # fmt: skip
 WORDS = {"data.batch_size": ("auto",)}  # instead of a number
+CHOICES = {"data.latents": ("cached", "online"), "data.latents_dtype": ("float16", "bfloat16", "float32")}
 
 PACKAGE = Path(__file__).resolve().parent
 # What `_target_` may name beside this package and plugins: public classes that make a training and read no files.
@@ -30,6 +31,12 @@ def check(config: dict[str, Any]) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             words = "".join(f" or {word}" for word in WORDS.get(key, ()))
             raise ValueError(f"{key}={value}: must be a whole number, at least {low}{words}")
+    for key, choices in CHOICES.items():
+        if (value := find(config, key)) is not None and value not in choices:
+            raise ValueError(f"{key}={value}: give {', '.join(choices[:-1])} or {choices[-1]}")
+    cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
+    if cached and find(config, "data.module.train_set.random_crop"):
+        raise ValueError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
     rate = find(config, "model.optimizer.lr")
     if rate is not None and (not isinstance(rate, (int, float)) or rate <= 0):
         raise ValueError(f"model.optimizer.lr={rate}: must be a number above 0")

@@ -1,8 +1,15 @@
 """Runs that several tests look at: `debug=tiny` trained once a session, in this process."""
 
+import os
+import tempfile
+
 import pytest
 
 from tests.runs import EXPERIMENTS, train
+
+# What runs share is shared by the tests of one session alone.
+CACHE = tempfile.TemporaryDirectory(prefix="ldm_lab_cache")
+os.environ["LDM_LAB_CACHE"] = CACHE.name
 
 
 @pytest.fixture(scope="session")

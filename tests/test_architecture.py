@@ -31,8 +31,11 @@ ROOMS = {
     "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "hub"},
     "config": set(),
     "stages": {"config", "training", "models", "data", "checkpoint"},
+    # It builds what training builds, of the same configs, or it would measure something else.
+    "benchmark": {"config", "stages", "training", "pipeline", "data"},
     "commands": {
         "pipeline", "models", "losses", "data", "diffusion", "metrics", "interop", "checkpoint", "states", "sampling",
+        "benchmark",
     },
     "__main__": {"commands"},
     "__init__": set(),

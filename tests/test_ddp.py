@@ -70,7 +70,8 @@ def test_two_processes_train_like_one(two_processes, tmp_path):
     one, two = (final_weights(folder / "celebahq/diffusion") for folder in (tmp_path, runs))
     for file, weights in one.items():
         for key, value in weights.items():
-            assert_close_relative(two[file][key], value, 1e-3)  # Adam enlarges what is lost in rounding
+            # Adam enlarges what is lost in rounding: of latents kept in float16, a few round to the other side.
+            assert_close_relative(two[file][key], value, 5e-3)
     rows = [metrics(folder / "celebahq/diffusion") for folder in (tmp_path, runs)]
     for images in (32, 64):
         assert rows[1][images]["val/loss"] == pytest.approx(rows[0][images]["val/loss"], rel=1e-4)

@@ -6,7 +6,8 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm_lab.data.dataset import ImageDataset
+from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
 
 
@@ -35,12 +37,16 @@ class ImageDataModule(lightning.LightningDataModule):
         val_batch_size: the same for held-out images; None: as in training.
         num_workers: processes that load for each device; 0 loads in the training process.
         seed: of the order of the training images.
+        latents: of stage 2: "cached", where each training image is encoded once, or "online", in every step.
+        latents_dtype: in which they are kept, see `ldm_lab.data.latents.DTYPES`.
+        cache_dir: below it they are kept.
 
     Attributes:
         images_seen: position in the stream at which training begins. Whoever resumes a run sets it
             before `Trainer.fit`.
         stop: position at which the training loader ends; None: never.
         compare_with_training: whether validation runs over training images too.
+        cached: the latents that training sees in the place of images; None: it sees images.
     """
 
     def __init__(
@@ -52,6 +58,9 @@ class ImageDataModule(lightning.LightningDataModule):
         val_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        latents: str = "online",
+        latents_dtype: str = "float16",
+        cache_dir: str | Path = ".",
     ) -> None:
         super().__init__()
         if train_set.image_size != val_set.image_size:
@@ -66,6 +75,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self.images_seen = 0
         self.stop: int | None = None
         self.compare_with_training = False
+        self.latents, self.latents_dtype, self.cache_dir = latents, latents_dtype, cache_dir
+        self.cached: CachedLatents | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -120,7 +131,10 @@ class ImageDataModule(lightning.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,)."""
+        """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,).
+
+        Where latents are cached, `moments` (b, M, h, w) in the place of `image`.
+        """
         rank, world_size = self._rank_and_world_size()
         sampler = StreamBatchSampler(
             self.num_train,
@@ -132,7 +146,11 @@ class ImageDataModule(lightning.LightningDataModule):
             start=self.images_seen,
             stop=self.stop,
         )
-        return DataLoader(self.train_set, batch_sampler=sampler, **self._loading())
+        return DataLoader(self._seen_in_training, batch_sampler=sampler, **self.loading())
+
+    @property
+    def _seen_in_training(self) -> ImageDataset | CachedLatents:
+        return self.train_set if self.cached is None else self.cached
 
     def val_dataloader(self) -> list[DataLoader]:
         """The held-out images; with `compare_with_training` also as many training images, cropped alike.
@@ -144,11 +162,10 @@ class ImageDataModule(lightning.LightningDataModule):
             loaders.append(self._share(Chosen(self.train_set, spread(self.num_val, self.num_train))))
         return loaders
 
-    def training_images(self, count: int) -> Iterator[Tensor]:
-        """This rank's share of `count` training images (or all, where there are fewer): batches `(b, 3, H, W)`."""
+    def training_sample(self, count: int) -> DataLoader:
+        """This rank's share of `count` training images (or all, where there are fewer), none mirrored: batches."""
         count = min(count, self.num_train)
-        for batch in self._share(Chosen(self.train_set, spread(count, self.num_train))):
-            yield batch["image"]
+        return self._share(Chosen(self._seen_in_training, spread(count, self.num_train)))
 
     def _share(self, images: Chosen) -> DataLoader:
         """Every W-th image, as many on each rank, none twice.
@@ -158,8 +175,11 @@ class ImageDataModule(lightning.LightningDataModule):
         """
         rank, world_size = self._rank_and_world_size()
         share = range(rank, len(images) // world_size * world_size, world_size)
-        batch_size = self.val_batch_size or self.device_batch_size(world_size)
-        return DataLoader(images, batch_size=batch_size, sampler=share, **self._loading())
+        return DataLoader(images, batch_size=self.val_size(world_size), sampler=share, **self.loading())
+
+    def val_size(self, world_size: int) -> int:
+        """Images that one of `world_size` devices holds at a time where nothing is learned."""
+        return self.val_batch_size or self.device_batch_size(world_size)
 
     def preview(self, count: int) -> Tensor:
         """The first `count` held-out images (fewer where there are not so many): `(n, 3, H, W)` in [-1, 1]."""
@@ -168,7 +188,8 @@ class ImageDataModule(lightning.LightningDataModule):
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loading(self) -> dict[str, Any]:
+    def loading(self) -> dict[str, Any]:
+        """Arguments of every loader: its workers, and what they leave to this process."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,
@@ -199,7 +220,7 @@ def _end_with_parent(parent: int) -> None:
 class Chosen(Dataset):
     """Some images of a data set, as for validation; `position` is the place in the choice."""
 
-    def __init__(self, images: ImageDataset, indices: Sequence[int]) -> None:
+    def __init__(self, images: ImageDataset | CachedLatents, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
 
     def __len__(self) -> int:

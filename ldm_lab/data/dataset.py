@@ -33,7 +33,12 @@ class ImageDataset(Dataset):
         random_crop: crop for training at random, else in the middle.
         flip: exchange left and right in half of the training images.
         seed: of crops and flips.
+
+    Attributes:
+        on_error: what becomes of an image that cannot be decoded: "raise", or "skip" where another takes its place.
     """
+
+    on_error = "raise"
 
     def __init__(
         self,
@@ -69,6 +74,10 @@ class ImageDataset(Dataset):
         """
         whole = self.fingerprint()
         return sorted_marks(f"{whole} {index}".encode() for index in range(len(self)))
+
+    def transform(self) -> dict[str, Any]:
+        """What `dataset[index]` makes of image `index`, as plain data: equal for equal pixels."""
+        return {"image_size": list(self.image_size), "crop": "center"}
 
     def prepare(self) -> None:
         """Make what must lie on disk. Called by one process per machine before any image is read."""

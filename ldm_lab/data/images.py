@@ -128,6 +128,10 @@ class FolderImages(ImageDataset):
                 return {**item, "position": index if position is None else position, "skipped": "\n".join(errors)}
         raise ImageError(f"{len(errors)} file(s) in a row cannot be decoded; the first: {errors[0]}")
 
+    def transform(self) -> dict[str, Any]:
+        """As for every data set, and what is laid under transparent pictures."""
+        return {**super().transform(), "background": list(self.background)}
+
     def path(self, index: int) -> Path:
         """The file of image `index`, for messages: in an archive there is no such file."""
         return self.files.root / os.fsdecode(self.names[index])

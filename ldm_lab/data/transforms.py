@@ -90,9 +90,13 @@ def random_crop(image: Image.Image, size: Size, seed: int, position: int) -> Ima
 
 
 def random_flip(image: Image.Image, seed: int, position: int) -> Image.Image:
-    """Left and right exchanged for half of the positions: a function of (seed, position)."""
-    flipped = torch.rand((), generator=generator(seed, "flip", position)).item() < 0.5
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+    """Left and right exchanged where `is_flipped` says so."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped(seed, position) else image
+
+
+def is_flipped(seed: int, position: int) -> bool:
+    """True for half of the positions: a function of (seed, position)."""
+    return torch.rand((), generator=generator(seed, "flip", position)).item() < 0.5
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -21,6 +21,8 @@ from ldm_lab.models.arguments import (
 from ldm_lab.models.decoder import Decoder
 from ldm_lab.models.encoder import Encoder
 from ldm_lab.models.outputs import DecoderOutput
+from ldm_lab.models.tiling import Tiles
+from ldm_lab.nn.recomputed import GradientCheckpointing
 from ldm_lab.serialization import LoadError, PretrainedModel
 from ldm_lab.untrusted import MAX_LAYERS
 
@@ -30,7 +32,7 @@ _SWITCHES = (
 )  # fmt: skip
 
 
-class FirstStage(PretrainedModel):
+class FirstStage(GradientCheckpointing, PretrainedModel):
     """Base of `VQModel` and `AutoencoderKL`: stage 1 of latent diffusion (Rombach et al. 2022, section 3.1).
 
     Images are `(B, 3, H, W)` in [-1, 1], H and W multiples of f = `downsample_factor`. Latents are
@@ -39,9 +41,13 @@ class FirstStage(PretrainedModel):
 
     Attributes:
         draws_latents: whether latents are drawn from a distribution, so that `latents` takes noise.
+        tiles: how large maps are decoded part by part; None decodes them at once. See `enable_tiling`.
+        slicing: whether the images of a batch are decoded one by one.
     """
 
     draws_latents: ClassVar[bool]
+    tiles: Tiles | None = None
+    slicing: bool = False
 
     @property
     def embed_dim(self) -> int:
@@ -63,11 +69,56 @@ class FirstStage(PretrainedModel):
         Raises:
             ValueError: the images do not fit, or noise for latents that are not drawn.
         """
+        return self.from_moments(self.moments(images), noise)
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> all that is random-free in their latents, `(B, M, H/f, W/f)`.
+
+        Where latents are drawn, these are means and logarithms of variances (M = 2 * embed_dim); else the latents
+        themselves. They can be kept: `latents(images, noise)` is `from_moments(moments(images), noise)`.
+        """
+        raise NotImplementedError
+
+    def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`(B, M, h, w)` -> unscaled latents `(B, embed_dim, h, w)`; the noise is that of `latents`."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> DecoderOutput:
         """Unscaled latents `(B, embed_dim, h, w)` -> `.sample` `(B, 3, f*h, f*w)`, about in [-1, 1]."""
         raise NotImplementedError
+
+    def to_pixels(self, z: Tensor) -> Tensor:
+        """What the decoder makes of its input `(B, latent_channels, h, w)`, in the parts that are asked for."""
+        if self.slicing and len(z) > 1:
+            return torch.cat([self._tiled(part) for part in z.split(1)])  # (1, 3, f*h, f*w) each
+        return self._tiled(z)
+
+    def _tiled(self, z: Tensor) -> Tensor:
+        return self.decoder(z) if self.tiles is None else self.tiles.decode(self.decoder, z, self.downsample_factor)
+
+    def enable_tiling(self, size: int = 64, overlap: int = 16) -> None:
+        """Decode maps larger than `size` positions in tiles of that size: memory is that of one tile.
+
+        Args:
+            size: positions of latents along one side of a tile.
+            overlap: positions over which neighbours are blended.
+
+        Raises:
+            ValueError: the overlap is negative, or more than half of the size.
+        """
+        self.tiles = Tiles(size, overlap)
+
+    def disable_tiling(self) -> None:
+        """Decode images of any size at once, as at first."""
+        self.tiles = None
+
+    def enable_slicing(self) -> None:
+        """Decode the images of a batch one by one: memory is that of one image."""
+        self.slicing = True
+
+    def disable_slicing(self) -> None:
+        """Decode a batch at once, as at first."""
+        self.slicing = False
 
     @classmethod
     def from_single_file(

@@ -85,12 +85,20 @@ class AutoencoderKL(FirstStage):
         """Channels of the latents."""
         return self.config.latent_channels
 
-    def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> latents `(B, embed_dim, H/f, W/f)`, not scaled: mean + std * noise.
+    def moments(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> means, then clamped logarithms of the variances.
+
+        `(B, 2 * embed_dim, H/f, W/f)`.
+        """
+        posterior = self.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`(B, 2 * embed_dim, h, w)` -> latents `(B, embed_dim, h, w)`, not scaled: mean + std * noise.
 
         `noise` is standard normal, in the shape of the latents; None gives the mean.
         """
-        posterior = self.encode(images).latent_dist
+        posterior = DiagonalGaussian(moments)
         return posterior.mode() if noise is None else posterior.from_noise(noise)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussian]:
@@ -117,7 +125,7 @@ class AutoencoderKL(FirstStage):
             ValueError: another number of channels.
         """
         require_input(z.shape, self.embed_dim, 1, "AutoencoderKL.decode")
-        sample = self.decoder(self.post_quant_conv(z))
+        sample = self.to_pixels(self.post_quant_conv(z))
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(

@@ -25,6 +25,7 @@ from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.blocks import DownBlock, MidBlock, UpBlock
 from ldm_lab.nn.embedding import TimestepEmbedding, sinusoid
+from ldm_lab.nn.recomputed import GradientCheckpointing
 from ldm_lab.nn.resample import Downsample, Upsample
 from ldm_lab.nn.resnet import ResnetBlock
 from ldm_lab.serialization import PretrainedModel, register_to_config
@@ -33,7 +34,7 @@ from ldm_lab.untrusted import MAX_LAYERS
 DEFAULT_HEAD_DIM = 8  # the namesake's
 
 
-class UNet2DModel(PretrainedModel):
+class UNet2DModel(GradientCheckpointing, PretrainedModel):
     """A UNet that knows the timestep, with the arguments and state dict of `diffusers.UNet2DModel`.
 
     The last argument is ours: the namesake cannot express a number of heads that is the same at every width. A

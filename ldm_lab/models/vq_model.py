@@ -88,11 +88,15 @@ class VQModel(FirstStage):
         """Channels of the latents: the length of a code."""
         return self.quantize.vq_embed_dim
 
-    def latents(self, images: Tensor, noise: None = None) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
+    def moments(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] -> the latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
+        return self.encode(images).latents
+
+    def from_moments(self, moments: Tensor, noise: None = None) -> Tensor:
+        """The latents as they are. Raises `ValueError` where noise is given."""
         if noise is not None:
             raise ValueError("noise was given, but the latents of a VQModel are not drawn")
-        return self.encode(images).latents
+        return moments
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:
         """Images `(B, in_channels, H, W)` -> `.latents` `(B, vq_embed_dim, H/f, W/f)`, not quantized, not scaled.
@@ -129,7 +133,7 @@ class VQModel(FirstStage):
             quantized, loss = h, h.new_zeros(())
         else:
             quantized, loss, _ = self.quantize(h)
-        sample = self.decoder(self.post_quant_conv(quantized))
+        sample = self.to_pixels(self.post_quant_conv(quantized))
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:

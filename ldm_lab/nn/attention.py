@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_lab.nn.recomputed import Recomputed
 
-class AttentionBlock(nn.Module):
+
+class AttentionBlock(Recomputed):
     """GroupNorm, multi-head self-attention over all positions, and the input added.
 
     Args:
@@ -41,6 +43,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W) -> (B, C, H, W)`; memory grows with H*W, not with its square, where the kernel is fused."""
+        return self.recomputed(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
         heads = (self._split(project(h)) for project in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(*heads)  # (B, heads, H*W, dim_head)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_lab.nn.recomputed import Recomputed
 
-class ResnetBlock(nn.Module):
+
+class ResnetBlock(Recomputed):
     """Two times GroupNorm, SiLU, 3x3 convolution, around which the input is added.
 
     Time, where it is known, is projected and told between the two convolutions: added before the second
@@ -52,6 +54,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """`(B, in_channels, H, W)` and `(B, time_channels)` -> `(B, out_channels, H, W)`, or H and W resampled."""
+        return self.recomputed(self._forward, x, time_embedding)
+
+    def _forward(self, x: Tensor, time_embedding: Tensor | None) -> Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         h = F.silu(self._normalise(h, time_embedding))
         h = self.conv2(self.dropout(h))

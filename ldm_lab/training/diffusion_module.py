@@ -7,6 +7,7 @@ from itertools import count, islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from ldm_lab import randomness
@@ -90,9 +91,15 @@ class DiffusionModule(StageModule):
         return self
 
     @torch.no_grad()
-    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """`(B, 3, H, W)` in [-1, 1] -> scaled latents `(B, C, h, w)`, float32; drawn with `noise` where they are."""
-        return self.autoencoder.latents(images, noise).float() * self.autoencoder.config.scaling_factor
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        """A batch -> scaled latents `(B, C, h, w)`, float32; drawn with its `posterior_noise` where they are.
+
+        Of cached `moments` `(B, M, h, w)` where it has them, else of `image` `(B, 3, H, W)` in [-1, 1].
+        """
+        known = "moments" in batch
+        moments = batch["moments"].float() if known else self.autoencoder.moments(batch["image"])
+        latents = self.autoencoder.from_moments(moments, batch["posterior_noise"])
+        return latents.float() * self.autoencoder.config.scaling_factor
 
     def setup(self, stage: str) -> None:
         """Write the size of the latents into the UNet's config: sampling starts from noise of that size."""
@@ -108,9 +115,10 @@ class DiffusionModule(StageModule):
         shape = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
         places = count(self.global_rank, self.trainer.world_size)  # of this rank's images among those measured
         sums = torch.zeros(3, dtype=torch.float64)  # number, sum, sum of squares
-        for images in self.trainer.datamodule.training_images(self.MEASURED_IMAGES):
-            noise = posterior_noise(self.autoencoder, self.seed, islice(places, len(images)), shape, stream="scale")
-            latents = self.encode(images.to(self.device), noise).double()
+        for batch in self.trainer.datamodule.training_sample(self.MEASURED_IMAGES):
+            mine = islice(places, len(batch["index"]))
+            batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, mine, shape, stream="scale")
+            latents = self.encode(move_data_to_device(batch, self.device)).double()
             sums += torch.stack([torch.tensor(float(latents.numel())), latents.sum(), latents.square().sum()]).cpu()
         number, total, squares = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
         scale = (squares / number - (total / number) ** 2) ** -0.5
@@ -119,9 +127,9 @@ class DiffusionModule(StageModule):
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Draw noise and timesteps on the CPU: from (seed, position) in training, fixed in validation."""
-        shape = latent_shape(self.autoencoder, batch["image"].shape[-2:])
-        positions = batch["position"].tolist()
         data = self.trainer.datamodule
+        shape = latent_shape(self.autoencoder, data.image_size)
+        positions = batch["position"].tolist()
         if self.trainer.training:
             purpose = ""
             batch["timestep"] = self.objective.draw_timesteps(self.seed, positions, data.global_batch_size)
@@ -135,8 +143,8 @@ class DiffusionModule(StageModule):
         return batch
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Images `(B, 3, H, W)` -> mean weighted denoising loss."""
-        latents = self.encode(batch["image"], batch["posterior_noise"])
+        """Images `(B, 3, H, W)`, or their `moments` `(B, M, h, w)` -> mean weighted denoising loss."""
+        latents = self.encode(batch)
         loss = self.objective(self._predict, latents, batch["noise"], batch["timestep"]).mean()
         self.count(latents)
         self.log_terms("train", {"loss": loss.detach()}, len(latents))
@@ -150,7 +158,7 @@ class DiffusionModule(StageModule):
 
     def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
         """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise."""
-        latents = self.encode(batch["image"], batch["posterior_noise"])
+        latents = self.encode(batch)
         losses = self.objective(self._predict_averaged, latents, batch["noise"], batch["timestep"])
         name = ("loss", "loss_on_training_images")[dataloader_idx]
         self.log_terms("val", {name: losses.mean()}, len(latents))

@@ -71,7 +71,13 @@ class Estimate(NamedTuple):
     work: int
 
 
-def estimate(module: StageModule, image_size: tuple[int, int], batch_size: int, precision: str = "32-true") -> Estimate:
+def estimate(
+    module: StageModule,
+    image_size: tuple[int, int],
+    batch_size: int,
+    precision: str = "32-true",
+    moments: Sequence[int] | None = None,
+) -> Estimate:
     """The bytes that tensors take while a stage is trained on a CPU.
 
     Two steps are run: the first makes the state of the optimizer.
@@ -81,14 +87,16 @@ def estimate(module: StageModule, image_size: tuple[int, int], batch_size: int, 
         image_size: (height, width) in pixels.
         batch_size: images that are held at a time.
         precision: of `lightning.Trainer`.
+        moments: `(M, h, w)` of what is cached for each image; None: the stage sees images.
     """
     trainer, mode = NoTrainer(batch_size, image_size), FakeTensorMode(allow_non_fake_inputs=True)
     stage = _without_content(module, mode)
     stage.trainer = trainer  # of which it keeps a weak reference alone
     stage.log = stage.log_dict = lambda *_, **__: None
     stage.setup("fit")
-    images = torch.zeros(()).expand(batch_size, 3, *image_size)
-    batch = stage.on_before_batch_transfer({"image": images, "position": torch.arange(batch_size)}, 0)
+    seen = torch.zeros(()).expand(batch_size, *(moments or (3, *image_size)))
+    batch = {"moments" if moments else "image": seen, "position": torch.arange(batch_size)}
+    batch = stage.on_before_batch_transfer(batch, 0)
     with mode, LiveBytes() as live:
         for tensor in [*stage.parameters(), *stage.buffers()]:
             live.see(tensor)

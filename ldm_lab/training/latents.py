@@ -1,4 +1,4 @@
-"""Shape and noise of the latents that a first stage makes of images."""
+"""Shape and noise of the latents that a first stage makes of images, and where they are kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from ldm_lab import randomness
+from ldm_lab.checkpoint import fingerprint
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.latents import LatentCache
 from ldm_lab.models.first_stage import FirstStage
 
 Shape = tuple[int, int, int]
@@ -16,6 +19,36 @@ def latent_shape(autoencoder: FirstStage, image_size: Sequence[int]) -> Shape:
     """(height, width) of images -> (C, h, w) of their latents."""
     height, width = (side // autoencoder.downsample_factor for side in image_size)
     return autoencoder.embed_dim, height, width
+
+
+def moments_shape(autoencoder: FirstStage, image_size: Sequence[int]) -> Shape:
+    """(height, width) of images -> (M, h, w) of `FirstStage.moments`."""
+    channels, height, width = latent_shape(autoencoder, image_size)
+    return channels * (2 if autoencoder.draws_latents else 1), height, width
+
+
+def are_cached(stage: str, data: ImageDataModule) -> bool:
+    """Whether a stage trains on cached latents: the second one, with `data.latents=cached`."""
+    return stage == "diffusion" and data.latents == "cached"
+
+
+def latent_cache(autoencoder: FirstStage, data: ImageDataModule, precision: str | int) -> LatentCache:
+    """The cache of a data module's training images.
+
+    Args:
+        autoencoder: encodes them.
+        data: says which they are, and where caches lie.
+        precision: of `lightning.Trainer`, in which they are encoded.
+    """
+    config = {key: value for key, value in autoencoder.config.items() if key not in ("scaling_factor", "sample_size")}
+    what = {
+        "autoencoder": {"class": autoencoder.class_name(), "weights": fingerprint(autoencoder), "config": config},
+        "images": {"class": type(data.train_set).__name__, "fingerprint": data.train_set.fingerprint()},
+        "transform": data.train_set.transform(),
+        "precision": str(precision),
+    }
+    shape = (2 if data.train_set.flip else 1, *moments_shape(autoencoder, data.image_size))
+    return LatentCache(f"{data.cache_dir}/latents", what, data.num_train, shape, data.latents_dtype)
 
 
 def posterior_noise(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training import device as devices
 from ldm_lab.training import memory
-from ldm_lab.training.latents import latent_shape
+from ldm_lab.training.callbacks.encode import check_room, encoder
+from ldm_lab.training.latents import latent_cache, latent_shape, moments_shape
 from ldm_lab.training.memory import readable
 from ldm_lab.training.trial import Measured, Trial, num_bytes
 
 STEPS, SECONDS = 20, 20.0  # of a trial, whichever ends first
+ENCODING_SECONDS = 5.0
 
 
 def show_stage(trial: Trial, max_images: int, snapshots: int | None) -> int:
@@ -44,6 +48,8 @@ def show_stage(trial: Trial, max_images: int, snapshots: int | None) -> int:
     print(f"  time        {max_images:,} images in {duration(max_images / (measured.rate * world_size))}")
     if module.stage == "diffusion":
         print(f"  latents     {latents_line(module.autoencoder, data)}")
+    if trial.moments:
+        print(f"  encoding    {encoding_line(trial)}")
     needed = on_disk(trial, measured, max_images, snapshots)
     print(f"  disk        {readable(measured.checkpoint)} a checkpoint, {readable(needed)} for the stage")
     return needed
@@ -88,10 +94,37 @@ def speed_line(measured: Measured, world_size: int) -> str:
 def latents_line(autoencoder: FirstStage, data: ImageDataModule) -> str:
     """What the latents of all training images would take on disk; of flipped images there are two."""
     channels, height, width = latent_shape(autoencoder, data.image_size)
-    count = data.num_train * (2 if data.train_set.flip else 1)
-    sizes = [readable(count * channels * height * width * width_of_number) for width_of_number in (4, 2)]
+    numbers = math.prod(moments_shape(autoencoder, data.image_size)) * (2 if data.train_set.flip else 1)
+    sizes = [readable(data.num_train * numbers * width_of_number) for width_of_number in (4, 2)]
     flipped = ", those of flipped images too" if data.train_set.flip else ""
     return f"{channels} x {height} x {width}; of all images {sizes[0]} in float32, {sizes[1]} in float16{flipped}"
+
+
+def encoding_line(trial: Trial) -> str:
+    """What it takes to encode the training images that no run has encoded yet.
+
+    Raises:
+        ValueError: there is no room for their latents.
+    """
+    data, autoencoder = trial.data, trial.module.autoencoder
+    cache = latent_cache(autoencoder, data, trial.trainer.precision)
+    count = sum(len(cache.indices(shard)) for shard in cache.missing())
+    if not count:
+        return f"done, by an earlier run: {cache.folder}"
+    check_room(cache, data.cache_dir)
+    autoencoder.to(trial.device)
+    encode, ends, images = encoder(autoencoder, cache, trial.trainer), [], []
+    for batch in data.training_sample(data.num_train):
+        encode(batch["image"])  # and waits for it
+        ends.append(time.perf_counter())
+        images.append(len(batch["image"]))
+        if len(ends) > 1 and ends[-1] - ends[0] > ENCODING_SECONDS:
+            break
+    autoencoder.cpu()
+    # The first batch starts loaders and chooses kernels. Where there is no other, nothing is known of the time.
+    seconds = (ends[-1] - ends[0]) / max(1, sum(images[1:])) * count / trial.world_size
+    size = f"{readable(cache.num_bytes(count))} of {cache.dtype} in {cache.folder.parent}"
+    return f"once, {count:,} images{f' in {duration(seconds)}' if seconds else ''}, {size}"
 
 
 def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | None) -> int:

@@ -18,6 +18,7 @@ from ldm_lab.serialization import LoadError
 from ldm_lab.settings import find
 from ldm_lab.training import memory
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
+from ldm_lab.training.callbacks.encode import Encode
 from ldm_lab.training.callbacks.export import Export
 from ldm_lab.training.callbacks.interrupt import BrokenOff, Interrupt, without_own_handlers
 from ldm_lab.training.callbacks.not_finite import NotFinite
@@ -121,7 +122,7 @@ def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[s
     checks = [SmallestBatchSize(), SameStart()]
     always = [*checks, Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
     # `NotFinite` comes first: before others see, show or save what has come of a step.
-    callbacks = [NotFinite(stage), *callbacks, *always]
+    callbacks = [NotFinite(stage), Encode(), *callbacks, *always]
     return {"callbacks": callbacks, "logger": loggers or False, "plugins": [BackgroundCheckpointIO()]}
 
 

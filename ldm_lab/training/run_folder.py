@@ -26,7 +26,9 @@ HARMLESS_GROUPS = (
     "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "model.schedule", "plan",
     "plugins", "optimized_metric",
 )  # fmt: skip
-HARMLESS_IN_DATA = ("root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error")
+HARMLESS_IN_DATA = (
+    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",
+)  # fmt: skip
 
 MARKS = "data.npz"
 SHOWN_IN_LINE = 3  # changed settings; more have a line each

@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,13 @@ from lightning import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 
 from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.latents import DTYPES
 from ldm_lab.training import memory
 from ldm_lab.training.estimate import estimate
+from ldm_lab.training.latents import are_cached, moments_shape
 from ldm_lab.training.run import set_lengths
 from ldm_lab.training.stage_module import StageModule
 
@@ -85,6 +88,20 @@ class Stopwatch(Callback):
         )
 
 
+class NoLatents(Dataset):
+    """Zeros in the place of cached latents: a step on them costs what it will, before there are any."""
+
+    def __init__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.count, self.moments = count, torch.zeros(shape, dtype=dtype)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index, position = key
+        return {"moments": self.moments, "index": index, "position": position}
+
+
 class Trial:
     """Tries a stage on one device: the one that this process would train on, whoever else runs there.
 
@@ -120,12 +137,18 @@ class Trial:
         """Images of a global batch that one device takes."""
         return self.data.global_batch_size // self.world_size
 
+    @property
+    def moments(self) -> tuple[int, int, int] | None:
+        """`(M, h, w)` of what is cached for each image; None where the stage sees images."""
+        cached = are_cached(self.module.stage, self.data)
+        return moments_shape(self.module.autoencoder, self.data.image_size) if cached else None
+
     def portion(self, size: int) -> int:
         """What this process may have of `size` bytes: the memory of a CPU is shared by a machine's processes."""
         return size if self.device.type == "cuda" else size // self.trainer.num_devices
 
     def run(self, batch_size: int, images: int, steps: int, seconds: float = math.inf) -> Measured:
-        """Train on real images for a few steps.
+        """Train for a few steps, on real images, or on zeros where latents are cached.
 
         Args:
             batch_size: images that the device holds at a time.
@@ -138,6 +161,8 @@ class Trial:
         """
         module, data, stopwatch = copy.deepcopy(self.module), copy.copy(self.data), Stopwatch(seconds)
         data.batch_size, data.global_batch_size = batch_size, images
+        if self.moments:
+            data.cached = NoLatents(data.num_train, self.moments, DTYPES[data.latents_dtype])
         module.measures_scale = False  # of the latents: it takes its time, and no number here depends on it
         if self.compiled:
             module.compile_networks()
@@ -157,7 +182,8 @@ class Trial:
         process.
         """
         if self.device.type != "cuda":
-            held, work = estimate(self.module, self.data.image_size, batch_size, self.trainer.precision)
+            size = self.data.image_size
+            held, work = estimate(self.module, size, batch_size, self.trainer.precision, self.moments)
             return held + KERNELS * work + self._reserve
         # Two micro-batches: from the second on gradients lie there while activations are made.
         images = batch_size * min(2, -(-self.share // batch_size))

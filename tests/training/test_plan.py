@@ -40,7 +40,9 @@ def in_photos(photos, *overrides):
 
 
 def test_the_images_are_described_and_shown_as_the_network_sees_them(photos, tmp_path, capsys):
-    _, data, _ = in_photos(photos, "data.flip=true", "data.random_crop=true", "data.on_error=skip")
+    _, data, _ = in_photos(
+        photos, "data.flip=true", "data.random_crop=true", "data.latents=online", "data.on_error=skip"
+    )
     preview.show_images(data, tmp_path / "runs/plan_photos.png")
     said = capsys.readouterr().out
     assert f"images: {data.num_train} for training, {data.num_val} held out" in said

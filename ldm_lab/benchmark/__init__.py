@@ -1,0 +1,1 @@
+"""What `python -m ldm_lab benchmark` measures, and against what."""

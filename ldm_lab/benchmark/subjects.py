@@ -1,0 +1,183 @@
+"""What is measured of a model: each function makes the contestants of one comparison, ours first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab import stages
+from ldm_lab.benchmark import peer
+from ldm_lab.benchmark.contest import Contestant, synchronize
+from ldm_lab.config import DictConfig, Recipe, build
+from ldm_lab.data.transforms import parse_size
+from ldm_lab.pipeline import LDMPipeline
+
+
+@dataclass
+class Subject:
+    """A model as it is measured.
+
+    Attributes:
+        pipe: its networks and scheduler, ours.
+        config: of stage 2.
+        batch_size: images of one run.
+        steps: of sampling.
+        dtype: float32, or bfloat16: of sampling's and encoding's networks, of training under autocast.
+        against: whether diffusers takes part, always in float32.
+    """
+
+    pipe: LDMPipeline
+    config: DictConfig
+    batch_size: int
+    steps: int
+    dtype: torch.dtype
+    against: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.pipe.device
+
+    def images(self) -> Tensor:
+        """`(B, 3, H, W)` in [-1, 1], of noise: no kernel is faster on pictures."""
+        return torch.rand(self.batch_size, 3, *parse_size(self.config.data.image_size), device=self.device) * 2 - 1
+
+    def noise(self) -> Tensor:
+        """Starting latents `(B, C, h, w)`."""
+        return torch.randn(self.pipe._latent_shape(self.batch_size), device=self.device)
+
+
+def load(
+    experiment: str, overrides: list[str], ckpt: str | None, device: torch.device
+) -> tuple[LDMPipeline, DictConfig]:
+    """The model of an experiment, with random weights or those of `ckpt`, and the config of its stage 2."""
+    configs = Recipe.parse([f"experiment={experiment}", *overrides]).compose()
+    config = configs[-1]
+    if config.stage != "diffusion" or (len(configs) < 2 and not ckpt):
+        raise ValueError(f"--experiment {experiment}: name one with both stages, e.g. celebahq")
+    torch.manual_seed(config.seed)
+    if ckpt:
+        return LDMPipeline.from_pretrained(ckpt).to(device), config
+    autoencoder = stages.networks(configs[0], None)["autoencoder"]
+    parts = stages.networks(config, autoencoder)
+    height, width = (side // autoencoder.downsample_factor for side in parse_size(config.data.image_size))
+    parts["unet"].register_to_config(sample_size=height if height == width else [height, width])
+    autoencoder.register_to_config(scaling_factor=1.0)
+    pipe = LDMPipeline(autoencoder.eval(), parts["unet"].eval(), parts["scheduler"])
+    return pipe.to(device), config
+
+
+def sample(subject: Subject) -> list[Contestant]:
+    """The whole pipeline: from noise to pixels in [0, 1]."""
+    pipe, noise = subject.pipe, subject.noise()
+    theirs = peer.pipeline(pipe) if subject.against else None
+    pipe.to(dtype=subject.dtype).set_progress_bar_config(disable=True)
+
+    def own() -> Tensor:
+        return torch.from_numpy(pipe(len(noise), latents=noise, **settings).images)
+
+    def other() -> Tensor:
+        # It draws its own noise, from a generator only; on the CPU that of `own` comes out of the same seed.
+        generator = torch.Generator(noise.device).manual_seed(0)
+        return torch.from_numpy(theirs(len(noise), generator=generator, **settings).images)
+
+    settings = {"num_inference_steps": subject.steps, "output_type": "np"}
+    noise = torch.randn(noise.shape, generator=torch.Generator(noise.device).manual_seed(0), device=noise.device)
+    return _pair(subject, own, other, [pipe.unet, pipe.vqvae.decoder])
+
+
+@torch.no_grad()
+def encode(subject: Subject) -> list[Contestant]:
+    """Images to latents (their moments where they are drawn)."""
+    vqvae, images = subject.pipe.vqvae, subject.images()
+    theirs = peer.network(vqvae) if subject.against else None
+    vqvae.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: vqvae.moments(images.to(subject.dtype)))
+    other = torch.no_grad()(lambda: _encoded(theirs, images))
+    return _pair(subject, own, other, [vqvae.encoder])
+
+
+def train(subject: Subject) -> list[Contestant]:
+    """A step of stage 2 without its loader: ours on cached latents, diffusers' with an encode in it.
+
+    Forward, backward, clipping, the optimizer's step and the moving average; all with the experiment's settings.
+    """
+    steps = [
+        Step(subject, subject.pipe.unet, lambda network: build(subject.config.model.ema, "model.ema", network=network))
+    ]
+    if subject.against:
+        from diffusers.training_utils import EMAModel
+
+        theirs, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
+        images = subject.images()
+        average = Step(subject, theirs, lambda network: EMAModel(network.parameters(), decay=0.9999))
+        average.encode = torch.no_grad()(lambda: _encoded(vqvae, images))
+        average.dtype = torch.float32
+        steps.append(average)
+    names = (f"ldm_lab {_short(subject.dtype)}, cached latents", "diffusers float32, encode in the step")
+    return [
+        Contestant(name, step, subject.batch_size, [step.network] if index == 0 else [], step.rest)
+        for index, (name, step) in enumerate(zip(names, steps, strict=False))
+    ]
+
+
+class Step:
+    """One step of training.
+
+    Args:
+        subject: what is trained.
+        network: its UNet, ours or the peer's.
+        make_average: makes what follows its weights.
+    """
+
+    def __init__(self, subject: Subject, network: nn.Module, make_average: Callable[[nn.Module], Any]) -> None:
+        config = subject.config
+        self.network, self.device, self.dtype = network.train(), subject.device, subject.dtype
+        self.objective = build(config.model.objective, "model.objective", scheduler=subject.pipe.scheduler)
+        parameters = list(network.parameters())
+        self.optimizer = build(config.model.optimizer, "model.optimizer", params=[{"params": parameters}])
+        self.average, self.clip = make_average(network), config.trainer.gradient_clip_val
+        self.latents, self.noise = subject.noise(), subject.noise()
+        self.timesteps = torch.arange(len(self.noise), device=self.device) * 37 % 1000
+        self.encode: Callable[[], Tensor] | None = None
+        self.rest: list[float] = []
+
+    def __call__(self) -> None:
+        """Take it."""
+        latents = self.encode() if self.encode else self.latents
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            loss = self.objective(lambda x, t: self.network(x, t).sample, latents, self.noise, self.timesteps).mean()
+        loss.backward()
+        synchronize(self.device)
+        start = time.perf_counter()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if hasattr(self.average, "update"):
+            self.average.update(self.network)
+        else:
+            self.average.step(self.network.parameters())
+        synchronize(self.device)
+        self.rest.append(time.perf_counter() - start)
+
+
+def _encoded(vqvae: nn.Module, images: Tensor) -> Tensor:
+    """What diffusers' first stage of either kind encodes: latents, or moments."""
+    found = vqvae.encode(images)
+    return found.latents if hasattr(found, "latents") else found.latent_dist.parameters
+
+
+def _pair(subject: Subject, own: Callable, other: Callable, networks: list[nn.Module]) -> list[Contestant]:
+    """Ours, and diffusers' where it takes part."""
+    first = Contestant(f"ldm_lab {_short(subject.dtype)}", own, subject.batch_size, networks)
+    return [first, Contestant("diffusers float32", other, subject.batch_size)][: 1 + subject.against]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

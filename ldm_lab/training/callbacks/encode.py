@@ -1,0 +1,156 @@
+"""Encodes the training images before stage 2 begins, once for all runs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.latents import CachedLatents, LatentCache
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.training.latents import are_cached, latent_cache
+from ldm_lab.training.memory import readable
+from ldm_lab.training.stage_module import StageModule
+
+WAIT = 0.5  # seconds between two looks at what others encode
+Claims = deque[tuple[int, contextlib.ExitStack]]  # shards that this process has claimed, and what gives them back
+
+
+class Encode(Callback):
+    """Gives stage 2 its training images as latents, with `data.latents=cached`.
+
+    What is missing in the cache is encoded shard by shard, by all ranks and by whatever other runs are there at the
+    same time; each goes on when all is there. The batches and the precision are those of validation.
+    """
+
+    def on_fit_start(self, trainer: Trainer, module: StageModule) -> None:
+        """Encode.
+
+        Raises:
+            ValueError: the disk has no room, a number does not fit the dtype, or an image cannot be decoded.
+            LoadError: the cache is damaged.
+        """
+        data = trainer.datamodule
+        if not are_cached(module.stage, data):
+            return
+        cache = latent_cache(module.autoencoder, data, trainer.precision)
+        check_room(cache, data.cache_dir)
+        cache.open_folder()
+        share = len(cache.shards) * trainer.global_rank // trainer.world_size  # each rank begins at another place
+        missing = cache.missing()
+        with Bar(cache, missing, shown=trainer.is_global_zero and bool(missing)) as bar:
+            while missing := cache.missing():
+                order = [n for n in missing if n >= share] + [n for n in missing if n < share]
+                if not encode_free(cache, order, data, encoder(module.autoencoder, cache, trainer), bar):
+                    time.sleep(WAIT)
+                bar.update()
+        data.cached = CachedLatents(cache, data.train_set)
+        rounding = max(data.cached.shard(number).rounding for number in cache.shards)  # and all of them are checked
+        if bar.shown:
+            tqdm.write(f"{cache.dtype} rounds the latents by {rounding:.2g} (relative RMS): {cache.folder}")
+
+
+def check_room(cache: LatentCache, cache_dir: object) -> None:
+    """Raises `ValueError` where the disk has no room for what is missing."""
+    needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
+    folder = next(path for path in cache.folder.absolute().parents if path.exists())
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise ValueError(
+            f"paths.cache={cache_dir}: {readable(free)} are free, and the latents need {readable(needed)}:"
+            " choose another place, or data.latents=online; python -m ldm_lab cache shows what is kept"
+        )
+
+
+def encoder(autoencoder: FirstStage, cache: LatentCache, trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Images `(B, 3, H, W)` -> moments `(B, views, M, h, w)`, float32, on the CPU; in the trainer's precision."""
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        images = images.to(autoencoder.device, autoencoder.dtype)
+        views = (images, images.flip(-1))[: cache.shape[0]]
+        with trainer.precision_plugin.forward_context():
+            moments = [autoencoder.moments(view).float() for view in views]
+        return torch.stack(moments, dim=1).cpu()
+
+    return encode
+
+
+def encode_free(
+    cache: LatentCache, shards: list[int], data: ImageDataModule, encode: Callable[[Tensor], Tensor], bar: Bar
+) -> bool:
+    """Encode those of `shards` that no other process has claimed; whether there were any."""
+    claims: Claims = deque()
+    batches = claimed_batches(cache, shards, data.val_size(data.trainer.world_size), claims)
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [release.close() for _, release in claims])
+        if (first := next(batches, None)) is None:
+            return False
+        parts: list[Tensor] = []
+        skipped: dict[int, str] = {}
+        for batch in DataLoader(data.train_set, batch_sampler=itertools.chain([first], batches), **data.loading()):
+            parts.append(encode(batch["image"]))
+            errors = zip(batch["position"].tolist(), batch.get("skipped", ()), strict=False)
+            skipped |= {index: lines for index, lines in errors if lines}
+            bar.update(sum(map(len, parts)))
+            if sum(map(len, parts)) == len(cache.indices(claims[0][0])):
+                cache.write(claims[0][0], torch.cat(parts), skipped)
+                claims.popleft()[1].close()
+                parts, skipped = [], {}
+    return True
+
+
+def claimed_batches(cache: LatentCache, shards: list[int], batch_size: int, claims: Claims) -> Iterator[list[int]]:
+    """Images of the shards that this process can claim, batch by batch; a claim is added to `claims` when it begins.
+
+    A loader looks ahead of what is encoded, so that a process holds two claims for a while.
+    """
+    for shard in shards:
+        claim = contextlib.ExitStack()
+        if not claim.enter_context(cache.claim(shard)):
+            claim.close()
+            continue
+        claims.append((shard, claim))
+        indices = list(cache.indices(shard))
+        yield from (indices[first : first + batch_size] for first in range(0, len(indices), batch_size))
+
+
+class Bar:
+    """Images that are encoded, by whomever.
+
+    Args:
+        cache: what is filled.
+        missing: shards that are missing now.
+        shown: whether this process shows it.
+    """
+
+    def __init__(self, cache: LatentCache, missing: list[int], shown: bool) -> None:
+        self.cache, self.shown = cache, shown
+        self._bar = tqdm(
+            desc="encoding", total=cache.count, initial=self._there(missing), unit="img", unit_scale=True,
+            disable=not shown, mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, begun: int = 0) -> None:
+        """Show what is there, and `begun` images of a shard that is not yet."""
+        if self.shown:
+            self._bar.update(max(0, self._there(self.cache.missing()) + begun - self._bar.n))
+
+    def _there(self, missing: list[int]) -> int:
+        return self.cache.count - sum(len(self.cache.indices(shard)) for shard in missing)
