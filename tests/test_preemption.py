@@ -99,7 +99,7 @@ def test_a_second_signal_has_a_status_too(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [INT, pytest.param(TERM, marks=pytest.mark.soak), USR1])
+@pytest.mark.parametrize("number", [*(pytest.param(number, marks=pytest.mark.soak) for number in (INT, TERM)), USR1])
 def test_a_signal_to_the_whole_group_finds_the_loaders_alive(tiny_runs, tmp_path, number):
     group = sending(number, "autoencoder", 16, group=True)
     status, out, err = run(tmp_path, RECIPE, "data.num_workers=2", *group)
@@ -150,7 +150,7 @@ def test_no_loader_outlives_its_training(tmp_path, number, stage):
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_signal_to_one_rank_stops_all_at_one_place_and_they_continue(tmp_path):
     """The ranks compare notes at the validation, after 32 images, which both break off."""
     overrides = ("experiment=celebahq/autoencoder", *TWO)

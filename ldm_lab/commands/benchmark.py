@@ -1,4 +1,4 @@
-"""Time sampling, encoding, training steps, data loading and start-up; side by side with diffusers, if asked for.
+"""Time sampling, encoding, training steps, data loading and start-up, beside diffusers if asked for.
 
 Contestants take turns in one process. Networks have random weights where --ckpt names none: that changes no time.
 What is compared with: of sample and encode the namesakes in diffusers on the same weights, of train its modules with

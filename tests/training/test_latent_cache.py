@@ -150,7 +150,7 @@ def test_a_plan_counts_the_encoding_and_no_encoder_in_the_steps(tmp_path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_run_killed_while_it_encodes(processes, tiny_runs, tmp_path):
     several = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2") if processes == 2 else ()
     given = (f"autoencoder={tiny_runs}/celebahq", f"paths.cache={tmp_path}/cache", "debug=tiny", "logger=csv")

@@ -30,7 +30,7 @@ class Poison(Callback):
         hit = [n for n, position in enumerate(batch["position"].tolist()) if position in self.positions]
         self.now = bool(hit)
         if self.now and not self.parameter:
-            batch["image"][hit] = self.value
+            batch["moments" if "moments" in batch else "image"][hit] = self.value
 
     def on_after_backward(self, trainer, module):
         if self.now and self.parameter:
