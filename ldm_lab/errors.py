@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -49,8 +50,45 @@ def listen() -> None:
         signal.signal(number, _interrupt)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise Interrupted(number)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _held is None or _held.process != os.getpid():
+        raise Interrupted(number)
+    _held.received = _held.received or number
+
+
+@dataclasses.dataclass
+class _Held:
+    """Where a signal waits, in the process that holds it back and not in those that it starts meanwhile."""
+
+    process: int
+    received: int | None = None
+
+
+_held: _Held | None = None
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """A signal that comes in meanwhile raises `Interrupted` at the end of the block, and nowhere inside.
+
+    For what loses an exception, as the start of a process does: Python only prints what is raised in the hooks of
+    `os.fork`, and the signal would have asked in vain.
+    """
+    global _held
+    outer, _held = _held, _Held(os.getpid())
+    try:
+        yield
+    finally:
+        inner, _held = _held, outer
+        if inner.received:
+            _interrupt(inner.received, None)
+
+
+def cause_of(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C or signal of which an error is a consequence, as where a clean-up has failed; None: of none."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextlib.contextmanager
@@ -58,11 +96,11 @@ def ended_by(*errors: type[Exception]) -> Iterator[None]:
     """`with ended_by(ValueError):` such an error, or Ctrl-C, ends the process with one line."""
     try:
         yield
-    except errors as error:
-        fail(error)
-    except (KeyboardInterrupt, SystemExit) as end:
-        cause = end if isinstance(end, KeyboardInterrupt) else end.__context__  # Lightning answers it with an exit
-        if not isinstance(cause, KeyboardInterrupt):
-            raise
-        print("stopped", file=sys.stderr)
-        sys.exit(status_of(getattr(cause, "number", signal.SIGINT)))
+    except BaseException as error:
+        # Lightning answers Ctrl-C with an exit, and its clean-up fails where little was there to clean up.
+        if (cause := cause_of(error)) is not None:
+            print("stopped", file=sys.stderr)
+            sys.exit(status_of(getattr(cause, "number", signal.SIGINT)))
+        if isinstance(error, errors):
+            fail(error)
+        raise

@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
+from ldm_lab.errors import held
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -130,7 +131,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 "use fewer devices, or hold out more (data.val_fraction)"
             )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Loader:
         """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,).
 
         Where latents are cached, `moments` (b, M, h, w) in the place of `image`.
@@ -146,13 +147,13 @@ class ImageDataModule(lightning.LightningDataModule):
             start=self.images_seen,
             stop=self.stop,
         )
-        return DataLoader(self._seen_in_training, batch_sampler=sampler, **self.loading())
+        return Loader(self._seen_in_training, batch_sampler=sampler, **self.loading())
 
     @property
     def _seen_in_training(self) -> ImageDataset | CachedLatents:
         return self.train_set if self.cached is None else self.cached
 
-    def val_dataloader(self) -> list[DataLoader]:
+    def val_dataloader(self) -> list[Loader]:
         """The held-out images; with `compare_with_training` also as many training images, cropped alike.
 
         The second set says what memorising looks like: there the loss falls on after it has stopped here.
@@ -162,12 +163,12 @@ class ImageDataModule(lightning.LightningDataModule):
             loaders.append(self._share(Chosen(self.train_set, spread(self.num_val, self.num_train))))
         return loaders
 
-    def training_sample(self, count: int) -> DataLoader:
+    def training_sample(self, count: int) -> Loader:
         """This rank's share of `count` training images (or all, where there are fewer), none mirrored: batches."""
         count = min(count, self.num_train)
         return self._share(Chosen(self._seen_in_training, spread(count, self.num_train)))
 
-    def _share(self, images: Chosen) -> DataLoader:
+    def _share(self, images: Chosen) -> Loader:
         """Every W-th image, as many on each rank, none twice.
 
         Of a number that W does not divide, the last few (fewer than W) are left out, so that all ranks
@@ -175,7 +176,7 @@ class ImageDataModule(lightning.LightningDataModule):
         """
         rank, world_size = self._rank_and_world_size()
         share = range(rank, len(images) // world_size * world_size, world_size)
-        return DataLoader(images, batch_size=self.val_size(world_size), sampler=share, **self.loading())
+        return Loader(images, batch_size=self.val_size(world_size), sampler=share, **self.loading())
 
     def val_size(self, world_size: int) -> int:
         """Images that one of `world_size` devices holds at a time where nothing is learned."""
@@ -215,6 +216,15 @@ def _end_with_parent(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+class Loader(DataLoader):
+    """A loader whose workers are all there, or none, when a signal is heeded."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Start the workers."""
+        with held():
+            return super().__iter__()
 
 
 class Chosen(Dataset):

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.datamodule import ImageDataModule, Loader
 from ldm_lab.data.latents import CachedLatents, LatentCache
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training.latents import are_cached, latent_cache
@@ -98,7 +97,7 @@ def encode_free(
             return False
         parts: list[Tensor] = []
         skipped: dict[int, str] = {}
-        for batch in DataLoader(data.train_set, batch_sampler=itertools.chain([first], batches), **data.loading()):
+        for batch in Loader(data.train_set, batch_sampler=itertools.chain([first], batches), **data.loading()):
             parts.append(encode(batch["image"]))
             errors = zip(batch["position"].tolist(), batch.get("skipped", ()), strict=False)
             skipped |= {index: lines for index, lines in errors if lines}
