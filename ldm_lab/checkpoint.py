@@ -33,8 +33,9 @@ from ldm_lab.interop.compvis import Part
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.serialization import Configurable, LoadError, PretrainedModel, read_json, read_torch, replacing
-from ldm_lab.untrusted import check_plain
+from ldm_lab.saving import replacing
+from ldm_lab.serialization import Configurable, PretrainedModel
+from ldm_lab.untrusted import LoadError, check_plain, read_json, read_torch
 
 ENTRY = "ldm_lab"
 ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}

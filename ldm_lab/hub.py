@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS, LoadError, read_json
+from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
+from ldm_lab.untrusted import LoadError, read_json
 
 log = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ def grid(tiles: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    from ldm_lab.serialization import replacing
+    from ldm_lab.saving import replacing
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

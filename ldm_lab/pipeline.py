@@ -22,9 +22,9 @@ from ldm_lab.interop import compvis
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.notices import say_once
-from ldm_lab.serialization import LoadError, read_json, write_json
+from ldm_lab.saving import write_json
 from ldm_lab.states import INDEX
-from ldm_lab.untrusted import blaming
+from ldm_lab.untrusted import LoadError, blaming, read_json
 
 if TYPE_CHECKING:
     import numpy as np

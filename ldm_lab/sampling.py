@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from ldm_lab import checkpoint, randomness
 from ldm_lab.images import grid, save_png
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import read_json, replacing, write_json
+from ldm_lab.saving import replacing, write_json
 from ldm_lab.states import State
+from ldm_lab.untrusted import read_json
 from ldm_lab.version import __version__
 
 MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from ldm_lab import checkpoint, hub
 from ldm_lab.lengths import parse_images, short
 from ldm_lab.notices import say_once
-from ldm_lab.serialization import LoadError, read_json
+from ldm_lab.untrusted import LoadError, read_json
 
 INDEX = "model_index.json"
 RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last: what makes a folder a stage's result

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ldm_lab"
 # The leaves: torch (and the standard library) alone.
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
-    "notices", "untrusted",
+    "notices", "untrusted", "saving",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -40,7 +40,10 @@ ROOMS = {
     "__main__": {"commands"},
     "__init__": set(),
 }  # fmt: skip
-LEAF_EDGES = {"serialization": {"version", "untrusted"}, "images": {"serialization"}, "config_files": {"sweep"}}
+LEAF_EDGES = {
+    "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
+    "config_files": {"sweep"},
+}  # fmt: skip
 
 # Libraries that only some may import.
 LIGHTNING = {"training", "data.datamodule", "sampling"}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ldm_lab import AutoencoderKL, LDMPipeline, UNet2DModel, VQModel, checkpoint
-from ldm_lab.serialization import LoadError
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, Malicious
 from tests.models.weights import assert_equal_weights
 

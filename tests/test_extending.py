@@ -17,7 +17,7 @@ import sample
 from ldm_lab.config import Recipe, build
 from ldm_lab.config_files import CONFIGS
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.serialization import read_json
+from ldm_lab.untrusted import read_json
 from tests.runs import last_checkpoint, snapshot, train, undisturbed
 from tests.test_configs import uncommented
 from train import job

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sample
 from ldm_lab import LDMPipeline
 from ldm_lab.sampling import image_path
-from ldm_lab.serialization import LoadError, read_json
+from ldm_lab.untrusted import LoadError, read_json
 from tests.helpers import GOLDEN, Malicious, assert_close_relative, contents
 from tests.hub_server import Hub, point_to
 from tests.interop.test_compvis_checkpoint import CHECKPOINT, IO, STATE, original_config

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 
 from ldm_lab import LDMPipeline, hub
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, contents
 from tests.hub_server import Hub, commit_of, point_to
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ldm_lab.images import grid, save_png, to_numpy, to_pil, to_uint8, to_unit
-from ldm_lab.serialization import SaveError
+from ldm_lab.saving import SaveError
 
 
 def test_the_unit_range_is_clamped():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ldm_lab import __main__ as program
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = sorted(path.stem for path in (ROOT / "ldm_lab/commands").glob("[!_]*.py"))

@@ -8,16 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm_lab.serialization import (
-    LEGACY_WEIGHTS,
-    OWN_WEIGHTS,
-    WEIGHTS,
-    LoadError,
-    PretrainedModel,
-    SaveError,
-    read_torch,
-    register_to_config,
-)
+from ldm_lab.saving import SaveError
+from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS, PretrainedModel, register_to_config
+from ldm_lab.untrusted import LoadError, read_torch
 from tests.helpers import Malicious
 from tests.models.weights import assert_equal_weights
 

@@ -11,9 +11,9 @@ import torch
 
 from ldm_lab import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, checkpoint
 from ldm_lab.notices import say_once
-from ldm_lab.serialization import LoadError
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
+from ldm_lab.untrusted import LoadError
 from tests.models.weights import assert_equal_weights
 
 VAE = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm_lab import DDPMScheduler, LDMPipeline
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
 

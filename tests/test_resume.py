@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.data.pictures import save
 from tests.helpers import assert_close_relative
 from tests.runs import assert_equal, copy, final_weights, last_checkpoint, metrics, train

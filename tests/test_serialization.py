@@ -11,7 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.serialization import Configurable, LoadError, read_json, register_to_config, replacing, write_json
+from ldm_lab.saving import replacing, write_json
+from ldm_lab.serialization import Configurable, register_to_config
+from ldm_lab.untrusted import LoadError, read_json
 from ldm_lab.version import __version__
 
 

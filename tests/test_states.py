@@ -6,8 +6,8 @@ import pytest
 
 from ldm_lab import checkpoint, states
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import LoadError
 from ldm_lab.states import State, find
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN
 
 MODEL = GOLDEN / "diffusers" / "ldm_tiny"

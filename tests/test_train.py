@@ -8,7 +8,7 @@ import torch
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import assert_close_relative
 from tests.runs import EXPERIMENTS, WEIGHTS, assert_equal, final_weights, last_checkpoint, metrics, snapshot, train
 

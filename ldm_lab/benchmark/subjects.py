@@ -16,6 +16,7 @@ from ldm_lab.benchmark.contest import Contestant, synchronize
 from ldm_lab.config import DictConfig, Recipe, build
 from ldm_lab.data.transforms import parse_size
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.training.latents import latent_shape
 
 
 @dataclass
@@ -47,9 +48,14 @@ class Subject:
         """`(B, 3, H, W)` in [-1, 1], of noise: no kernel is faster on pictures."""
         return torch.rand(self.batch_size, 3, *parse_size(self.config.data.image_size), device=self.device) * 2 - 1
 
+    def generator(self) -> torch.Generator:
+        """Of the starting noise, the same whenever it is asked for; on the CPU, the peer takes no other."""
+        return torch.Generator().manual_seed(0)
+
     def noise(self) -> Tensor:
-        """Starting latents `(B, C, h, w)`."""
-        return torch.randn(self.pipe._latent_shape(self.batch_size), device=self.device)
+        """Normal, as latents are, `(B, C, h, w)`."""
+        shape = latent_shape(self.pipe.vqvae, parse_size(self.config.data.image_size))
+        return torch.randn(self.batch_size, *shape, device=self.device)
 
 
 def load(
@@ -65,7 +71,7 @@ def load(
         return LDMPipeline.from_pretrained(ckpt).to(device), config
     autoencoder = stages.networks(configs[0], None)["autoencoder"]
     parts = stages.networks(config, autoencoder)
-    height, width = (side // autoencoder.downsample_factor for side in parse_size(config.data.image_size))
+    _, height, width = latent_shape(autoencoder, parse_size(config.data.image_size))
     parts["unet"].register_to_config(sample_size=height if height == width else [height, width])
     autoencoder.register_to_config(scaling_factor=1.0)
     pipe = LDMPipeline(autoencoder.eval(), parts["unet"].eval(), parts["scheduler"])
@@ -74,20 +80,17 @@ def load(
 
 def sample(subject: Subject) -> list[Contestant]:
     """The whole pipeline: from noise to pixels in [0, 1]."""
-    pipe, noise = subject.pipe, subject.noise()
+    pipe = subject.pipe
     theirs = peer.pipeline(pipe) if subject.against else None
     pipe.to(dtype=subject.dtype).set_progress_bar_config(disable=True)
 
     def own() -> Tensor:
-        return torch.from_numpy(pipe(len(noise), latents=noise, **settings).images)
+        return torch.from_numpy(pipe(**settings, generator=subject.generator()).images)
 
     def other() -> Tensor:
-        # It draws its own noise, from a generator only; on the CPU that of `own` comes out of the same seed.
-        generator = torch.Generator(noise.device).manual_seed(0)
-        return torch.from_numpy(theirs(len(noise), generator=generator, **settings).images)
+        return torch.from_numpy(theirs(**settings, generator=subject.generator()).images)
 
-    settings = {"num_inference_steps": subject.steps, "output_type": "np"}
-    noise = torch.randn(noise.shape, generator=torch.Generator(noise.device).manual_seed(0), device=noise.device)
+    settings = {"batch_size": subject.batch_size, "num_inference_steps": subject.steps, "output_type": "np"}
     return _pair(subject, own, other, [pipe.unet, pipe.vqvae.decoder])
 
 

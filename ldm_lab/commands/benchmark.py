@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, matmul_peak, measure, row
-from ldm_lab.serialization import replacing
+from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
 
 MODELS = ("sample", "encode", "train")

@@ -23,7 +23,7 @@ from ldm_lab import randomness
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import replacing
+from ldm_lab.saving import replacing
 
 # Name -> the sampler, and its settings where they are not those that `sample.py` draws with.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.drawing import REVISION
-from ldm_lab.serialization import replacing
+from ldm_lab.saving import replacing
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.transforms import is_flipped
-from ldm_lab.serialization import replacing, write_json
+from ldm_lab.saving import replacing, write_json
 from ldm_lab.untrusted import LoadError, check_plain, first_line, read_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -14,7 +14,8 @@ from ldm_lab.diffusion.checks import is_integer, require, require_choice
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32
 from ldm_lab.diffusion.spacing import evenly
-from ldm_lab.serialization import LoadError, register_to_config
+from ldm_lab.serialization import register_to_config
+from ldm_lab.untrusted import LoadError
 
 # Settings of the namesake by which it leaves the levels of training, at the values by which it does not.
 OTHER_LEVELS = {

@@ -23,8 +23,8 @@ from ldm_lab.models.encoder import Encoder
 from ldm_lab.models.outputs import DecoderOutput
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.nn.recomputed import GradientCheckpointing
-from ldm_lab.serialization import LoadError, PretrainedModel
-from ldm_lab.untrusted import MAX_LAYERS
+from ldm_lab.serialization import PretrainedModel
+from ldm_lab.untrusted import MAX_LAYERS, LoadError
 
 # Of either kind.
 _SWITCHES = (

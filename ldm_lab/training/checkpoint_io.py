@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ldm_lab import checkpoint
 from ldm_lab.notices import say_once
-from ldm_lab.serialization import flush, replacing
+from ldm_lab.saving import flush, replacing
 from ldm_lab.training.host_copy import HostCopy
 
 

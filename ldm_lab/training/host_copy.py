@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ldm_lab.training import memory
 
@@ -21,13 +19,13 @@ class HostCopy:
 
     def fits(self, state: dict[str, Any]) -> bool:
         """Whether there is memory for it."""
-        more = num_bytes(tensors(state)) - num_bytes(self._buffers.values())
+        more = memory.num_bytes(state) - memory.num_bytes(self._buffers)
         return more <= 0 or more <= memory.budget(torch.device("cpu"))
 
     @torch.no_grad()
     def take(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state as it is now: tensors and whatever holds them. The next copy overwrites it."""
-        found = {(n, tensor.shape, tensor.dtype): tensor for n, tensor in enumerate(tensors(state))}
+        found = {(n, tensor.shape, tensor.dtype): tensor for n, tensor in enumerate(memory.tensors(state))}
         self._buffers = {key: self._buffer(key, tensor) for key, tensor in found.items()}
         for key, tensor in found.items():
             self._buffers[key].copy_(tensor)
@@ -36,13 +34,3 @@ class HostCopy:
 
     def _buffer(self, key: tuple, tensor: Tensor) -> Tensor:
         return self._buffers[key] if key in self._buffers else torch.empty_like(tensor, device="cpu")
-
-
-def tensors(state: dict[str, Any]) -> list[Tensor]:
-    """Those in nested data."""
-    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """What they take together."""
-    return sum(tensor.nbytes for tensor in tensors)

@@ -21,7 +21,7 @@ from ldm_lab.checkpoint import class_of, fingerprint, load_autoencoder
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import Configurable, LoadError, PretrainedModel, read_json
+from ldm_lab.serialization import Configurable, PretrainedModel
 from ldm_lab.settings import find
 from ldm_lab.states import State, search
 from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
@@ -29,6 +29,7 @@ from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.run import say
 from ldm_lab.training.run_folder import RunFolder, flatten
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.untrusted import LoadError, read_json
 
 # Of each stage: keys of the config -> parts of the source that they must agree with; the first is the one trained.
 NODES = {

@@ -9,9 +9,12 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.sampler import divisors
@@ -65,6 +68,16 @@ def peak(device: torch.device) -> int:
     import resource  # not there on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def num_bytes(tree: Any) -> int:  # noqa: ANN401
+    """Bytes of the tensors in nested data."""
+    return sum(tensor.nbytes for tensor in tensors(tree))
+
+
+def tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
+    """Those in nested data."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def readable(size: float) -> str:

@@ -17,7 +17,7 @@ from ldm_lab.training import memory
 from ldm_lab.training.callbacks.encode import check_room, encoder
 from ldm_lab.training.latents import latent_cache, latent_shape, moments_shape
 from ldm_lab.training.memory import readable
-from ldm_lab.training.trial import Measured, Trial, num_bytes
+from ldm_lab.training.trial import Measured, Trial
 
 STEPS, SECONDS = 20, 20.0  # of a trial, whichever ends first
 ENCODING_SECONDS = 5.0
@@ -132,7 +132,7 @@ def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | 
 
     The first stage lies in all snapshots as one file.
     """
-    networks = {name: num_bytes(network.state_dict()) for name, (_, network) in trial.module.exported().items()}
+    networks = {name: memory.num_bytes(network.state_dict()) for name, (_, network) in trial.module.exported().items()}
     result = sum(networks.values())
     count = max_images // snapshots if snapshots and trial.module.stage == "diffusion" else 0
     shared = networks["vqvae"]

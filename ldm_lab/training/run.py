@@ -14,7 +14,6 @@ from lightning import Trainer
 from ldm_lab import checkpoint, hub
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.serialization import LoadError
 from ldm_lab.settings import find
 from ldm_lab.training import memory
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.untrusted import LoadError
 
 
 def is_first_process() -> bool:

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 
 from ldm_lab import checkpoint
-from ldm_lab.serialization import LoadError, read_json, replacing, write_json
-from ldm_lab.untrusted import read_yaml
+from ldm_lab.saving import replacing, write_json
+from ldm_lab.untrusted import LoadError, read_json, read_yaml
 
 KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # of a config, flattened
 
@@ -83,7 +83,7 @@ class RunFolder:
         return config
 
     def clear_leftovers(self) -> None:
-        """Remove what a killed process was writing (see `serialization.replacing`)."""
+        """Remove what a killed process was writing (see `saving.replacing`)."""
         for path in [path for path in self.folder.rglob(".*.tmp") if path.is_file()]:
             path.unlink()
 

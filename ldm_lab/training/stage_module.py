@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_lab import checkpoint, randomness
-from ldm_lab.serialization import LoadError, PretrainedModel
+from ldm_lab.serialization import PretrainedModel
+from ldm_lab.untrusted import LoadError
 from ldm_lab.version import __version__
 
 

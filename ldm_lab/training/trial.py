@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from ldm_lab.data.datamodule import ImageDataModule
@@ -84,7 +82,7 @@ class Stopwatch(Callback):
             peak=memory.peak(module.device),
             seconds=[end - start for start, end in itertools.pairwise(self._ends)],
             images=trainer.datamodule.global_batch_size,
-            checkpoint=num_bytes(state),
+            checkpoint=memory.num_bytes(state),
         )
 
 
@@ -198,7 +196,7 @@ class Trial:
     def _reserve(self) -> int:
         """Bytes that a trial does not see: where there are several devices, the gradients on their way."""
         groups = self.module.parameter_groups() if self.world_size > 1 else []
-        return num_bytes([group["params"] for group in groups])
+        return memory.num_bytes([group["params"] for group in groups])
 
     def attempt(self, batch_size: int, **limits: Any) -> Measured:  # noqa: ANN401
         """`run` with the device's whole share of the global batch.
@@ -225,11 +223,6 @@ class Trial:
             f"data.image_size=[{height},{width}]: {takes}, even with one image at a time: lower it, or choose smaller"
             " networks with model="
         )
-
-
-def num_bytes(tree: Any) -> int:  # noqa: ANN401
-    """Bytes of the tensors in nested data."""
-    return sum(value.numel() * value.element_size() for value in tree_leaves(tree) if isinstance(value, Tensor))
 
 
 def _one_device(device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import yaml
 
 from ldm_lab import LDMPipeline, VQModel, checkpoint
 from ldm_lab.commands import convert
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, assert_close_relative
 from tests.interop.test_compvis_checkpoint import CHECKPOINT, IO, original_config
 

@@ -10,7 +10,7 @@ import torch
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.diffusion.golden import COMPVIS, diffusers_meta
 from tests.helpers import GOLDEN
 

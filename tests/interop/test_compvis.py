@@ -11,7 +11,7 @@ from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.nn.embedding import sinusoid
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, assert_close_relative
 
 FOLDER = GOLDEN / "compvis"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ldm_lab import AutoencoderKL, LDMPipeline, VQModel
 from ldm_lab.interop.compvis.checkpoint import read_state
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, Malicious, assert_close_relative
 
 FOLDER = GOLDEN / "compvis"

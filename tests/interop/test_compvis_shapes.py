@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ldm_lab import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from ldm_lab.interop.compvis import autoencoder, kl_config, shapes, unet, unet_config, unet_state, vq_config
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, assert_close_relative
 from tests.interop.test_compvis import CELEBAHQ, CHURCHES, KL_F4, VQ_F4
 from tests.interop.test_compvis_checkpoint import CHECKPOINT, IO, META, STATE, original_config

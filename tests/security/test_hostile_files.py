@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ldm_lab import LDMPipeline
-from ldm_lab.serialization import replacing
+from ldm_lab.saving import replacing
 from ldm_lab.states import find
 from ldm_lab.training.loggers.csv import MetricsCSV
 from ldm_lab.training.loggers.wandb import WandbLogger

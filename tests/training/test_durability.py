@@ -20,12 +20,13 @@ import torch
 from lightning import Callback
 
 from ldm_lab import checkpoint, states
-from ldm_lab.serialization import LoadError, SaveError, replacing
+from ldm_lab.saving import SaveError, replacing
 from ldm_lab.training import checkpoint_io, memory
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.same_start import SameStart
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.host_copy import HostCopy
+from ldm_lab.untrusted import LoadError
 from tests.runs import assert_equal, copy, last_checkpoint, metrics, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ from torch import nn
 
 from ldm_lab import LDMPipeline, VQModel, checkpoint
 from ldm_lab.models.codebook import CodebookUsage
-from ldm_lab.serialization import LoadError
 from ldm_lab.training import initial
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
+from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
 from tests.runs import metrics, train

@@ -14,7 +14,8 @@ from ldm_lab.data.images import FolderImages
 from ldm_lab.images import to_pil, to_unit
 from ldm_lab.metrics.reconstruction import psnr
 from ldm_lab.training import plan, preview
-from ldm_lab.training.trial import Measured, Trial, num_bytes
+from ldm_lab.training.memory import num_bytes
+from ldm_lab.training.trial import Measured, Trial
 from tests.runs import undisturbed
 from tests.training.stages import tiny
 

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from ldm_lab.errors import ended_by
-from ldm_lab.serialization import LoadError
 from ldm_lab.training import device
 from ldm_lab.training.run import first_stage, is_first_process, lengthened
 from ldm_lab.training.run_folder import RunFolder, differences, flatten
 from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup
+from ldm_lab.untrusted import LoadError
 
 CONFIG = {
     "resume": "auto",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ldm_lab.training import memory
-from ldm_lab.training.trial import Trial, num_bytes
+from ldm_lab.training.memory import num_bytes
+from ldm_lab.training.trial import Trial
 from tests.runs import last_checkpoint, undisturbed
 from tests.training.stages import trial
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lab.interop.compvis.translate import CONV, ITSELF, Module, check, check_first, check_sizes, linear, rename
-from ldm_lab.serialization import LoadError
+from ldm_lab.untrusted import LoadError
 
 # Names below a module, theirs -> ours.
 _RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}

@@ -19,8 +19,7 @@ from ldm_lab.interop.compvis import shapes
 from ldm_lab.interop.compvis.original_config import OriginalConfig
 from ldm_lab.interop.compvis.unet import unet_state
 from ldm_lab.notices import say_once
-from ldm_lab.serialization import LoadError, read_torch
-from ldm_lab.untrusted import blaming, pickled_names
+from ldm_lab.untrusted import LoadError, blaming, pickled_names, read_torch
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 OF_A_FIRST_STAGE = "encoder.down.0.block.0."  # what a checkpoint of a first stage alone is known by

@@ -13,8 +13,7 @@ from typing_extensions import Self
 from ldm_lab.interop.compvis.autoencoder import kl_config, kl_model_state, vq_config, vq_model_state
 from ldm_lab.interop.compvis.translate import check
 from ldm_lab.interop.compvis.unet import unet_config
-from ldm_lab.serialization import LoadError
-from ldm_lab.untrusted import blaming, read_yaml
+from ldm_lab.untrusted import LoadError, blaming, read_yaml
 
 UNCONDITIONAL = "__is_unconditional__"
 

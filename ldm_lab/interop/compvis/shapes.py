@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.serialization import LoadError
-from ldm_lab.untrusted import MAX_LAYERS, MAX_LEVELS
+from ldm_lab.untrusted import MAX_LAYERS, MAX_LEVELS, LoadError
 
 State = dict[str, Tensor]
 

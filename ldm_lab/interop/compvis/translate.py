@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_lab.serialization import LoadError
-from ldm_lab.untrusted import MAX_CODES, MAX_LAYERS, MAX_LEVELS, MAX_WIDTH
+from ldm_lab.untrusted import MAX_CODES, MAX_LAYERS, MAX_LEVELS, MAX_WIDTH, LoadError
 
 ITSELF = {"": ""}  # the empty name stands for the module itself
 CONV = {"conv": "conv"}

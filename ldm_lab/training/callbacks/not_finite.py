@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ldm_lab.serialization import write_json
+from ldm_lab.saving import write_json
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trainer import Trainer
 

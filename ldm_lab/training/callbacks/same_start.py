@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from lightning import Callback, Trainer
 
-from ldm_lab.serialization import LoadError
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.untrusted import LoadError
 
 
 class SameStart(Callback):

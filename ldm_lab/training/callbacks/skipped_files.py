@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, Trainer
 from tqdm import tqdm
 
-from ldm_lab.serialization import replacing
+from ldm_lab.saving import replacing
 from ldm_lab.training.stage_module import StageModule
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldm_lab.serialization import LoadError, replacing
+from ldm_lab.saving import replacing
+from ldm_lab.untrusted import LoadError
 
 AXIS = "images_seen"
 
