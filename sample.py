@@ -15,8 +15,8 @@ USAGE = """Draw images from a trained model.
 
 Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder, training checkpoint, file of CompVis, hub name),
 original_config (of a file of CompVis; the one beside it is found by itself), num_samples, batch_size, seed, sampler
-(ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer. The same command again draws
-only what is missing."""
+(ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer, compile, and for large images tiling
+and slicing. The same command again draws only what is missing."""
 
 
 def job(overrides: list[str]) -> None:
@@ -46,15 +46,20 @@ def job(overrides: list[str]) -> None:
         enable_progress_bar=True,
         logger=False,
     )
+    if config.tiling:
+        pipe.vqvae.enable_tiling()
+    if config.slicing:
+        pipe.vqvae.enable_slicing()
     settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
+    settings |= {"compile": config.compile, "tiling": config.tiling}
     folder = Path(config.output or sampling.default_folder(state, settings))
     if is_first_process():
         images = state.images_seen
         stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
         print(f"{config.ckpt}: {stands}", flush=True)
         sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
-    module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta)
-    samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size)
+    module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta, config.compile)
+    samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size, full=config.compile)
     with watched():
         trainer.predict(module, datamodule=samples, return_predictions=False)
         trainer.strategy.barrier()

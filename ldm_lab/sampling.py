@@ -24,6 +24,7 @@ from ldm_lab.untrusted import read_json
 from ldm_lab.version import __version__
 
 MANIFEST = "manifest.json"
+ADDED = {"compile": False, "tiling": False}  # settings that older manifests do not have
 GRID_IMAGES = 64
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk of every PNG, with its checksum
 
@@ -37,20 +38,29 @@ class SamplingModule(LightningModule):
         seed: of all samples.
         steps: evaluations of the UNet.
         eta: 0 for deterministic DDIM.
+        compiled: whether the networks are compiled, once they are on their device.
     """
 
-    def __init__(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> None:
+    def __init__(
+        self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.networks = nn.ModuleList([pipe.vqvae, pipe.unet])  # so that Lightning moves them
         self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
+        self.compiled = compiled
         pipe.set_progress_bar_config(disable=True)
 
+    def on_predict_start(self) -> None:
+        """Lightning has moved the networks."""
+        if self.compiled:
+            self.pipe.compile()
+
     def predict_step(self, batch: Tensor, _: int) -> None:
-        """Indices `(B,)` -> B files."""
+        """Indices `(B,)` -> a file each, also where one is there twice."""
         indices = batch.tolist()
         generators = [randomness.generator(self.seed, "sample", index) for index in indices]
         images = self.pipe(len(indices), generators, self.eta, self.steps).images
-        for index, image in zip(indices, images, strict=True):
+        for index, image in dict(zip(indices, images, strict=True)).items():
             save_png(image, image_path(self.folder, index))
 
 
@@ -64,15 +74,16 @@ class MissingSamples(LightningDataModule):
         folder: where the images go.
         num_samples: how many there shall be.
         batch_size: images at a time on each device.
+        full: whether the last batch is as large as the others (see `loader`).
 
     Attributes:
         count: how many were missing; known when sampling has begun.
     """
 
-    def __init__(self, folder: Path, num_samples: int, batch_size: int) -> None:
+    def __init__(self, folder: Path, num_samples: int, batch_size: int, full: bool = False) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than devices
-        self.folder, self.num_samples, self.batch_size = folder, num_samples, batch_size
+        self.folder, self.num_samples, self.batch_size, self.full = folder, num_samples, batch_size, full
         self.count = 0
 
     def predict_dataloader(self) -> DataLoader:
@@ -80,7 +91,7 @@ class MissingSamples(LightningDataModule):
         trainer = self.trainer
         indices = trainer.strategy.broadcast(missing(self.folder, self.num_samples) if trainer.is_global_zero else [])
         self.count = len(indices)
-        return loader(indices, self.batch_size, trainer.global_rank, trainer.world_size)
+        return loader(indices, self.batch_size, trainer.global_rank, trainer.world_size, self.full)
 
 
 def image_path(folder: Path, index: int) -> Path:
@@ -111,9 +122,21 @@ def default_folder(state: State, settings: dict[str, Any]) -> Path:
     return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
 
 
-def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device."""
-    return DataLoader(indices[rank::world_size], batch_size=batch_size)  # type: ignore[arg-type]
+def loader(
+    indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False
+) -> DataLoader:
+    """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device.
+
+    Args:
+        indices: of all devices.
+        batch_size: how many at a time.
+        rank: of this device.
+        world_size: how many devices there are.
+        full: fill the last batch up with its last index: compiled networks know one batch size.
+    """
+    mine = indices[rank::world_size]
+    surplus = mine[-1:] * (-len(mine) % batch_size) if full else []
+    return DataLoader(mine + surplus, batch_size=batch_size)  # type: ignore[arg-type]
 
 
 def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +162,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
         _remove(unfinished)
         write_json(path, manifest)
         return
-    old, new = read_json(path), json.loads(json.dumps(manifest))
+    old, new = {**ADDED, **read_json(path)}, json.loads(json.dumps(manifest))
     changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
     if changed:
         values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)

@@ -153,7 +153,11 @@ def _is_ours(kind: type) -> bool:
 
 
 class PretrainedModel(Configurable, nn.Module):
-    """A network with a config: `from_pretrained`, `save_pretrained`, `device`, `dtype`."""
+    """A network with a config: `from_pretrained`, `save_pretrained`, `device`, `dtype`.
+
+    In those of this package the weights of convolutions lie with their channels innermost (`torch.channels_last`),
+    and the feature maps follow them: kernels are fastest so. Shapes, and the files that are written, are as always.
+    """
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +208,7 @@ class PretrainedModel(Configurable, nn.Module):
 
     @classmethod
     def from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: str) -> Self:
-        """Build from a config and the weights themselves, which are not copied, in evaluation mode.
+        """Build from a config and the weights themselves, in evaluation mode.
 
         Raises:
             LoadError: the config or a tensor is not of this class; the message begins with `origin`.
@@ -247,7 +251,10 @@ class PretrainedModel(Configurable, nn.Module):
                 raise LoadError(f"{origin}: {key} holds {state[key].dtype}, this {name} needs {value.dtype}")
             if not state[key].isfinite().all():
                 raise LoadError(f"{origin}: {key} holds values that are not finite (NaN or infinity)")
-        self.load_state_dict(_alike(state), strict=False, assign=assign)
+        state = _alike(state)
+        if assign:  # they come as their file has them
+            state = {key: _laid_out(value, own[key].stride()) for key, value in state.items()}
+        self.load_state_dict(state, strict=False, assign=assign)
 
     @classmethod
     def rename_legacy_keys(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,6 +268,13 @@ def _alike(state: dict[str, Tensor]) -> dict[str, Tensor]:
     types = [value.dtype for value in state.values() if value.dtype in FLOATS]
     largest = functools.reduce(torch.promote_types, types, types[0]) if types else None
     return {key: value.to(largest) if value.dtype in FLOATS else value for key, value in state.items()}
+
+
+def _laid_out(value: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A tensor with `stride`: itself, or a copy."""
+    if value.stride() == stride:
+        return value
+    return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:

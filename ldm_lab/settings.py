@@ -15,6 +15,7 @@ LOWEST = {
     "num_samples": 1, "batch_size": 1, "sampler.steps": 1,
 }  # fmt: skip
 WORDS = {"data.batch_size": ("auto",)}  # instead of a number
+SWITCHES = ("compile", "plan", "tiling", "slicing")
 CHOICES = {"data.latents": ("cached", "online"), "data.latents_dtype": ("float16", "bfloat16", "float32")}
 
 PACKAGE = Path(__file__).resolve().parent
@@ -34,6 +35,9 @@ def check(config: dict[str, Any]) -> None:
     for key, choices in CHOICES.items():
         if (value := find(config, key)) is not None and value not in choices:
             raise ValueError(f"{key}={value}: give {', '.join(choices[:-1])} or {choices[-1]}")
+    for key in SWITCHES:
+        if not isinstance(value := config.get(key, False), bool):
+            raise ValueError(f"{key}={value}: must be true or false")
     cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
     if cached and find(config, "data.module.train_set.random_crop"):
         raise ValueError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")

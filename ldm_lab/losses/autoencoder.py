@@ -114,7 +114,7 @@ class FirstStageLoss(nn.Module):
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         loss = generator_hinge(functional_call(self.discriminator, frozen, (reconstruction,)))
         weight = self.adversarial.weight * adaptive_weight(scaled_nll, loss, last_layer, self.adversarial.max_weight)
-        factor = loss.new_tensor(self.adversarial.generator_factor(images_seen))
+        factor = loss.new_full((), self.adversarial.generator_factor(images_seen))
         return factor * weight * loss, {"generator": loss, "d_weight": weight, "factor": factor}
 
     def _discriminator(self, real: Tensor, fake: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:

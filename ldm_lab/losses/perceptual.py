@@ -86,8 +86,10 @@ class LPIPS(PerceptualDistance):
             ValueError: the weights of VGG16 cannot be had, or the file holds something else.
         """
         if not self._networks:
-            network = nn.ModuleDict({"features": _vgg16_features(self.weights), "heads": _linear_heads()})
-            self._networks = (network.eval().requires_grad_(False),)
+            statistics = nn.ParameterList(torch.tensor(values).view(1, 3, 1, 1) for values in (self.shift, self.scale))
+            parts = {"statistics": statistics, "features": _vgg16_features(self.weights), "heads": _linear_heads()}
+            network = nn.ModuleDict(parts)
+            self._networks = (network.to(memory_format=torch.channels_last).eval().requires_grad_(False),)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, 3, H, W)` twice, in [-1, 1], sides of at least 16 -> `(B,)`, float32."""
@@ -107,9 +109,8 @@ class LPIPS(PerceptualDistance):
 
     def _features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
         """The five feature maps `(B, C, h, w)` of `images`."""
-        images = images.float()
-        shift, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.shift, self.scale))
-        hidden, taps = (images - shift) / scale, []
+        shift, scale = network["statistics"]
+        hidden, taps = (images.float() - shift) / scale, []
         for i, layer in enumerate(network["features"]):
             hidden = layer(hidden)
             if i in _TAPS:

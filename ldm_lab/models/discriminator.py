@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,6 +34,7 @@ class PatchDiscriminator(nn.Module):
         layers.append(nn.Conv2d(widths[-1], 1, kernel_size=4, padding=1))
         self.main = nn.Sequential(*layers)
         self.apply(_initialise)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, positive for real: `(B, C, H, W)` in [-1, 1] -> `(B, 1, h, w)`, 30 × 30 of them for 256 × 256."""

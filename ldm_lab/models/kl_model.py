@@ -79,6 +79,7 @@ class AutoencoderKL(FirstStage):
         self.decoder = self._make_decoder()
         self.quant_conv = nn.Conv2d(moments, moments, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
+        self.to(memory_format=torch.channels_last)
 
     @property
     def embed_dim(self) -> int:

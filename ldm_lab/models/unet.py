@@ -134,6 +134,7 @@ class UNet2DModel(GradientCheckpointing, PretrainedModel):
         self.up_blocks = self._up_blocks(resnet, attention)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.to(memory_format=torch.channels_last)
 
     @property
     def library(self) -> str:

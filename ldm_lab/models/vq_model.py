@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ldm_lab.models.arguments import require, require_input, require_positive
@@ -82,6 +83,7 @@ class VQModel(FirstStage):
         self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim)
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
         self.decoder = self._make_decoder()
+        self.to(memory_format=torch.channels_last)
 
     @property
     def embed_dim(self) -> int:

@@ -14,6 +14,7 @@ class EMA(nn.Module):
 
     The decay warms up as min(decay, (1 + n) / (10 + n)), so that the random initial weights are soon
     forgotten. Parameters are averaged; buffers are copied, because counters and schedules have no mean.
+    An update is one pass over the weights, and the host does not wait for it.
 
     Attributes:
         model: the copy, in evaluation mode. As a submodule it moves and is saved with its owner.
@@ -31,6 +32,8 @@ class EMA(nn.Module):
         self.max_decay = decay
         self.model = copy.deepcopy(network).float().eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self._known_updates: int | None = 0  # spares asking the device; None: another count was loaded
+        self.register_load_state_dict_post_hook(_forget_updates)
 
     def decay(self, n: int) -> float:
         """The decay at update n, which counts from 1."""
@@ -44,8 +47,10 @@ class EMA(nn.Module):
             ValueError: `network` has other parameters or buffers than the one this average was made of.
         """
         averages, values = _aligned(self.model.named_parameters(), network.named_parameters())
+        before = int(self.num_updates) if self._known_updates is None else self._known_updates
+        self._known_updates = before + 1
         self.num_updates += 1
-        weight = 1 - self.decay(int(self.num_updates))
+        weight = 1 - self.decay(self._known_updates)
         torch._foreach_lerp_(averages, [value.to(mean) for mean, value in zip(averages, values, strict=True)], weight)
         copies, values = _aligned(self.model.named_buffers(), network.named_buffers())
         for copied, value in zip(copies, values, strict=True):
@@ -56,6 +61,10 @@ class EMA(nn.Module):
         super().train(mode)
         self.model.eval()
         return self
+
+
+def _forget_updates(ema: EMA, _: object) -> None:
+    ema._known_updates = None
 
 
 def _aligned(

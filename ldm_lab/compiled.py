@@ -1,0 +1,37 @@
+"""Networks compiled in place for inference: their state dicts keep their keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def compile_for_inference(network: nn.Module, graphs: bool = False) -> None:
+    """Let the calls of a network go through `torch.compile`; it is compiled when called, once for each shape.
+
+    On a CPU its weights become constants of the code, packed as the kernels want them: calls under `torch.no_grad`
+    do not see what changes them in place afterwards (an optimizer's step, `load_state_dict`). Replacing them, as
+    `network.to(dtype)` does, compiles again.
+
+    Args:
+        network: on the device where it is to run.
+        graphs: on a GPU, launch its kernels as one CUDA graph. What it returns is overwritten by the next call.
+    """
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    network.compile(dynamic=False, mode="reduce-overhead" if graphs and not on_cpu else None)
+    if on_cpu:
+        _freeze(network)
+
+
+def _freeze(network: nn.Module) -> None:
+    """`compile(options={"freezing": True})` is not enough: tracing looks at the setting of the whole process."""
+    from torch._inductor import config
+
+    compiled = network._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with config.patch(freezing=True):  # of nothing but this call, which may be the one that compiles
+            return compiled(*args, **kwargs)
+
+    network._compiled_call_impl = call
