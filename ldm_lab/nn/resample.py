@@ -39,8 +39,8 @@ class Upsample(nn.Module):
     """Every pixel four times, then a 3x3 convolution.
 
     Both are one transposed convolution: an output pixel meets 2x2 pixels of the small map, each under the sum of the
-    taps that would meet its copies, which is 16 multiplications instead of 36. That pays in evaluation, and where the
-    map is not so small that making the kernel takes longer.
+    taps that would meet its copies, which is 16 multiplications instead of 36. That pays where the map is not so small
+    that making the kernel takes longer.
     """
 
     SMALL = 16 * 16  # positions
@@ -51,7 +51,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """`(B, C, H, W) -> (B, C, 2H, 2W)`."""
-        if self.training or x.shape[-2] * x.shape[-1] <= self.SMALL:
+        if x.shape[-2] * x.shape[-1] <= self.SMALL:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)
 
