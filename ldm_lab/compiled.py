@@ -10,9 +10,9 @@ from torch import nn
 def compile_for_inference(network: nn.Module, graphs: bool = False) -> None:
     """Let the calls of a network go through `torch.compile`; it is compiled when called, once for each shape.
 
-    On a CPU its weights become constants of the code, packed as the kernels want them: calls under `torch.no_grad`
-    do not see what changes them in place afterwards (an optimizer's step, `load_state_dict`). Replacing them, as
-    `network.to(dtype)` does, compiles again.
+    On a CPU its weights become constants of the code, most of them packed as the kernels want them: calls under
+    `torch.no_grad` see what changes them in place afterwards (an optimizer's step, `load_state_dict`) in part or not at
+    all. Replacing them, as `network.to(dtype)` does, compiles again.
 
     Args:
         network: on the device where it is to run.

@@ -106,10 +106,9 @@ class LDMPipeline:
         return self
 
     def compile(self) -> Self:
-        """Compile both networks in place, where they are: the first call takes minutes, those with its shapes go faster.
+        """Compile both networks in place, for the device where they are: a first call of each batch size takes minutes.
 
-        Pixels are those of before up to rounding. Weights must not change any more (see `compile_for_inference`). Each
-        new batch size or image size is compiled again, and after a few of them no more.
+        Images are as before, up to rounding. Weights may not change any more (see `compile_for_inference`).
         """
         compile_for_inference(self.unet, graphs=True)
         compile_for_inference(self.vqvae.decoder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ldm_lab import checkpoint, randomness
-from ldm_lab.images import grid, save_png
+from ldm_lab.images import grid, save_png, save_pngs
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.saving import replacing, write_json
 from ldm_lab.states import State
@@ -60,8 +60,7 @@ class SamplingModule(LightningModule):
         indices = batch.tolist()
         generators = [randomness.generator(self.seed, "sample", index) for index in indices]
         images = self.pipe(len(indices), generators, self.eta, self.steps).images
-        for index, image in dict(zip(indices, images, strict=True)).items():
-            save_png(image, image_path(self.folder, index))
+        save_pngs({image_path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
 
 
 class MissingSamples(LightningDataModule):
@@ -122,9 +121,7 @@ def default_folder(state: State, settings: dict[str, Any]) -> Path:
     return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
 
 
-def loader(
-    indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False
-) -> DataLoader:
+def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False) -> DataLoader:
     """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device.
 
     Args:

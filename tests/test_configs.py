@@ -93,7 +93,7 @@ ROUTES = [
     ("++model.ema.decay=0.5", "model.ema.decay", [None, 0.5]),
     ("+callbacks.mine._target_=torch.nn.GELU", "callbacks.mine._target_", ["torch.nn.GELU", "torch.nn.GELU"]),
     ("~callbacks.throughput", "callbacks.throughput", [None, None]),
-    ("trainer=ddp", "trainer.strategy", ["ddp", "ddp"]),
+    ("trainer=ddp", "trainer.strategy.gradient_as_bucket_view", [True, True]),
     ("trainer.devices=4", "trainer.devices", [4, 4]),
     ("callbacks=diffusion", "callbacks.sample_grid.steps", [None, 20]),
 ]
@@ -125,7 +125,8 @@ def test_groups_can_be_exchanged():
     for config in compose("experiment=celebahq", "logger=csv", "callbacks=none", "trainer=ddp", "trainer.devices=2"):
         assert (list(config.logger), config.callbacks) == (["csv"], {})
         # trainer=ddp inherits the defaults
-        assert (config.trainer.strategy, config.trainer.use_distributed_sampler) == ("ddp", False)
+        assert config.trainer.strategy.gradient_as_bucket_view
+        assert not config.trainer.use_distributed_sampler
     tiny = compose("experiment=celebahq", "debug=tiny", "logger=csv", "callbacks=none")
     assert [len(build_all(config.logger, "logger")) for config in tiny] == [1, 1]
     assert [build_all(config.callbacks, "callbacks") for config in tiny] == [[], []]

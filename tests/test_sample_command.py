@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
 import sample
 from ldm_lab.config import ConfigError
+from ldm_lab.models.tiling import Tiles
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling import image_path
 from tests.helpers import GOLDEN, contents
@@ -74,6 +76,9 @@ def test_the_command_refuses_other_settings(tmp_path):
         ({"sampler.steps": 1001}, "num_inference_steps"),
         ({"sampler": "euler"}, "sampler=euler"),
         ({"sampler": "ddpm", "sampler.eta": 0.5}, r"sampler\.eta=0\.5: ddpm has none"),
+        ({"compile": "maybe"}, "^compile=maybe: must be true or false"),
+        ({"tiling": 64}, "^tiling=64: must be true or false"),
+        ({"slicing": "null"}, "^slicing=None: must be true or false"),
         ({"sampler.colour": "red"}, r"sampler\.colour=red: no such key"),
     ],
 )
@@ -83,6 +88,39 @@ def test_the_command_refuses_what_cannot_be(tmp_path, settings, message):
         sample.job(command(output, **settings))
     assert "\n" not in str(error.value)
     assert not (output / "images").exists()
+
+
+def test_tiles_and_slices_are_settings(tmp_path, monkeypatch):
+    seen = []
+    decode = LDMPipeline.decode
+    monkeypatch.setattr(
+        LDMPipeline, "decode", lambda pipe, z: seen.append((pipe.vqvae.tiles, pipe.vqvae.slicing)) or decode(pipe, z)
+    )
+    sample.job(command(tmp_path / "plain", num_samples=2, batch_size=2))
+    sample.job(command(tmp_path / "parts", num_samples=2, batch_size=2, tiling="true", slicing="true"))
+    assert seen == [(None, False), (Tiles(64, 16), True)]
+    images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "parts")]
+    assert np.abs(images[0] - images[1]).max() <= 1  # 16 x 16 latents fit into a tile
+    with pytest.raises(ValueError, match="tiling: False -> True"):
+        sample.job(command(tmp_path / "plain", num_samples=3, tiling="true"))
+
+
+@pytest.mark.soak
+def test_compiled_networks_draw_the_same_images(tmp_path, monkeypatch):
+    """In several starts too, bit for bit: each batch is full. Nothing of it is left in the process."""
+    sample.job(command(tmp_path / "plain", num_samples=5, batch_size=2))
+    compiled = {"num_samples": 5, "batch_size": 2, "compile": "true"}
+    torch.compiler.reset()
+    counters.clear()
+    sample.job(command(tmp_path / "whole", **compiled))
+    assert counters["stats"]["unique_graphs"] == 2  # the UNet and the decoder, of one batch size
+    assert counters["inductor"]["binary_folding"] + counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] > 0
+    assert not torch._inductor.config.freezing
+    sample.job(command(tmp_path / "parts", **{**compiled, "num_samples": 3}))
+    sample.job(command(tmp_path / "parts", **compiled))
+    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
+    images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("plain", "whole")]
+    assert np.abs(images[0] - images[1]).max() <= 1
 
 
 def test_a_model_must_be_given_and_be_there(tmp_path):

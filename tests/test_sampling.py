@@ -101,6 +101,28 @@ def test_sample_i_is_the_same_in_any_batch(pipe, tmp_path, monkeypatch, name):
     assert np.abs(pictures[1].astype(int) - pictures[3]).max() <= 1
 
 
+@pytest.mark.parametrize(("count", "world_size"), [(5, 1), (7, 2), (2, 3), (0, 1), (4, 1)])
+def test_full_batches_hold_each_index_and_their_last_again(count, world_size):
+    indices = list(range(10, 10 + count))
+    parts = [[b.tolist() for b in loader(indices, 2, rank, world_size, full=True)] for rank in range(world_size)]
+    assert all(len(batch) == 2 for part in parts for batch in part)
+    assert sorted({index for part in parts for batch in part for index in batch}) == indices
+    assert sum(map(len, parts)) == sum(-(-len(indices[rank::world_size]) // 2) for rank in range(world_size))
+
+
+def test_what_fills_a_batch_up_is_drawn_alike_and_written_once(pipe, tmp_path, monkeypatch):
+    """Compiled where the networks are by then; the call of `compile` alone takes minutes."""
+    compiled, written = [], []
+    monkeypatch.setattr(LDMPipeline, "compile", lambda pipe: compiled.append(pipe.device))
+    save = sampling.save_pngs
+    monkeypatch.setattr(sampling, "save_pngs", lambda images: written.append(list(images)) or save(images))
+    module = SamplingModule(pipe, tmp_path, seed=5, steps=2, eta=0.0, compiled=True)
+    predict(module, [3, 4, 5, 5], batch_size=2)
+    assert compiled == [torch.device("cpu")]
+    assert written == [[sampling.image_path(tmp_path, index) for index in batch] for batch in ([3, 4], [5])]
+    assert missing(tmp_path, 6) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sample_i_is_what_the_pipeline_draws_from_its_generator(pipe, tmp_path, eta):
     predict(SamplingModule(pipe, tmp_path, seed=5, steps=2, eta=eta), [7], batch_size=4)
@@ -191,6 +213,16 @@ def test_samples_of_other_settings_stay_untouched(pipe, tmp_path, change, messag
     with pytest.raises(ValueError, match=rf"holds samples of other settings \({message}\): choose another output="):
         claim(tmp_path, {**manifest, **change})
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", ["compile", "tiling"])
+def test_samples_of_before_there_was_a_setting_are_those_without_it(pipe, tmp_path, key):
+    manifest = describe(pipe, "runs/demo", SETTINGS)
+    claim(tmp_path, manifest)
+    write_images(tmp_path, 1)
+    claim(tmp_path, {**manifest, key: False})
+    with pytest.raises(ValueError, match=f"{key}: False -> True"):
+        claim(tmp_path, {**manifest, key: True})
 
 
 def test_another_noise_schedule_is_another_setting(pipe, tmp_path):

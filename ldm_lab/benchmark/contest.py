@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ldm_lab.training import memory
@@ -32,14 +34,16 @@ class Contestant:
         name: in the table.
         run: does it once; what it returns is compared with the others' where it is a tensor.
         images: of one run; 0: it has none.
-        networks: to compile, where that is asked for.
+        dtype: in which it computes; None: it does not.
+        compile: compiles its networks, where that is asked for.
         rest: seconds of each run that went neither into forward nor into backward, where `run` notes them.
     """
 
     name: str
     run: Callable[[], Tensor | None]
     images: int = 0
-    networks: Sequence[nn.Module] = ()
+    dtype: torch.dtype | None = None
+    compile: Callable[[], object] | None = None
     rest: list[float] = field(default_factory=list)
 
 
@@ -52,6 +56,7 @@ class Timing:
         cpu_seconds: of each run, by this process on all its cores: less than the clock's where others compute.
         flops: floating-point operations of one run, two to a multiply-add, of products and convolutions.
         peak: bytes in use at most, by this process on a CPU (the other contestants' networks included).
+        grown: bytes that the first run took beside what was in use before it.
         output: of the last run.
     """
 
@@ -59,6 +64,7 @@ class Timing:
     cpu_seconds: list[float] = field(default_factory=list)
     flops: int = 0
     peak: int = 0
+    grown: int = 0
     output: Tensor | None = None
 
     @property
@@ -79,12 +85,12 @@ def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device
     timings = [Timing() for _ in contestants]
     for contestant, timing in zip(contestants, timings, strict=True):
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            contestant.run()
+            timing.grown = _grown(contestant, device)
         timing.flops = counter.get_total_flops()
-        if compiled and contestant.networks:
-            for network in contestant.networks:
-                network.compile()
+        if compiled and contestant.compile:
+            contestant.compile()
             contestant.run()
+            timing.grown = _grown(contestant, device)
         contestant.rest.clear()
     for _ in range(rounds):
         for contestant, timing in zip(contestants, timings, strict=True):
@@ -100,6 +106,17 @@ def _run_once(contestant: Contestant, timing: Timing, device: torch.device) -> N
     timing.seconds.append(time.perf_counter() - start)
     timing.cpu_seconds.append(time.process_time() - cpu_start)
     timing.peak = max(timing.peak, memory.peak(device))
+
+
+def _grown(contestant: Contestant, device: torch.device) -> int:
+    """Bytes that a run takes; not of one that is timed, as what lies free in the process is given back first."""
+    with contextlib.suppress(OSError, AttributeError):  # where the C library is another
+        ctypes.CDLL(None).malloc_trim(0)
+    memory.reset_peak(device)
+    before = memory.peak(device)
+    contestant.run()
+    synchronize(device)
+    return memory.peak(device) - before
 
 
 def synchronize(device: torch.device) -> None:
@@ -131,6 +148,8 @@ def row(contestant: Contestant, timing: Timing, peak: float) -> dict[str, Any]:
         "gflops": rate / 1e9 if timing.flops else None,
         "share_of_peak": rate / peak if timing.flops else None,
         "peak_bytes": timing.peak,
+        "grown_bytes": timing.grown,
+        "mb_per_image": timing.grown / 2**20 / contestant.images if contestant.images else None,
         "seconds": timing.seconds,
     }
     if contestant.rest:

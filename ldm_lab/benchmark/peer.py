@@ -39,4 +39,6 @@ def pipeline(own: LDMPipeline) -> Any:  # noqa: ANN401
     scheduler = diffusers.DDIMScheduler.from_config(dict(own.scheduler.config))
     theirs = diffusers.LDMPipeline(vqvae=network(own.vqvae), unet=network(own.unet), scheduler=scheduler)
     theirs.set_progress_bar_config(disable=True)
+    # What autocast leaves in bfloat16 it cannot make an array of.
+    theirs.vqvae.decoder.register_forward_hook(lambda _, inputs, output: output.float())
     return theirs

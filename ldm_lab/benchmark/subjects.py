@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from torch import Tensor, nn
 from ldm_lab import stages
 from ldm_lab.benchmark import peer
 from ldm_lab.benchmark.contest import Contestant, synchronize
+from ldm_lab.compiled import compile_for_inference
 from ldm_lab.config import DictConfig, Recipe, build
 from ldm_lab.data.transforms import parse_size
+from ldm_lab.images import save_pngs, to_pil
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.training.callbacks.not_finite import gradient_norms
+from ldm_lab.training.ema import EMA
 from ldm_lab.training.latents import latent_shape
 
 
@@ -29,7 +35,9 @@ class Subject:
         batch_size: images of one run.
         steps: of sampling.
         dtype: float32, or bfloat16: of sampling's and encoding's networks, of training under autocast.
-        against: whether diffusers takes part, always in float32.
+        peer_dtype: of diffusers: float32, or bfloat16 under autocast.
+        against: whether diffusers takes part.
+        folder: for files.
     """
 
     pipe: LDMPipeline
@@ -37,7 +45,9 @@ class Subject:
     batch_size: int
     steps: int
     dtype: torch.dtype
+    peer_dtype: torch.dtype
     against: bool
+    folder: Path
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +61,10 @@ class Subject:
     def generator(self) -> torch.Generator:
         """Of the starting noise, the same whenever it is asked for; on the CPU, the peer takes no other."""
         return torch.Generator().manual_seed(0)
+
+    def peer_context(self) -> torch.autocast:
+        """Around what diffusers computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.peer_dtype is torch.bfloat16)
 
     def noise(self) -> Tensor:
         """Normal, as latents are, `(B, C, h, w)`."""
@@ -79,19 +93,25 @@ def load(
 
 
 def sample(subject: Subject) -> list[Contestant]:
-    """The whole pipeline: from noise to pixels in [0, 1]."""
+    """The whole pipeline: from noise to PNG files; pixels in [0, 1] are compared."""
     pipe = subject.pipe
     theirs = peer.pipeline(pipe) if subject.against else None
     pipe.to(dtype=subject.dtype).set_progress_bar_config(disable=True)
 
     def own() -> Tensor:
-        return torch.from_numpy(pipe(**settings, generator=subject.generator()).images)
+        images = pipe(**settings, generator=subject.generator(), output_type="pt").images  # (B, 3, H, W)
+        save_pngs({subject.folder / f"own_{index}.png": image for index, image in enumerate(to_pil(images))})
+        return images
 
     def other() -> Tensor:
-        return torch.from_numpy(theirs(**settings, generator=subject.generator()).images)
+        with subject.peer_context():
+            images = theirs(**settings, generator=subject.generator(), output_type="np").images  # (B, H, W, 3)
+        for index, image in enumerate(theirs.numpy_to_pil(images)):
+            image.save(subject.folder / f"peer_{index}.png")
+        return torch.from_numpy(images).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
 
-    settings = {"batch_size": subject.batch_size, "num_inference_steps": subject.steps, "output_type": "np"}
-    return _pair(subject, own, other, [pipe.unet, pipe.vqvae.decoder])
+    settings = {"batch_size": subject.batch_size, "num_inference_steps": subject.steps}
+    return _pair(subject, own, other, pipe.compile)
 
 
 @torch.no_grad()
@@ -101,8 +121,8 @@ def encode(subject: Subject) -> list[Contestant]:
     theirs = peer.network(vqvae) if subject.against else None
     vqvae.to(dtype=subject.dtype)
     own = torch.no_grad()(lambda: vqvae.moments(images.to(subject.dtype)))
-    other = torch.no_grad()(lambda: _encoded(theirs, images))
-    return _pair(subject, own, other, [vqvae.encoder])
+    other = torch.no_grad()(lambda: _encoded(theirs, images, subject))
+    return _pair(subject, own, other, partial(compile_for_inference, vqvae.encoder))
 
 
 def train(subject: Subject) -> list[Contestant]:
@@ -119,14 +139,16 @@ def train(subject: Subject) -> list[Contestant]:
         theirs, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
         images = subject.images()
         average = Step(subject, theirs, lambda network: EMAModel(network.parameters(), decay=0.9999))
-        average.encode = torch.no_grad()(lambda: _encoded(vqvae, images))
-        average.dtype = torch.float32
+        average.encode = torch.no_grad()(lambda: _encoded(vqvae, images, subject))
+        average.dtype = subject.peer_dtype
         steps.append(average)
-    names = (f"ldm_lab {_short(subject.dtype)}, cached latents", "diffusers float32, encode in the step")
-    return [
-        Contestant(name, step, subject.batch_size, [step.network] if index == 0 else [], step.rest)
-        for index, (name, step) in enumerate(zip(names, steps, strict=False))
+    names = ("ldm_lab {}, cached latents", "diffusers {}, encode in the step")
+    found = [
+        Contestant(name.format(_short(step.dtype)), step, subject.batch_size, step.dtype, rest=step.rest)
+        for name, step in zip(names, steps, strict=False)
     ]
+    found[0].compile = steps[0].network.compile
+    return found
 
 
 class Step:
@@ -158,11 +180,13 @@ class Step:
         loss.backward()
         synchronize(self.device)
         start = time.perf_counter()
+        if isinstance(self.average, EMA):
+            gradient_norms(self.network)  # which training looks at in every step
         if self.clip:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip, foreach=True)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if hasattr(self.average, "update"):
+        if isinstance(self.average, EMA):
             self.average.update(self.network)
         else:
             self.average.step(self.network.parameters())
@@ -170,16 +194,18 @@ class Step:
         self.rest.append(time.perf_counter() - start)
 
 
-def _encoded(vqvae: nn.Module, images: Tensor) -> Tensor:
+def _encoded(vqvae: nn.Module, images: Tensor, subject: Subject) -> Tensor:
     """What diffusers' first stage of either kind encodes: latents, or moments."""
-    found = vqvae.encode(images)
+    with subject.peer_context():
+        found = vqvae.encode(images)
     return found.latents if hasattr(found, "latents") else found.latent_dist.parameters
 
 
-def _pair(subject: Subject, own: Callable, other: Callable, networks: list[nn.Module]) -> list[Contestant]:
+def _pair(subject: Subject, own: Callable, other: Callable, compile_own: Callable[[], object]) -> list[Contestant]:
     """Ours, and diffusers' where it takes part."""
-    first = Contestant(f"ldm_lab {_short(subject.dtype)}", own, subject.batch_size, networks)
-    return [first, Contestant("diffusers float32", other, subject.batch_size)][: 1 + subject.against]
+    first = Contestant(f"ldm_lab {_short(subject.dtype)}", own, subject.batch_size, subject.dtype, compile_own)
+    second = Contestant(f"diffusers {_short(subject.peer_dtype)}", other, subject.batch_size, subject.peer_dtype)
+    return [first, second][: 1 + subject.against]
 
 
 def _short(dtype: torch.dtype) -> str:

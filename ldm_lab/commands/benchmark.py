@@ -1,8 +1,9 @@
 """Time sampling, encoding, training steps, data loading and start-up, beside diffusers if asked for.
 
 Contestants take turns in one process. Networks have random weights where --ckpt names none: that changes no time.
-What is compared with: of sample and encode the namesakes in diffusers on the same weights, of train its modules with
-an encode in every step, each in float32; of data torchvision's ImageFolder; of import `import torch`.
+What is compared with: of sample (from noise to PNG files) and encode the namesakes in diffusers on the same weights, of
+train its modules with an encode in every step; of data torchvision's ImageFolder; of import `import torch`. What growth
+compares is itself: batches of 1 to 64, 10 to 200 steps, decoding 64 to 1024 pixels, data sets of 10^3 to 10^6 images.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from ldm_lab.benchmark.contest import Contestant, Timing, compare, matmul_peak, 
 from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
 
-MODELS = ("sample", "encode", "train")
+MODELS = ("sample", "encode", "train", "growth")
 KINDS = (*MODELS, "data", "import")
+DTYPES = ("float32", "bfloat16")
 
 
 def main(argv: list[str]) -> None:
@@ -49,10 +51,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m ldm_lab benchmark", description=__doc__, formatter_class=text)
     parser.add_argument("kind", choices=KINDS, help="what is timed")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the experiment, as for train.py")
-    parser.add_argument("--experiment", default="celebahq", help="whose networks and settings (default: %(default)s)")
+    whose = "whose networks and settings (default: celebahq; of growth: avatars)"
+    parser.add_argument("--experiment", help=whose)
     parser.add_argument("--ckpt", help="a model that is there, in place of random weights")
     parser.add_argument("--device", type=torch.device, help="default: the GPU where there is one, else the CPU")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of ours, not of the peer")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of ours (default: %(default)s)")
+    of_peer = "of the peer; bfloat16 is autocast (default: %(default)s)"
+    parser.add_argument("--peer-dtype", choices=DTYPES, default="float32", help=of_peer)
     parser.add_argument("--compile", action="store_true", help="torch.compile our networks, not the peer's")
     parser.add_argument("--against", choices=("diffusers",), help="time the peer, too (of data: torchvision)")
     parser.add_argument("--batch-size", type=int, default=4, help="images of one run (default: %(default)s)")
@@ -70,6 +75,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--output {options.output}: must be a new file in a folder that is there")
     if options.kind not in MODELS:
         options.device = torch.device("cpu")
+    if options.kind == "growth" and options.against:
+        raise ValueError("--against diffusers: growth shows our own cost alone")
+    options.experiment = options.experiment or ("avatars" if options.kind == "growth" else "celebahq")
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return options
 
@@ -88,28 +96,26 @@ def contestants(options: argparse.Namespace, folder: Path) -> list[Contestant]:
             root.mkdir(parents=True)
             loading.draw_pictures(root)
         return loading.loaders(root.absolute(), 256, options.batch_size, options.workers, against)
-    from ldm_lab.benchmark import subjects
+    from ldm_lab.benchmark import growth, subjects
 
     pipe, config = subjects.load(options.experiment, options.overrides, options.ckpt, options.device)
-    dtype = getattr(torch, options.dtype)
-    subject = subjects.Subject(pipe, config, options.batch_size, options.steps, dtype, against)
-    return getattr(subjects, options.kind)(subject)
+    dtypes = (getattr(torch, dtype) for dtype in (options.dtype, options.peer_dtype))
+    subject = subjects.Subject(pipe, config, options.batch_size, options.steps, *dtypes, against, folder)
+    return growth.contestants(subject) if options.kind == "growth" else getattr(subjects, options.kind)(subject)
 
 
 def report(options: argparse.Namespace, made: list[Contestant], timings: list[Timing]) -> dict[str, Any]:
     """All that was found, as plain data: the machine, a row each, and our ratio to every other."""
-    peak = matmul_peak(options.device, getattr(torch, options.dtype)) if options.kind in MODELS else 0.0
-    peer_peak = matmul_peak(options.device, torch.float32) if options.kind in MODELS else 0.0
+    dtypes = dict.fromkeys(one.dtype for one in made if one.dtype)
+    peaks = {dtype: matmul_peak(options.device, dtype) for dtype in dtypes}
     flags = {key: str(value) for key, value in vars(options).items() if value is not None}
-    rows = [
-        row(contestant, timing, peer_peak if index else peak)
-        for index, (contestant, timing) in enumerate(zip(made, timings, strict=True))
-    ]
-    ratios = {
-        contestant.name: compare(timings[0], timing, made[0].images or 1, contestant.images or 1)
-        for contestant, timing in zip(made[1:], timings[1:], strict=True)
-    }
-    return {"flags": flags, "machine": machine(options.device), "matmul_flops": peak, "rows": rows, "ratios": ratios}
+    rows = [row(one, timing, peaks.get(one.dtype, 0.0)) for one, timing in zip(made, timings, strict=True)]
+    ratios = {}
+    if options.kind != "growth":  # which has as many rows as sizes, not as contestants
+        for one, timing in zip(made[1:], timings[1:], strict=True):
+            ratios[one.name] = compare(timings[0], timing, made[0].images or 1, one.images or 1)
+    found = {"flags": flags, "machine": machine(options.device), "rows": rows, "ratios": ratios}
+    return {**found, "matmul_flops": {str(dtype).removeprefix("torch."): peak for dtype, peak in peaks.items()}}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -125,15 +131,17 @@ def machine(device: torch.device) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The table."""
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
-    if result["matmul_flops"]:
-        print(f"matrix products: {result['matmul_flops'] / 1e9:,.0f} GFLOP/s")
+    for dtype, peak in result["matmul_flops"].items():
+        print(f"matrix products in {dtype}: {peak / 1e9:,.0f} GFLOP/s")
     width = max(len(line["name"]) for line in result["rows"])
-    print(f"{'':{width}}  images/s  ms (median)     ms (min)       cpu ms   GFLOP/s  of peak  memory GB  overhead")
+    heads = "images/s  ms (median)     ms (min)       cpu ms   GFLOP/s  of peak  memory GB   run MB  MB/image  overhead"
+    print(f"{'':{width}}  {heads}")
     for line in result["rows"]:
         print(
             f"{line['name']:{width}}  {_cell(line['images_per_s'], 8, '.3f')}  {line['ms']:11,.1f}"
             f"  {line['ms_min']:11,.1f}  {line['cpu_ms']:11,.1f}  {_cell(line['gflops'], 8, ',.1f')}"
             f"  {_cell(line['share_of_peak'], 7, '.1%')}  {line['peak_bytes'] / 2**30:9.2f}"
+            f"  {line['grown_bytes'] / 2**20:7,.0f}  {_cell(line['mb_per_image'], 8, ',.1f')}"
             f"  {_cell(line.get('overhead'), 8, '.1%')}"
         )
     own = result["rows"][0]["name"]

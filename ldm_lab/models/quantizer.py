@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+MOST_DISTANCES = 2**25  # that are in memory together: 128 MiB
+
 
 class QuantizerInfo(NamedTuple):
     """Which codes a batch was given.
@@ -78,15 +80,19 @@ class VectorQuantizer(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """The number of the nearest code for each row: `(N, C) -> (N,)`.
 
-        |z|^2 is the same for all codes, so |e|^2 - 2 z.e decides. It is summed channel by channel, in one
-        N x n_e matrix: as a matrix product it would run in TF32 or bf16 where these are allowed, whose
-        errors are as large as the distance between neighbouring codes.
+        |z|^2 is the same for all codes, so |e|^2 - 2 z.e decides. It is summed channel by channel, in an
+        n x n_e matrix for n rows at a time: as a matrix product it would run in TF32 or bf16 where these are
+        allowed, whose errors are as large as the distance between neighbouring codes.
         """
         codes = self.embedding.weight.float()
-        scores = codes.square().sum(1).expand(len(latents), -1).clone()  # (n_e,) -> (N, n_e)
-        for latent, code in zip(latents.float().unbind(1), codes.unbind(1), strict=True):
-            scores.addcmul_(latent[:, None], code, value=-2)
-        return scores.argmin(1)
+        squares = codes.square().sum(1)  # (n_e,)
+        found = []
+        for rows in latents.float().split(max(1, MOST_DISTANCES // self.n_e)):
+            scores = squares.expand(len(rows), -1).clone()  # (n_e,) -> (n, n_e)
+            for latent, code in zip(rows.unbind(1), codes.unbind(1), strict=True):
+                scores.addcmul_(latent[:, None], code, value=-2)
+            found.append(scores.argmin(1))
+        return torch.cat(found)
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The codes with these numbers: `(..., C)`, or `(B, C, H, W)` if `shape` gives `(B, H, W, C)`."""

@@ -30,6 +30,7 @@ class FirstStageModule(StageModule):
         loss: reconstruction, latents and adversary; owns the discriminator.
         train: "all" of the autoencoder, or its "decoder" alone: latents stay as they are, and so does what a
             UNet knows of them.
+        gradient_checkpointing: compute its activations again in the backward pass instead of keeping them.
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
@@ -43,11 +44,14 @@ class FirstStageModule(StageModule):
         autoencoder: FirstStage,
         loss: FirstStageLoss,
         train: str = "all",
+        gradient_checkpointing: bool = False,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
         self.autoencoder, self.loss = autoencoder, loss
         choose_trained(autoencoder, train)
+        if gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
 
     def setup(self, stage: str) -> None:
         """Load what the perceptual loss needs now: if it cannot be had, before any data is read."""

@@ -32,6 +32,7 @@ class DiffusionModule(StageModule):
         objective: noise, target and weight of the denoising loss.
         ema: makes the moving average of a network.
         scaling_factor: a number, or "measure": 1 / std of the latents, taken once when training starts.
+        gradient_checkpointing: compute the UNet's activations again in the backward pass instead of keeping them.
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
@@ -49,12 +50,15 @@ class DiffusionModule(StageModule):
         objective: DenoisingObjective,
         ema: Callable[[UNet2DModel], EMA],
         scaling_factor: float | str = 1.0,
+        gradient_checkpointing: bool = False,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
         LDMPipeline(autoencoder, unet, scheduler)  # refuses parts that do not fit
         unet.zero_residuals()
         self.unet, self.ema = unet, ema(unet)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.scheduler, self.objective = scheduler, objective
         self.measures_scale = scaling_factor == "measure"

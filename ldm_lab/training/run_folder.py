@@ -24,7 +24,7 @@ KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # of a config, flattened
 HARMLESS_GROUPS = (
     "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
     "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "model.schedule", "plan",
-    "plugins", "optimized_metric",
+    "plugins", "optimized_metric", "model.gradient_checkpointing", "model.optimizer.fused",
 )  # fmt: skip
 HARMLESS_IN_DATA = (
     "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",

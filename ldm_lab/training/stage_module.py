@@ -67,6 +67,8 @@ class StageModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer; its learning rate follows the images of the steps taken."""
         optimizer = self.make_optimizer(self.parameter_groups())
+        # A fused one could undo the scaling of float16 itself; left to Lightning, gradients can be clipped before it.
+        optimizer._step_supports_amp_scaling = False
         images_per_step = self.trainer.datamodule.global_batch_size
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step * images_per_step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -79,6 +81,13 @@ class StageModule(LightningModule):
         for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
             group.update({key: value for key, value in new.items() if key != "params"})
             group["lr"] = new["lr"] * self.schedule(self.images_seen)
+        optimizer.load_state_dict(optimizer.state_dict())  # where it counts its steps depends on `fused`
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
+        """Copy from pinned memory, also what was drawn here: for other memory the host would wait."""
+        if device.type == "cuda":
+            batch = {key: part.pin_memory() if isinstance(part, Tensor) else part for key, part in batch.items()}
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Dropout and the like follow from (seed, images seen, rank), not from what was drawn before."""
@@ -91,6 +100,12 @@ class StageModule(LightningModule):
         """Add a batch `(B, ...)` of every rank to `images_seen`; an act of every `training_step`."""
         self.images_seen += len(images) * self.trainer.world_size
         self._log_images_seen()
+
+    def log(self, name: str, value: float | Tensor, **how: Any) -> None:  # noqa: ANN401
+        """Log a scalar. A number that no rank adds to stays on the host: to copy it, the host waits for the device."""
+        if not isinstance(value, Tensor) and not how.get("sync_dist"):
+            value = torch.tensor(value, dtype=torch.float64)
+        super().log(name, value, **how)
 
     def log_terms(self, prefix: str, terms: dict[str, Tensor], batch_size: int) -> None:
         """Log scalars as `prefix/name`, beside the images seen, which every logger takes as its axis.
@@ -113,7 +128,7 @@ class StageModule(LightningModule):
 
     def _log_images_seen(self) -> None:
         # float64: Lightning's default float32 cannot count past 16.7 million images.
-        seen = torch.tensor(float(self.images_seen), dtype=torch.float64)
+        seen = torch.tensor(self.images_seen, dtype=torch.float64)
         self.log("images_seen", seen, batch_size=1, sync_dist=not self.training)
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:

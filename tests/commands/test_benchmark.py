@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from ldm_lab.benchmark import growth
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, measure, row
 from ldm_lab.commands.benchmark import main
+from ldm_lab.data.latents import LatentCache
 
 CPU = torch.device("cpu")
 TINY = ["--experiment", "avatars", "debug=tiny", "--rounds", "2", "--batch-size", "2", "--device", "cpu"]
@@ -62,6 +64,79 @@ def test_overhead_is_what_forward_and_backward_did_not_take():
 def test_impossible_flags_are_refused(flags):
     with pytest.raises(ValueError, match=flags[0]):
         main(["encode", *flags])
+
+
+@pytest.mark.parametrize("kind", ["sample", "train"])
+def test_the_peer_may_run_in_bfloat16(tmp_path, kind, capsys):
+    pytest.importorskip("diffusers")
+    flags = ["--against", "diffusers", "--peer-dtype", "bfloat16", "--steps", "2", "--rounds", "1"]
+    main([kind, *TINY, *flags, "--output", str(tmp_path / "b.json")])
+    found = json.loads((tmp_path / "b.json").read_text())
+    (name,) = found["ratios"]
+    assert name.startswith("diffusers bfloat16")
+    assert found["matmul_flops"].keys() == {"float32", "bfloat16"}
+    if kind != "train":
+        assert 1e-4 < found["ratios"][name]["relative"] < 0.3
+
+
+def test_growth_has_a_row_for_each_size(tmp_path, monkeypatch, capsys):
+    sizes = {"BATCH_SIZES": (1, 2), "STEPS": (1, 3), "SIDES": (16, 64), "IMAGES": (20, 600), "LINKS": 100, "TILE": 8}
+    for name, value in sizes.items():
+        monkeypatch.setattr(growth, name, value)
+    flags = ["--rounds", "1", "--steps", "2", "--output", str(tmp_path / "b.json")]
+    main(["growth", "debug=tiny", "--device", "cpu", *flags])
+    found = json.loads((tmp_path / "b.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "sample, batch 1, 2 steps",
+        "sample, batch 2, 2 steps",
+        "sample, batch 1, 1 steps",
+        "sample, batch 1, 3 steps",
+        "decode 16 x 16",
+        "decode 64 x 64",
+        "decode 64 x 64, tiles",
+        "folder of 20 images",
+        "folder of 600 images",
+        "cache of 20 latents",
+        "cache of 600 latents",
+    ]
+    assert found["ratios"] == {}
+    assert rows["decode 64 x 64, tiles"]["gflops"] > 0
+    assert rows["folder of 600 images"]["gflops"] is None
+
+
+def test_linked_pictures_and_shards_are_whole_data_sets(tmp_path):
+    growth.link_pictures(tmp_path / "pictures", 20_500)
+    assert sum(1 for _ in (tmp_path / "pictures").rglob("*.png")) == 20_500
+    cache = LatentCache(tmp_path, {}, 1030, (1, 1, 2, 2), "float16")
+    growth.link_shards(cache)
+    assert cache.missing() == []
+    assert [len(cache.open(shard).moments[:]) for shard in cache.shards] == [33] * 31 + [7]
+
+
+def test_memory_of_a_run_is_what_it_adds():
+    device, kept = torch.device("cpu"), [torch.ones(2**22)]  # 16 MiB that were there before
+    timing = measure([Contestant("", lambda: (kept[0] * 2).sum() and None, images=2)], 1, device, compiled=False)[0]
+    assert 15 * 2**20 < timing.grown < 24 * 2**20
+    assert row(Contestant("", lambda: None, images=2), timing, 1.0)["mb_per_image"] == timing.grown / 2**21
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to be measured")
+@pytest.mark.parametrize("kind", ["sample", "train"])
+def test_a_gpu_is_measured_end_to_end(tmp_path, kind):
+    """What `docs/performance.md` asks of a GPU is in the table, in bfloat16 and against bfloat16."""
+    pytest.importorskip("diffusers")
+    flags = ["--dtype", "bfloat16", "--against", "diffusers", "--peer-dtype", "bfloat16", "--steps", "2"]
+    main([kind, *TINY[:-1], "cuda", *flags, "--output", str(tmp_path / "b.json")])
+    for line in json.loads((tmp_path / "b.json").read_text())["rows"]:
+        assert line["images_per_s"] > 0
+        assert 0 < line["share_of_peak"] < 1
+        assert line["mb_per_image"] > 0
+
+
+def test_growth_has_no_peer():
+    with pytest.raises(ValueError, match="--against diffusers: growth"):
+        main(["growth", "--against", "diffusers"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -119,3 +119,13 @@ def test_the_codebook_is_the_only_tensor_and_starts_small():
     quantizer = VectorQuantizer(64, 3)
     assert set(quantizer.state_dict()) == {"embedding.weight"}
     assert quantizer.embedding.weight.abs().max() <= 1 / 64
+
+
+def test_distances_are_taken_in_parts(monkeypatch):
+    """As many rows at a time as memory is given to; the codes are the same."""
+    quantizer = VectorQuantizer(7, 3)
+    latents = torch.randn(50, 3)
+    whole = quantizer.nearest(latents)
+    for most in (1, 30, 7 * 50):
+        monkeypatch.setattr("ldm_lab.models.quantizer.MOST_DISTANCES", most)
+        assert torch.equal(quantizer.nearest(latents), whole)

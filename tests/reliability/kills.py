@@ -26,7 +26,7 @@ from train import job
 ROOT = Path(__file__).resolve().parents[2]
 FILE_EVENTS = ("open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-TIME_LIMIT = 240  # seconds, for one start
+TIME_LIMIT = 900  # seconds, for one start, in which networks may be compiled
 
 # Its first process imports this module, and with it torch and Lightning; each start is a fork of that.
 processes = multiprocessing.get_context("forkserver")

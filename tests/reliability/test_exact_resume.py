@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.helpers import assert_close_relative
 from tests.reliability.kills import ROOT, SEED, TALLY, TIME_LIMIT, Moment, start
 from tests.reliability.sameness import assert_same_run
-from tests.runs import final_weights
+from tests.runs import assert_equal, final_weights
 
 INTERVAL, STEP = 16, 8  # images between checkpoints, and of a step, of debug=tiny
 
@@ -34,6 +36,7 @@ VARIANTS = {
     "vq, two processes, accumulation": ((*VQ, CSV, "data.batch_size=2", *TWO), 2),
     "kl, two processes, loaders": ((*KL, CSV, LOADERS, *TWO), 2),
 }
+COMPILED = {"vq, compiled": ((*VQ, CSV, "compile=true"), 1)}  # apart: compiling takes minutes
 
 # In the order in which a run meets them.
 NAMED = {
@@ -69,6 +72,16 @@ NAMED = {
     "before stage 2 counts as finished": Moment("rename diffusion/status.json", 2),
 }
 
+# While stage 2 encodes its four shards.
+ENCODING = {
+    "before the cache is named": Moment("rename latents/.*/meta.json"),
+    "when the first shard is claimed": Moment("open latents/.*/00000.lock"),
+    "while the first shard is written": Moment("open latents/.*/.00000.safetensors.PID.tmp", delay=0.001),
+    "before a shard has its name": Moment("rename latents/.*/.*.safetensors", 2),
+    "when a shard has its name": Moment("remove latents/.*/.0000..safetensors.PID.tmp", 3),
+    "before its claim is given back": Moment("remove latents/.*.lock"),
+}
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
@@ -78,7 +91,7 @@ def undisturbed(tmp_path_factory):
     def run(variant):
         if variant not in done:
             runs = tmp_path_factory.mktemp("undisturbed") / "runs"
-            overrides, world_size = VARIANTS[variant]
+            overrides, world_size = {**VARIANTS, **COMPILED}[variant]
             events = start(runs, [*overrides, "debug=tiny"], world_size=world_size).events
             done[variant] = the_run(runs), events
         return done[variant]
@@ -93,20 +106,20 @@ def numbers(request):
 
 
 def the_run(runs):
-    (run,) = (path for path in runs.iterdir() if path.is_dir())
+    (run,) = (path for path in runs.iterdir() if path.is_dir() and path.name != "cache")
     return run
 
 
-def kill_repeatedly(runs, variant, moments):
+def kill_repeatedly(runs, variant, moments, *further):
     """Start a run, kill it at the `moments`, one a start, and let it come to its end; returns the starts.
 
     Each start goes on where the last checkpoint says, and repeats an interval at most: that, and what was trained
     while a checkpoint was being written.
     """
-    overrides, world_size = VARIANTS[variant]
+    overrides, world_size = {**VARIANTS, **COMPILED}[variant]
     starts = []
     for moment in [*moments, None]:
-        starts.append(start(runs, [*overrides, "debug=tiny"], moment, world_size))
+        starts.append(start(runs, [*overrides, "debug=tiny", *further], moment, world_size))
         assert_little_is_repeated(*starts[-2:])
     return starts
 
@@ -183,6 +196,32 @@ def test_killed_while_the_scale_is_measured(undisturbed, tmp_path, variant):
     starts = kill_repeatedly(tmp_path / "runs", variant, moments)
     assert [now.killed for now in starts] == [True, True, False]
     assert_same_run(the_run(tmp_path / "runs"), undisturbed(variant)[0])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("variant", ["vq, W&B", "kl", "demo, two processes"])
+def test_killed_while_latents_are_encoded(undisturbed, tmp_path, variant):
+    """The latents are those of the undisturbed run, too."""
+    run, _ = undisturbed(variant)
+    runs, alone = tmp_path / "runs", VARIANTS[variant][1] == 1
+    names = list(ENCODING)[0 if alone else 1 :]  # which rank names the cache is a matter of luck
+    starts = kill_repeatedly(runs, variant, [ENCODING[name] for name in names], f"paths.cache={runs}/cache")
+    killed = [name for name, now in zip(names, starts, strict=False) if now.killed]
+    assert_same_run(the_run(runs), run)
+    caches = runs / "cache/latents", Path(os.environ["LDM_LAB_CACHE"], "latents")
+    made = sorted(path.relative_to(caches[0]) for path in caches[0].glob("*/*.safetensors"))
+    assert [path.name for path in made] == [f"0000{n}.safetensors" for n in range(4)]
+    for path in made:
+        assert_equal(*(load_file(folder / path) for folder in caches), where=str(path))
+    assert killed == names if alone else len(killed) > 1  # the other rank may do what a moment waits for
+
+
+@pytest.mark.soak
+def test_a_compiled_run_killed_in_both_stages(undisturbed, tmp_path):
+    names = ("in a step", "in the validation of stage 1", "while a checkpoint of stage 2 is written")
+    starts = kill_repeatedly(tmp_path / "runs", "vq, compiled", [NAMED[name] for name in names])
+    assert [now.killed for now in starts] == [True, True, True, False]
+    assert_same_run(the_run(tmp_path / "runs"), undisturbed("vq, compiled")[0])
 
 
 @pytest.mark.soak

@@ -34,7 +34,7 @@ class Poison(Callback):
 
     def on_after_backward(self, trainer, module):
         if self.now and self.parameter:
-            module.get_parameter(self.parameter).grad.view(-1)[0] = self.value
+            module.get_parameter(self.parameter).grad[0] = self.value
 
 
 class Witness(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,37 @@ ADVICE = (
 )
 
 
+@dataclass
+class Looked:
+    """What is known of a step.
+
+    Attributes:
+        batches: `index` and `position` of the images of its micro-batches, of this rank.
+        losses: of them, 0-dim.
+        names: of what was looked at.
+        read: whether these are not finite; waits until it is known.
+        images_seen: at its end.
+    """
+
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    read: Callable[[], list[bool]] = list
+    images_seen: int = 0
+
+
 class NotFinite(Callback):
     """Looks in every step whether losses and gradients are finite; what comes of others is never saved.
 
-    `trainer.on_nan=stop` ends the training, on all ranks, before any other callback sees the step. With `skip` the
-    optimizer's step is left out: weights, moments, averages, codebook and running statistics stay as they are,
-    while the stream of images, the learning rate and the numbers of steps go on; `train/skipped_steps` counts. Too
-    many in a row end the training too. Either way `folder/not_finite/<images seen>.json` lists the images of the step.
+    `trainer.on_nan=stop` ends the training, on all ranks, before anything is validated, shown or saved of the step.
+    With `skip` the optimizer's step is left out: weights, moments, averages, codebook and running statistics stay as
+    they are, while the stream of images, the learning rate and the numbers of steps go on; `train/skipped_steps`
+    counts. Too many in a row end the training too. Either way `folder/not_finite/<images seen>.json` lists the images.
 
     It costs a pass over the gradients, and with several ranks the reduction of a few numbers. `stop` learns the result
-    while the device is busy with the optimizer's step; `skip` must know it before, so that the device runs dry for
-    a moment in each step. Under float16 the gradients are those of its loss scaler, which leaves steps out itself: only
-    the loss is looked at.
+    at the end of the next step, when it is long there, or as soon as another callback acts; `skip` must know it before
+    the optimizer's step, so that the device runs dry for a moment in each. Under float16 the gradients are those of its
+    loss scaler, which leaves steps out itself: only the loss is looked at.
 
     Args:
         folder: the stage's folder.
@@ -48,11 +68,8 @@ class NotFinite(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder) / "not_finite"
         self.skipped = self.in_a_row = 0
-        self._batches: list[dict[str, Any]] = []  # of the step so far
-        self._losses: list[Tensor] = []
+        self._step = self._unread = Looked()
         self._statistics: list[tuple[Tensor, Tensor]] = []
-        self._names: list[str] = []  # of what was looked at
-        self._read: Callable[[], list[bool]] = list
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""
@@ -65,26 +82,26 @@ class NotFinite(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: StageModule, batch: dict, batch_idx: int) -> None:
         """Remember which images these are."""
         if module.images_seen % trainer.datamodule.global_batch_size == 0:
-            self._batches, self._losses = [], []
+            self._step = Looked()
             if trainer.on_nan == "skip":  # a forward changes these already
                 normed = [part for part in module.modules() if isinstance(part, _NormBase)]
                 self._statistics = [(b, b.clone()) for part in normed for b in part.buffers()]
-        self._batches.append({key: batch[key] for key in ("index", "position")})
+        self._step.batches.append({key: batch[key] for key in ("index", "position")})
 
     def on_before_backward(self, trainer: Trainer, module: StageModule, loss: Tensor) -> None:
         """Remember the loss of a micro-batch."""
-        self._losses.append(loss.detach())
+        self._step.losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, module: StageModule, optimizer: Optimizer) -> None:
         """Look at the whole step, before its gradients are clipped; with `skip` take them away where need be."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        looked_at = {"loss": torch.stack(self._losses), **({} if scaled else gradient_norms(module))}
-        self._names = list(looked_at)
+        looked_at = {"loss": torch.stack(self._step.losses), **({} if scaled else gradient_norms(module))}
+        self._step.names = list(looked_at)
         flags = torch.stack([~value.isfinite().all() for value in looked_at.values()]).to(torch.uint8)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self._read = read_later(flags)
-        module.step_left_out = trainer.on_nan == "skip" and any(self._read())
+        self._step.read = read_later(flags)
+        module.step_left_out = trainer.on_nan == "skip" and any(self._step.read())
         if module.step_left_out:
             for parameter in module.parameters():
                 parameter.grad = None  # which optimizers pass over, with their moments
@@ -94,26 +111,40 @@ class NotFinite(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Say what was found."""
+        """Say what was found: in the step before, and in this one where others act at its end."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return
-        found = [name for name, flag in zip(self._names, self._read(), strict=True) if flag]
-        self.in_a_row = self.in_a_row + 1 if found else 0
-        self.skipped += bool(found)
-        if found:
-            self._report(trainer, module, found)
+        self._settle(trainer, module)
+        self._step.images_seen, self._unread = module.images_seen, self._step
+        others_act = any(callback.every.crossed(module) for callback in trainer.callbacks if hasattr(callback, "every"))
+        if trainer.on_nan == "skip" or others_act or trainer.global_step >= trainer.max_steps:
+            self._settle(trainer, module)
         if trainer.on_nan == "skip":
             module.log("train/skipped_steps", float(self.skipped), batch_size=1)
 
-    def _report(self, trainer: Trainer, module: StageModule, found: list[str]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
+        """Say it at the latest when something is saved, as after a signal."""
+        self._settle(trainer, module)
+
+    def _settle(self, trainer: Trainer, module: StageModule) -> None:
+        """Count, and report what was not finite."""
+        step, self._unread = self._unread, Looked()
+        found = [name for name, flag in zip(step.names, step.read(), strict=True) if flag]
+        if step.names:
+            self.in_a_row = self.in_a_row + 1 if found else 0
+            self.skipped += bool(found)
+        if found:
+            self._report(trainer, module, step, found)
+
+    def _report(self, trainer: Trainer, module: StageModule, step: Looked, found: list[str]) -> None:
         """List the images; end the training, or say that the step was left out.
 
         Raises:
             ValueError: the training ends here. Launchers end all processes when one fails: the others end quietly.
         """
-        seen, size = module.images_seen, trainer.datamodule.global_batch_size
+        seen, size = step.images_seen, trainer.datamodule.global_batch_size
         path = self.folder / f"{seen:09d}.json"
-        batches = gathered(trainer, self._images(trainer))
+        batches = gathered(trainer, images(trainer, step))
         line = (
             f"step {seen // size:,} of stage {module.stage}, images {seen - size:,} to {seen:,}: not finite:"
             f" {', '.join(found)}; its images are listed in {path}."
@@ -126,15 +157,16 @@ class NotFinite(Callback):
         if trainer.is_global_zero and self.in_a_row == 1:
             tqdm.write(f"skipped {line}")
 
-    def _images(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """The micro-batches of this rank, as plain data; with files where the data set has them."""
-        path = getattr(trainer.datamodule.train_set, "path", None)
-        batches = []
-        for batch, loss in zip(self._batches, self._losses, strict=True):
-            images = {key: values.tolist() for key, values in batch.items()}
-            files = {"file": [str(path(index)) for index in images["index"]]} if path else {}
-            batches.append({"rank": trainer.global_rank, "loss_finite": math.isfinite(loss), **images, **files})
-        return batches
+
+def images(trainer: Trainer, step: Looked) -> list[dict[str, Any]]:
+    """The micro-batches of this rank, as plain data; with files where the data set has them."""
+    path = getattr(trainer.datamodule.train_set, "path", None)
+    batches = []
+    for batch, loss in zip(step.batches, step.losses, strict=True):
+        numbers = {key: values.tolist() for key, values in batch.items()}
+        files = {"file": [str(path(index)) for index in numbers["index"]]} if path else {}
+        batches.append({"rank": trainer.global_rank, "loss_finite": math.isfinite(loss), **numbers, **files})
+    return batches
 
 
 def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
@@ -147,7 +179,7 @@ def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
         if parameter.grad is not None:
             network = name.removeprefix("loss.").split(".")[0]  # the loss owns the discriminator
             networks.setdefault(f"gradient of {network}", []).append(parameter.grad)
-    return {name: get_total_norm(gradients, foreach=True) for name, gradients in networks.items()}
+    return {name: get_total_norm(gradients) for name, gradients in networks.items()}
 
 
 def read_later(flags: Tensor) -> Callable[[], list[bool]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
 
 from ldm_lab.training.autoencoder_module import FirstStageModule
-from ldm_lab.training.callbacks.pictures import show
+from ldm_lab.training.callbacks.pictures import shared, show
 
 
 class ReconstructionGrid(Callback):
@@ -24,11 +26,15 @@ class ReconstructionGrid(Callback):
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, module: FirstStageModule) -> None:
-        """Reconstruct on rank 0 while the others go on."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        """Reconstruct, each rank its share."""
+        if trainer.sanity_checking:
             return
         originals = trainer.datamodule.preview(self.images).to(module.device)  # (B, 3, H, W)
-        reconstructions = module.autoencoder.decode(module.autoencoder.latents(originals)).sample
+
+        def reconstruct(indices: Sequence[int]) -> Tensor:
+            return module.autoencoder.decode(module.autoencoder.latents(originals[indices])).sample
+
+        reconstructions = shared(trainer, len(originals), reconstruct)
         width = min(8, len(originals))
         rows = [
             row

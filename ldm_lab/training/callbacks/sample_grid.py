@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
 
 from ldm_lab import randomness
 from ldm_lab.diffusion import samplers
 from ldm_lab.training.callbacks.every import Every
-from ldm_lab.training.callbacks.pictures import show
+from ldm_lab.training.callbacks.pictures import shared, show
 from ldm_lab.training.diffusion_module import DiffusionModule
 
 
@@ -52,13 +54,14 @@ class SampleGrid(Callback):
             self.sample(trainer, module)
 
     def sample(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Sample on rank 0 while the others go on."""
-        if not trainer.is_global_zero:
-            return
+        """Sample, each rank its share."""
         pipe = module.pipeline()
         pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
-        generators = [randomness.generator(self.seed, "sample", index) for index in range(self.images)]
-        with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
-            output = pipe(self.images, generators, num_inference_steps=self.steps, output_type="pt")
-        show(trainer, module, self.folder, "samples", output.images * 2 - 1)
+
+        def draw(indices: Sequence[int]) -> Tensor:
+            generators = [randomness.generator(self.seed, "sample", index) for index in indices]
+            with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+                return pipe(len(indices), generators, num_inference_steps=self.steps, output_type="pt").images
+
+        show(trainer, module, self.folder, "samples", shared(trainer, self.images, draw) * 2 - 1)
