@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ldm_lab"
 # The leaves: torch (and the standard library) alone.
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
-    "notices", "untrusted", "saving", "compiled",
+    "notices", "untrusted", "saving", "compiled", "records",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -42,7 +42,7 @@ ROOMS = {
 }  # fmt: skip
 LEAF_EDGES = {
     "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
-    "config_files": {"sweep"},
+    "config_files": {"sweep"}, "records": {"untrusted"},
 }  # fmt: skip
 
 # Libraries that only some may import.

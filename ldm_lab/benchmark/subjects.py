@@ -114,15 +114,34 @@ def sample(subject: Subject) -> list[Contestant]:
     return _pair(subject, own, other, pipe.compile)
 
 
-@torch.no_grad()
 def encode(subject: Subject) -> list[Contestant]:
     """Images to latents (their moments where they are drawn)."""
     vqvae, images = subject.pipe.vqvae, subject.images()
     theirs = peer.network(vqvae) if subject.against else None
     vqvae.to(dtype=subject.dtype)
     own = torch.no_grad()(lambda: vqvae.moments(images.to(subject.dtype)))
-    other = torch.no_grad()(lambda: _encoded(theirs, images, subject))
+    other = _peers(subject, lambda: _encoded(theirs, images))
     return _pair(subject, own, other, partial(compile_for_inference, vqvae.encoder))
+
+
+def forward(subject: Subject) -> list[Contestant]:
+    """One call of the UNet."""
+    unet, noise, timestep = subject.pipe.unet, subject.noise(), torch.tensor(500, device=subject.device)
+    theirs = peer.network(unet) if subject.against else None
+    unet.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: unet(noise.to(subject.dtype), timestep).sample)
+    other = _peers(subject, lambda: theirs(noise, timestep).sample)
+    return _pair(subject, own, other, partial(compile_for_inference, unet))
+
+
+def decode(subject: Subject) -> list[Contestant]:
+    """Latents to images."""
+    vqvae, noise = subject.pipe.vqvae, subject.noise()
+    theirs = peer.network(vqvae) if subject.against else None
+    vqvae.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: vqvae.decode(noise.to(subject.dtype)).sample)
+    other = _peers(subject, lambda: theirs.decode(noise).sample)
+    return _pair(subject, own, other, partial(compile_for_inference, vqvae.decoder))
 
 
 def train(subject: Subject) -> list[Contestant]:
@@ -139,7 +158,7 @@ def train(subject: Subject) -> list[Contestant]:
         theirs, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
         images = subject.images()
         average = Step(subject, theirs, lambda network: EMAModel(network.parameters(), decay=0.9999))
-        average.encode = torch.no_grad()(lambda: _encoded(vqvae, images, subject))
+        average.encode = _peers(subject, lambda: _encoded(vqvae, images))
         average.dtype = subject.peer_dtype
         steps.append(average)
     names = ("ldm_lab {}, cached latents", "diffusers {}, encode in the step")
@@ -194,10 +213,20 @@ class Step:
         self.rest.append(time.perf_counter() - start)
 
 
-def _encoded(vqvae: nn.Module, images: Tensor, subject: Subject) -> Tensor:
+def _peers(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What diffusers' networks compute without gradients."""
+
+    @torch.no_grad()
+    def computed() -> Tensor:
+        with subject.peer_context():
+            return run()
+
+    return computed
+
+
+def _encoded(vqvae: nn.Module, images: Tensor) -> Tensor:
     """What diffusers' first stage of either kind encodes: latents, or moments."""
-    with subject.peer_context():
-        found = vqvae.encode(images)
+    found = vqvae.encode(images)
     return found.latents if hasattr(found, "latents") else found.latent_dist.parameters
 
 

@@ -1,9 +1,10 @@
-"""Time sampling, encoding, training steps, data loading and start-up, beside diffusers if asked for.
+"""Time sampling and its parts, training steps, data loading and start-up, beside diffusers if asked for.
 
 Contestants take turns in one process. Networks have random weights where --ckpt names none: that changes no time.
-What is compared with: of sample (from noise to PNG files) and encode the namesakes in diffusers on the same weights, of
-train its modules with an encode in every step; of data torchvision's ImageFolder; of import `import torch`. What growth
-compares is itself: batches of 1 to 64, 10 to 200 steps, decoding 64 to 1024 pixels, data sets of 10^3 to 10^6 images.
+What is compared with: of sample (from noise to PNG files), forward (of the UNet), decode and encode the namesakes in
+diffusers on the same weights, of train its modules with an encode in every step; of data torchvision's ImageFolder; of
+import `import torch`. What growth compares is itself: batches of 1 to 64, 10 to 200 steps, decoding 64 to 1024 pixels,
+data sets of 10^3 to 10^6 images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ldm_lab.benchmark.contest import Contestant, Timing, compare, matmul_peak, 
 from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
 
-MODELS = ("sample", "encode", "train", "growth")
+MODELS = ("sample", "forward", "decode", "encode", "train", "growth")
 KINDS = (*MODELS, "data", "import")
 DTYPES = ("float32", "bfloat16")
 

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 TINY = ["--experiment", "avatars", "debug=tiny", "--rounds", "2", "--batch-size", "2", "--device", "cpu"]
 
 
-@pytest.mark.parametrize("kind", ["encode", "sample", "train"])
+@pytest.mark.parametrize("kind", ["encode", "forward", "decode", "sample", "train"])
 def test_both_sides_compute_the_same(tmp_path, kind, capsys):
     pytest.importorskip("diffusers")
     main([kind, *TINY, "--against", "diffusers", "--steps", "2", "--output", str(tmp_path / "b.json")])

@@ -10,10 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from ldm_lab.records import AXIS, read_metrics
 from ldm_lab.saving import replacing
-from ldm_lab.untrusted import LoadError
-
-AXIS = "images_seen"
 
 
 class MetricsCSV(Logger):
@@ -47,7 +45,7 @@ class MetricsCSV(Logger):
         if self._rows is None:
             self._rows = {}
             if self.path.is_file():
-                self._rows = _read(self.path)
+                self._rows = read_metrics(self.path)
         return self._rows
 
     @rank_zero_only
@@ -97,17 +95,3 @@ class MetricsCSV(Logger):
             writer.writerows(self.experiment[key] for key in sorted(self.experiment))
         self._unsaved = False
         self._next_save = time.monotonic() + 20 * (time.monotonic() - started)
-
-
-def _read(path: Path) -> dict[int, dict[str, Any]]:
-    """The rows of a file by images seen. Raises `LoadError` for a file that is none of ours."""
-    rows = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, restval=""):
-                rows[int(row[AXIS])] = {key: value for key, value in row.items() if value}
-                if None in row:
-                    raise ValueError("a row has more entries than the first line has names")
-    except (ValueError, KeyError, OSError, csv.Error) as error:
-        raise LoadError(f"{path}: not a table with a column {AXIS}: {error}; move it away to begin another") from error
-    return rows

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm_lab.errors import one_line
+from ldm_lab.records import AXIS
 from ldm_lab.saving import replacing, write_json
-from ldm_lab.training.loggers.csv import AXIS
 from ldm_lab.untrusted import read_json
 
 if TYPE_CHECKING:
