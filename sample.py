@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm_lab.config import build, compose_sample, run
+from ldm_lab.config import build, compose_sample, plain, run
 
 USAGE = """Draw images from a trained model.
 
@@ -16,14 +16,16 @@ USAGE = """Draw images from a trained model.
 Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder, training checkpoint, file of CompVis, hub name),
 original_config (of a file of CompVis; the one beside it is found by itself), num_samples, batch_size, seed, sampler
 (ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer, compile, and for large images tiling
-and slicing. The same command again draws only what is missing."""
+and slicing. Pictures beside the samples: denoising=8 (how the first eight come about), interpolate=[3,17] (from one
+sample to another), variation=image.png with strength, reconstruct=folder; num_samples=0 for these alone.
+The same command again draws only what is missing."""
 
 
 def job(overrides: list[str]) -> None:
     """Draw what is missing of the samples asked for."""
     config = compose_sample(overrides)
 
-    from ldm_lab import sampling, states
+    from ldm_lab import pictures, sampling, states, tracking
     from ldm_lab.diffusion import samplers
     from ldm_lab.pipeline import LDMPipeline
     from ldm_lab.training import device
@@ -52,21 +54,33 @@ def job(overrides: list[str]) -> None:
         pipe.vqvae.enable_slicing()
     settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
     settings |= {"compile": config.compile, "tiling": config.tiling}
+    names = ("denoising", "interpolate", "variation", "strength", "reconstruct")
+    wanted = pictures.Wanted(**{name: plain(config)[name] for name in names})
+    wanted.check(pipe)
+    if not (config.num_samples or wanted):
+        raise ValueError("num_samples=0: name how many, or a picture: denoising, interpolate, variation, reconstruct")
     folder = Path(config.output or sampling.default_folder(state, settings))
     if is_first_process():
         images = state.images_seen
         stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
         print(f"{config.ckpt}: {stands}", flush=True)
-        sampling.claim(folder, sampling.describe(pipe, config.ckpt, settings))
+        manifest = sampling.describe(pipe, config.ckpt, settings)
+        sampling.claim(folder, manifest)
     module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta, config.compile)
     samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size, full=config.compile)
     with watched():
         trainer.predict(module, datamodule=samples, return_predictions=False)
         trainer.strategy.barrier()
     if is_first_process():
-        sampling.collect(folder, config.num_samples)
-        counts = f"{config.num_samples:,} samples ({samples.count:,} new)"
-        print(f"{counts} in {folder}: grid.png, samples.npz, manifest.json")
+        files = ["manifest.json", *sampling.collect(folder, config.num_samples)]
+        if wanted:
+            pipe.to(trainer.strategy.root_device)  # from where Lightning has taken it away
+            with trainer.precision_plugin.forward_context():
+                files += wanted.write(pipe, folder, config.seed, steps, eta)
+        if samples.count:
+            used, made = ("diffusion", manifest["hashes"]["unet"]), ("samples", sampling.identity(manifest))
+            tracking.log_to_run(state.source / "diffusion", folder, used, made, manifest)
+        print(f"{config.num_samples:,} samples ({samples.count:,} new) in {folder}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from ldm_lab import checkpoint, states
 from ldm_lab.compiled import compile_for_inference
-from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
@@ -154,8 +154,7 @@ class LDMPipeline:
         """
         self._check(batch_size, output_type, latents)
         if latents is None:
-            latents = randn(self._latent_shape(batch_size), generator=generator, device=self.device)
-            latents = latents * self.scheduler.init_noise_sigma
+            latents = self.noise(batch_size, generator)
         latents = self._denoise(latents.to(self.device), generator, eta, num_inference_steps, callback)
         images = self._output(latents, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
@@ -169,29 +168,22 @@ class LDMPipeline:
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
             raise ValueError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
-    def _latent_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+    def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
+        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size."""
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("the UNet's config has no sample_size: pass latents=")
         height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, self.unet.config.in_channels, height, width
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        return randn(shape, generator=generator, device=self.device) * self.scheduler.init_noise_sigma
 
     def _denoise(
         self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None
     ) -> Tensor:
-        """Run the scheduler backwards. The latents stay in float32 whatever type the networks have."""
-        if eta and not isinstance(self.scheduler, DDIMScheduler):
-            raise ValueError(f"eta is {eta}, but {type(self.scheduler).__name__} has none: use DDIMScheduler or eta=0")
-        options = {"eta": eta} if isinstance(self.scheduler, DDIMScheduler) else {}
         self.scheduler.set_timesteps(steps)
-        latents = latents.float()  # (B, C, h, w)
-        on_device = self.scheduler.timesteps.to(self.device)  # all at once; the scheduler's own stay on the CPU
         with self.progress_bar(total=steps) as bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                model_input = self.scheduler.scale_model_input(latents, timestep).to(self.dtype)
-                prediction = self.unet(model_input, on_device[index]).sample
-                prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite its output
-                latents = self.scheduler.step(prediction, timestep, latents, generator=generator, **options).prev_sample
+            for index, (timestep, output) in enumerate(denoise(self.unet, self.scheduler, latents, generator, eta)):
+                latents = output.prev_sample
                 bar.update()
                 if callback is not None:
                     callback(index, int(timestep), latents)

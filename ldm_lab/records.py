@@ -3,6 +3,7 @@
 <run>/<stage>/config.yaml    the settings
 <run>/<stage>/metrics.csv    a row for each number of images seen
 <run>/<stage>/status.json    whether it has ended
+<run>/<stage>/data.npz       which images it is trained on
 <run>/<stage>/samples/       pictures, `<name>_<images seen>.png`
 <run>/eval/*.json            evaluations, see `Evaluation`
 
@@ -14,16 +15,20 @@ from __future__ import annotations
 import csv
 import math
 import re
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.untrusted import LoadError, read_json, read_yaml
+from PIL import Image
+
+from ldm_lab.untrusted import LoadError, first_line, read_json, read_yaml
 
 AXIS = "images_seen"
 STAGES = ("autoencoder", "diffusion")
 EVALUATIONS = "eval"
+MAX_PIXELS = 2**26  # of a picture in a folder that anybody may have made
 PICTURE = re.compile(r"(?P<name>.+)_(?P<images>\d{9,})\.png")
 
 Row = dict[str, str]
@@ -72,6 +77,21 @@ class StageRecord:
             if match := PICTURE.fullmatch(path.name):
                 found.setdefault(match["name"], {})[int(match["images"])] = path
         return found
+
+    @cached_property
+    def images(self) -> dict[str, tuple[int, int]]:
+        """What stands for the images of each set ("train", "val"), equal for equal ones; nothing where it is not known.
+
+        Of `data.npz`, whose numbers are not even unpacked: the archive itself knows their length and a sum of them.
+        """
+        path = self.folder / "data.npz"
+        if not path.is_file():
+            return {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return {Path(entry.filename).stem: (entry.file_size, entry.CRC) for entry in archive.infolist()}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise LoadError(f"{path}: not readable: {error}") from error
 
     @property
     def images_seen(self) -> int:
@@ -153,11 +173,17 @@ def read_evaluation(path: Path) -> Evaluation:
     """One evaluation. Raises `LoadError` for a file that is none."""
     content = read_json(path)
     metrics = content.get("metrics")
-    if not isinstance(metrics, dict) or not all(
-        isinstance(found, dict) and isinstance(found.get("value"), (int, float)) for found in metrics.values()
-    ):
+    if not isinstance(metrics, dict) or not all(map(_is_value, metrics.values())):
         raise LoadError(f"{path}: is no evaluation: metrics must be name -> value; move it away")
     return Evaluation(path, content)
+
+
+def _is_value(found: object) -> bool:
+    """Whether it is a number, perhaps with an interval; none that no float can be."""
+    if not isinstance(found, dict):
+        return False
+    numbers = [found.get("value"), *(found[end] for end in ("low", "high") if found.get(end) is not None)]
+    return all(isinstance(n, float) or (isinstance(n, int) and abs(n) < 2**1023) for n in numbers)
 
 
 def read_metrics(path: Path) -> dict[int, Row]:
@@ -172,6 +198,17 @@ def read_metrics(path: Path) -> dict[int, Row]:
     except (ValueError, KeyError, OSError, csv.Error) as error:
         raise LoadError(f"{path}: not a table with a column {AXIS}: {error}; move it away to begin another") from error
     return rows
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A PNG as 8-bit RGB. Raises `LoadError` for anything else, and for more pixels than a picture of a run has."""
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels are too many")
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LoadError(f"{path}: no picture that can be shown: {first_line(error)}") from error
 
 
 def _number(text: str) -> float | None:

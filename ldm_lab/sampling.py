@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,12 @@ def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str
     return {"ckpt": ckpt, "hashes": hashes, **settings, "scheduler": dict(pipe.scheduler.config), "versions": versions}
 
 
+def identity(manifest: dict[str, Any]) -> str:
+    """A hash of what samples follow from, wherever the model lies and whatever versions draw them."""
+    settings = {key: value for key, value in manifest.items() if key not in ("ckpt", "versions")}
+    return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, or check that the samples there are of the same model with the same settings.
 
@@ -172,12 +179,15 @@ def _remove(files: list[Path]) -> None:
         file.unlink(missing_ok=True)
 
 
-def collect(folder: Path, num_samples: int) -> None:
-    """Write `grid.png` of the first images, and `samples.npz` as the ADM evaluator reads it."""
+def collect(folder: Path, num_samples: int) -> list[str]:
+    """Write `grid.png` of the first images, and `samples.npz` as the ADM evaluator reads it; returns their names."""
+    if not num_samples:
+        return []
     paths = [image_path(folder, index) for index in range(num_samples)]
     tiles = [np.asarray(Image.open(path)) for path in paths[:GRID_IMAGES]]
     save_png(grid(tiles), folder / "grid.png")
     write_npz(folder / "samples.npz", paths, tiles[0].shape)
+    return ["grid.png", "samples.npz"]
 
 
 def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> None:

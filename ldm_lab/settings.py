@@ -12,11 +12,22 @@ from typing import Any
 LOWEST = {
     "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
     "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
-    "num_samples": 1, "batch_size": 1, "sampler.steps": 1,
+    "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0,
 }  # fmt: skip
 WORDS = {"data.batch_size": ("auto",)}  # instead of a number
 SWITCHES = ("compile", "plan", "tiling", "slicing")
 CHOICES = {"data.latents": ("cached", "online"), "data.latents_dtype": ("float16", "bfloat16", "float32")}
+
+# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
+# and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
+HARMLESS_GROUPS = (
+    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
+    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "model.schedule", "plan",
+    "plugins", "optimized_metric", "model.gradient_checkpointing", "model.optimizer.fused",
+)  # fmt: skip
+HARMLESS_IN_DATA = (
+    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",
+)  # fmt: skip
 
 PACKAGE = Path(__file__).resolve().parent
 # What `_target_` may name beside this package and plugins: public classes that make a training and read no files.
@@ -96,3 +107,19 @@ def find(tree: dict[str, Any], key: str) -> Any:  # noqa: ANN401
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+    """A nested dict as `{"a.b": value}`."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix[:-1]: tree}
+    return {key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a changed setting leaves a run what it is: neither data, model nor objective are others."""
+    if key == "trainer.gradient_clip_val":
+        return False
+    if key.startswith("data."):
+        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
+    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ldm_lab"
 # The leaves: torch (and the standard library) alone.
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
-    "notices", "untrusted", "saving", "compiled", "records",
+    "notices", "untrusted", "saving", "compiled", "records", "card", "tracking",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -20,33 +20,47 @@ ROOMS = {
     "diffusion": set(),
     "models": {"nn", "interop"},
     "losses": {"models", "nn"},
-    "metrics": set(),
+    "metrics": {"data", "checkpoint"},  # of an extractor's own images, and what stands for its weights
     "data": {"models"},
     "hub": set(),
     "interop": {"diffusion"},  # plain data in and out: it builds no network
     "checkpoint": {"models", "interop", "hub"},
     "states": {"checkpoint", "hub"},
-    "pipeline": {"models", "diffusion", "interop", "checkpoint", "states"},
+    "pipeline": {"models", "diffusion", "interop", "checkpoint", "states", "denoising"},
+    "denoising": {"diffusion"},
     "sampling": {"pipeline", "diffusion", "checkpoint", "states"},
-    "training": {"pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "hub"},
+    "pictures": {"pipeline", "denoising", "models", "diffusion", "data"},
+    "training": {
+        "pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "hub", "denoising",
+        "diagnosis",
+    },
     "config": set(),
     "stages": {"config", "training", "models", "data", "checkpoint"},
     # It builds what training builds, of the same configs, or it would measure something else.
     "benchmark": {"config", "stages", "training", "pipeline", "data"},
+    "evaluation": {
+        "sampling", "states", "pipeline", "checkpoint", "hub", "diffusion", "models", "losses", "data", "metrics",
+        "training",  # the trainer, and in which precision: as `sample.py` has them
+    },
     "commands": {
         "pipeline", "models", "losses", "data", "diffusion", "metrics", "interop", "checkpoint", "states", "sampling",
-        "benchmark",
+        "benchmark", "report", "diagnosis", "evaluation", "dashboard",
     },
+    "report": set(),  # of what runs leave behind, and of nothing else
+    "dashboard": set(),
+    "diagnosis": {"diffusion"},
     "__main__": {"commands"},
     "__init__": set(),
 }  # fmt: skip
 LEAF_EDGES = {
     "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
     "config_files": {"sweep"}, "records": {"untrusted"},
+    "card": {"records", "saving", "settings", "untrusted", "version"},
+    "tracking": {"errors", "records", "saving", "untrusted"},
 }  # fmt: skip
 
 # Libraries that only some may import.
-LIGHTNING = {"training", "data.datamodule", "sampling"}
+LIGHTNING = {"training", "data.datamodule", "sampling", "evaluation"}
 HYDRA = {"config"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from ldm_lab.records import last, read_evaluation, read_run
@@ -57,7 +58,24 @@ def test_evaluations_are_checked(tmp_path):
     good.write_text(json.dumps({"metrics": {"fid": {"value": 3.0, "low": 2.0, "high": 4.0}}}))
     assert read_run(tmp_path / "x").evaluations[0].metrics["fid"]["low"] == 2.0
     bad = tmp_path / "x/eval/b.json"
-    for content in ({"fid": 3}, {"metrics": {"fid": 3}}, {"metrics": {"fid": {"value": "low"}}}):
+    for content in (
+        {"fid": 3},
+        {"metrics": {"fid": 3}},
+        {"metrics": {"fid": {"value": "low"}}},
+        {"metrics": {"fid": {"value": 10**400}}},
+    ):
         bad.write_text(json.dumps(content))
         with pytest.raises(LoadError, match=r"b\.json: is no evaluation"):
             read_evaluation(bad)
+
+
+def test_equal_images_are_told_without_reading_them(tmp_path):
+    found = []
+    for name, marks in (("a", [1, 2]), ("b", [1, 2]), ("c", [1, 3])):
+        folder = stage(tmp_path / name / "diffusion", "diffusion")
+        assert read_run(folder).stages["diffusion"].images == {}
+        np.savez(folder / "data.npz", train=np.array(marks), val=np.array([7]))
+        found.append(read_run(folder).stages["diffusion"].images)
+    assert found[0] == found[1]
+    assert found[0]["train"] != found[2]["train"]
+    assert found[0]["val"] == found[2]["val"]

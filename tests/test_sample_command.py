@@ -71,7 +71,8 @@ def test_the_command_refuses_other_settings(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": 0}, "num_samples=0: must be a whole number, at least 1"),
+        ({"num_samples": 0}, "num_samples=0: name how many, or a picture"),
+        ({"num_samples": -1}, "num_samples=-1: must be a whole number, at least 0"),
         ({"batch_size": "many"}, "batch_size=many: must be a whole number"),
         ({"sampler.steps": 1001}, "num_inference_steps"),
         ({"sampler": "euler"}, "sampler=euler"),

@@ -25,8 +25,12 @@ def test_a_stage_leaves_what_is_promised(tiny_runs, experiment, stage):
         (folder / name).is_file() for name in ("config.yaml", "checkpoints/last.ckpt", "metrics.csv", "status.json")
     )
     assert all((folder / name).is_dir() for name in ("samples", "final"))
-    picture = {"autoencoder": "reconstructions", "diffusion": "samples"}[stage]
-    assert [p.name for p in sorted((folder / "samples").iterdir())] == [f"{picture}_{n:09d}.png" for n in (32, 64)]
+    names = {
+        "autoencoder": {"reconstructions"} | ({"codebook"} if experiment != "lsun_churches" else set()),
+        "diffusion": {"samples", "samples_raw", "denoising", "neighbours"},
+    }
+    pictures = {p.name for p in (folder / "samples").iterdir()}
+    assert pictures == {f"{name}_{n:09d}.png" for name in names[stage] for n in (32, 64)} | {"data_000000000.png"}
     status = json.loads((folder / "status.json").read_text())
     assert status["finished"] is True
     assert status["max_images"] == 64
@@ -39,7 +43,8 @@ def test_a_stage_leaves_what_is_promised(tiny_runs, experiment, stage):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_run_is_a_pipeline_folder(tiny_runs, experiment):
     run = tiny_runs / experiment
-    assert sorted(p.name for p in run.iterdir()) == [*STAGES, "model_index.json", "scheduler", "unet", "vqvae"]
+    names = ["README.md", *STAGES, "model_index.json", "samples.png", "scheduler", "unet", "vqvae"]
+    assert sorted(p.name for p in run.iterdir() if p.name not in ("samples", "eval")) == names
     exported = final_weights(run / "diffusion")
     (unet,) = (weights for file, weights in exported.items() if file.startswith("unet/"))
     assert_equal(dict(LDMPipeline.from_pretrained(run).unet.state_dict()), unet)

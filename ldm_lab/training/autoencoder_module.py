@@ -18,6 +18,7 @@ from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 
 DECODER = ("post_quant_conv", "decoder")  # what stands between latents and images
+ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # terms of the game
 
 
 class FirstStageModule(StageModule):
@@ -85,7 +86,10 @@ class FirstStageModule(StageModule):
         last_layer = self.autoencoder.decoder.conv_out.weight
         output = self.loss(images, reconstruction, penalty, last_layer, self.images_seen)
         self.count(images)
-        self.log_terms("train", {"loss": output.total.detach(), **output.terms}, len(images))
+        terms = {"loss": output.total.detach(), **output.terms}
+        adversarial = {name: terms.pop(name) for name in ADVERSARIAL if name in terms}
+        self.log_terms("train", terms, len(images))
+        self.log_terms("disc", adversarial, len(images))
         return output.total
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:

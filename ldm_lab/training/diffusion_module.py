@@ -160,12 +160,17 @@ class DiffusionModule(StageModule):
         if not self.step_left_out:
             self.ema.update(self.unet)
 
-    def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
-        """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise."""
+    def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise.
+
+        Returns:
+            For callbacks, `latents` `(B, C, h, w)`, scaled, and `losses` `(B,)`.
+        """
         latents = self.encode(batch)
         losses = self.objective(self._predict_averaged, latents, batch["noise"], batch["timestep"])
         name = ("loss", "loss_on_training_images")[dataloader_idx]
         self.log_terms("val", {name: losses.mean()}, len(latents))
+        return {"latents": latents, "losses": losses}
 
     def _predict(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         return self.unet(latents, timesteps).sample

@@ -22,12 +22,12 @@ from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import Configurable, PretrainedModel
-from ldm_lab.settings import find
+from ldm_lab.settings import find, flatten
 from ldm_lab.states import State, search
 from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.run import say
-from ldm_lab.training.run_folder import RunFolder, flatten
+from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.untrusted import LoadError, read_json
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from lightning import Trainer
 
-from ldm_lab import checkpoint, hub
+from ldm_lab import card, checkpoint, hub
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.records import RunRecord, StageRecord
 from ldm_lab.settings import find
 from ldm_lab.training import memory
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
@@ -25,9 +26,12 @@ from ldm_lab.training.callbacks.same_start import SameStart
 from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
+from ldm_lab.training.facts import facts
 from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.untrusted import LoadError
+
+KEPT = ("val/", "codebook/")  # of the last metrics, in status.json
 
 
 def is_first_process() -> bool:
@@ -62,6 +66,7 @@ def fit(
             if hasattr(logger, "forget_after"):
                 logger.forget_after(data.images_seen)
             logger.log_hyperparams(config)
+            introduce(logger, module, data, config)
         if start:
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
             if before and before["max_images"] < config["max_images"]:
@@ -76,10 +81,19 @@ def fit(
         trainer.validate(module, data, verbose=False)
     if finished and is_first_process():
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
-        kept = {key: value for key, value in sorted(metrics.items()) if key.startswith(("val/", "codebook/"))}
+        kept = {key: value for key, value in sorted(metrics.items()) if key.startswith(KEPT) and "/loss_t" not in key}
+        write_card(run, module.stage, kept)  # before the stage counts as finished
         run.write_status(finished=True, **identity, **kept)
     trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
     return interrupt.received
+
+
+def introduce(logger: Any, module: StageModule, data: ImageDataModule, config: dict[str, Any]) -> None:  # noqa: ANN401
+    """Tell a logger that asks for it what the stage is made of."""
+    if hasattr(logger, "log_facts"):
+        logger.log_facts(facts(module, data))
+    if hasattr(logger, "use_artifact") and config["autoencoder_hash"]:
+        logger.use_artifact("autoencoder", config["autoencoder_hash"])
 
 
 def owes_validation(data: ImageDataModule, config: dict[str, Any]) -> bool:
@@ -124,6 +138,14 @@ def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[s
     # `NotFinite` comes first: before others see, show or save what has come of a step.
     callbacks = [NotFinite(stage), Encode(), *callbacks, *always]
     return {"callbacks": callbacks, "logger": loggers or False, "plugins": [BackgroundCheckpointIO()]}
+
+
+def write_card(run: RunFolder, stage: str, metrics: dict[str, float]) -> None:
+    """Beside the result; what is wrong with other files of the run is said, and stops nothing."""
+    try:
+        card.write(RunRecord(run.folder.parent, {stage: StageRecord(run.folder, stage)}), stage, metrics)
+    except LoadError as error:
+        say(f"no model card: {error}")
 
 
 def say(line: str) -> None:

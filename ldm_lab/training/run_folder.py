@@ -15,20 +15,10 @@ import yaml
 
 from ldm_lab import checkpoint
 from ldm_lab.saving import replacing, write_json
+from ldm_lab.settings import flatten, is_harmless
 from ldm_lab.untrusted import LoadError, read_json, read_yaml
 
 KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # of a config, flattened
-
-# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
-# and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
-HARMLESS_GROUPS = (
-    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
-    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "model.schedule", "plan",
-    "plugins", "optimized_metric", "model.gradient_checkpointing", "model.optimizer.fused",
-)  # fmt: skip
-HARMLESS_IN_DATA = (
-    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",
-)  # fmt: skip
 
 MARKS = "data.npz"
 SHOWN_IN_LINE = 3  # changed settings; more have a line each
@@ -176,25 +166,9 @@ class RunFolder:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
-    """A nested dict as `{"a.b": value}`."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
-
-
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The settings that matter and differ, as `key: old -> new`."""
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     keys = [key for key in keys if not is_harmless(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
-
-
-def is_harmless(key: str) -> bool:
-    """Whether a changed setting leaves the run what it is."""
-    if key == "trainer.gradient_clip_val":
-        return False
-    if key.startswith("data."):
-        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
-    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)

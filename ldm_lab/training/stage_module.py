@@ -115,7 +115,8 @@ class StageModule(LightningModule):
         validating = not self.training
         if self.training:
             share = self.trainer.accumulate_grad_batches
-            terms = self.terms = {name: self.terms.get(name, 0) + value / share for name, value in terms.items()}
+            terms = {name: self.terms.get(name, 0) + value / share for name, value in terms.items()}
+            self.terms = {**self.terms, **terms}
         self.log_dict(
             {f"{prefix}/{name}": value for name, value in terms.items()},
             batch_size=batch_size, on_step=not validating, on_epoch=validating,

@@ -54,7 +54,7 @@ def wandb_rows(stage_folder):
             record.ParseFromString(data)
             found = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             values = {key: json.loads(value) for key, value in found.items() if not key.startswith(("_", "pictures/"))}
-            if "images_seen" in values:
+            if "images_seen" in values and len(values) > 1:  # more than its axis: pictures are not logged twice
                 rows.setdefault(int(values["images_seen"]), {}).update(values)
     return rows
 

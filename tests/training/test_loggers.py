@@ -157,18 +157,27 @@ def test_the_stages_of_a_run_lie_together_and_a_resumed_stage_goes_on(tmp_path, 
 
 
 def test_images_are_the_axis_of_everything(tmp_path, service):
-    one = logger(tmp_path, summaries={"val/loss": "min"})
+    one = logger(tmp_path)
     log(one, 8, loss=0.5)
     one.log_metrics({"loss": 1.0})  # without the axis it cannot be drawn
     one.log_picture("samples", Image.new("RGB", (4, 4)), 16)
     one.log_hyperparams({"seed": 0})
     run = service.runs[0]
     assert run.metrics["*"] == {"step_metric": "images_seen"}
-    assert run.metrics["val/loss"] == {"step_metric": "images_seen", "summary": "min"}
     assert run.logged[0] == {"images_seen": 8.0, "loss": 0.5}
     assert (run.logged[1].keys(), run.logged[1]["images_seen"]) == ({"pictures/samples", "images_seen"}, 16)
     assert len(run.logged) == 2
     assert run.params == {"seed": 0}
+
+
+def test_the_summary_holds_the_best_of_what_is_logged(tmp_path, service):
+    """Said once of each metric, when it is new: of several patterns that fit, W&B itself takes any."""
+    one = logger(tmp_path, summaries={"min": ["val/loss", "eval/fd_*"], "max": ["eval/recall"]})
+    defined = []
+    one.experiment.define_metric = lambda name, **settings: defined.append((name, settings["summary"]))
+    for images in (8, 16):
+        one.log_metrics({"images_seen": images, "val/loss": 1.0, "eval/fd_avatars": 2.0, "eval/recall": 1.0, "x": 1.0})
+    assert sorted(defined) == [("eval/fd_avatars", "min"), ("eval/recall", "max"), ("val/loss", "min")]
 
 
 def test_what_a_killed_process_had_not_written_is_logged_again(tmp_path, service):
@@ -185,6 +194,38 @@ def test_what_a_killed_process_had_not_written_is_logged_again(tmp_path, service
     ended = logger(tmp_path)
     ended.forget_after(16)
     assert service.runs[-1].logged == []
+
+
+class NoArtifacts(FakeRun):
+    disabled = False
+
+    def log_artifact(self, artifact):
+        raise OSError("no room")
+
+
+def test_artifacts_may_fail_without_the_rest(tmp_path, service, monkeypatch, caplog):
+    monkeypatch.setattr(wandb, "init", lambda **_: service.runs.append(NoArtifacts()) or service.runs[-1])
+    one = logger(tmp_path)
+    for _ in range(2):
+        one.log_artifact("autoencoder", "abc", folder="here")
+    log(one, 8, loss=1.0)
+    assert service.runs[0].logged == [{"images_seen": 8.0, "loss": 1.0}]
+    assert [record.getMessage() for record in caplog.records] == [
+        "W&B takes no artifacts (no room): what was made of what is not told"
+    ]
+
+
+def test_artifacts_can_be_left_out(tmp_path, service):
+    one = logger(tmp_path, artifacts=False)
+    one.log_artifact("autoencoder", "abc", folder="here")
+    one.use_artifact("autoencoder", "abc")
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_what_the_stage_is_made_of_stands_beside_its_config(tmp_path, service):
+    one = logger(tmp_path)
+    one.log_facts({"parameters": 7})
+    assert service.runs[0].params == {"facts": {"parameters": 7}}
 
 
 def use_all(one):

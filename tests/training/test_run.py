@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from ldm_lab.errors import ended_by
+from ldm_lab.settings import flatten
 from ldm_lab.training import device
 from ldm_lab.training.run import first_stage, is_first_process, lengthened
-from ldm_lab.training.run_folder import RunFolder, differences, flatten
+from ldm_lab.training.run_folder import RunFolder, differences
 from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup
 from ldm_lab.untrusted import LoadError
 

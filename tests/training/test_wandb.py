@@ -65,7 +65,7 @@ def history(folder):
         for record in records(path):
             items = [(item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item]
             row = {key: json.loads(value) for key, value in items if not key.startswith(("_", "pictures"))}
-            if row:
+            if len(row) > 1:  # more than its axis: pictures are not looked at
                 found.setdefault(int(row["images_seen"]), {}).update(row)
     return found
 

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 from tqdm import tqdm
 
 from ldm_lab.models.quantizer import code_counts, perplexity
 from ldm_lab.training.autoencoder_module import AutoencoderModule, FirstStageModule
 from ldm_lab.training.callbacks.episode import Episode
+from ldm_lab.training.callbacks.pictures import show
+
+HEIGHT, DECADES = 128, 2  # of the histogram, in pixels; and in powers of ten above and below its middle
+BAR, MIDDLE = (-0.45, 0.0, 0.4), (-0.2, -0.2, -0.2)  # red, green, blue in [-1, 1]
 
 
 class CodebookUse(Callback):
     """Logs, over the whole held-out set, which codes are used: `codebook/used_fraction` and `codebook/perplexity`.
+
+    And as a picture, `codebook` (see `histogram`).
 
     Perplexity is exp(entropy) of the codes' frequencies: the number of codes that would be used as
     evenly as possible to the same effect. Where that stays low the codebook has collapsed, which is said once:
     `collapse/codebook` is 1 as long as it lasts, else 0. An autoencoder without a codebook has nothing to log.
 
     Args:
+        folder: `samples/` of the stage.
         collapsed_below: perplexity, as a part of all codes, under which the codebook has collapsed; two are the least.
         patience: so many validations in a row, from when the codes were drawn; it is over at twice the perplexity.
+        bars: of the histogram, at most; each is the mean of a group of codes.
     """
 
-    def __init__(self, collapsed_below: float = 0.01, patience: int = 3) -> None:
-        self.collapsed_below = collapsed_below
+    def __init__(self, folder: str, collapsed_below: float = 0.01, patience: int = 3, bars: int = 256) -> None:
+        self.folder, self.collapsed_below, self.bars = Path(folder), collapsed_below, bars
         self.episode = Episode(patience)
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,6 +70,7 @@ class CodebookUse(Callback):
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum")
         module.log("codebook/used_fraction", (counts > 0).float().mean(), batch_size=1, sync_dist=True)
         module.log("codebook/perplexity", perplexity(counts), batch_size=1, sync_dist=True)
+        show(trainer, module, self.folder, "codebook", histogram(counts, self.bars)[None])
         if module.codebook.initialised:
             self._judge(trainer, module, float(perplexity(counts)))
 
@@ -73,3 +85,27 @@ class CodebookUse(Callback):
                 " let the codes follow the latents faster (model.legacy_codebook_loss=false), under another name="
             )
         module.log("collapse/codebook", float(self.episode.on), batch_size=1, sync_dist=True)
+
+
+def histogram(counts: Tensor, bars: int) -> Tensor:
+    """How evenly codes are used: a bar for each, from the most used to the least.
+
+    The scale is logarithmic and always the same: a code that is used as often as the mean of all reaches the grey line
+    in the middle, one that is used a hundred times as often the top; one that is never used has no bar.
+
+    Args:
+        counts: how often each code was used, `(n,)`, not all 0.
+        bars: at most so many; where there are more codes, each is of the mean of a group.
+
+    Returns:
+        `(3, H, W)` in [-1, 1].
+    """
+    ordered = counts.float().sort(descending=True).values[None]  # (1, n)
+    uses = adaptive_avg_pool1d(ordered, min(bars, len(counts)))[0] / counts.float().mean()  # (bars,)
+    heights = HEIGHT * (uses.log10() / DECADES + 1) / 2
+    heights = heights.repeat_interleave(max(1, 2 * HEIGHT // len(uses)))  # (W,)
+    covered = torch.arange(HEIGHT, 0, -1, device=heights.device)[:, None] <= heights  # (H, W), the top row first
+    bar, middle = (torch.tensor(colour, device=heights.device) for colour in (BAR, MIDDLE))
+    picture = torch.where(covered, bar[:, None, None], 1.0)  # (3, H, W)
+    picture[:, HEIGHT // 2] = middle[:, None]
+    return picture

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
@@ -47,7 +48,7 @@ class Encode(Callback):
         check_room(cache, data.cache_dir)
         cache.open_folder()
         share = len(cache.shards) * trainer.global_rank // trainer.world_size  # each rank begins at another place
-        missing = cache.missing()
+        missing = new = cache.missing()
         with Bar(cache, missing, shown=trainer.is_global_zero and bool(missing)) as bar:
             while missing := cache.missing():
                 order = [n for n in missing if n >= share] + [n for n in missing if n < share]
@@ -58,6 +59,17 @@ class Encode(Callback):
         rounding = max(data.cached.shard(number).rounding for number in cache.shards)  # and all of them are checked
         if bar.shown:
             tqdm.write(f"{cache.dtype} rounds the latents by {rounding:.2g} (relative RMS): {cache.folder}")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_artifact"):
+                tell(logger, cache, bool(new))
+
+
+def tell(logger: Any, cache: LatentCache, new: bool) -> None:  # noqa: ANN401
+    """Tell a logger what the stage is trained on, and whether that was made for it."""
+    if new:
+        logger.log_artifact("latents", cache.key, folder=str(cache.folder), **cache.meta)
+    else:
+        logger.use_artifact("latents", cache.key)
 
 
 def check_room(cache: LatentCache, cache_dir: object) -> None:

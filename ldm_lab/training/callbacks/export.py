@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning import Callback, Trainer
 
+from ldm_lab.checkpoint import fingerprint
 from ldm_lab.pipeline import INDEX
 from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.diffusion_module import DiffusionModule
@@ -33,6 +34,11 @@ class Export(Callback):
             publish(self.folder / "final", self.folder.parent)
         else:
             module.autoencoder.save_pretrained(self.folder / "final")
+        _, network = next(iter(module.exported().values()))
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_artifact"):
+                where = {"folder": str(self.folder / "final"), "images_seen": module.images_seen}
+                logger.log_artifact(module.stage, fingerprint(network), **where)
 
 
 def publish(pipeline: Path, run: Path) -> None:

@@ -35,6 +35,7 @@ class Looked:
         batches: `index` and `position` of the images of its micro-batches, of this rank.
         losses: of them, 0-dim.
         names: of what was looked at.
+        norms: of the gradients, by network, before they are clipped; none under float16.
         read: whether these are not finite; waits until it is known.
         images_seen: at its end.
     """
@@ -42,6 +43,7 @@ class Looked:
     batches: list[dict[str, Tensor]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    norms: dict[str, Tensor] = field(default_factory=dict)
     read: Callable[[], list[bool]] = list
     images_seen: int = 0
 
@@ -58,6 +60,9 @@ class NotFinite(Callback):
     at the end of the next step, when it is long there, or as soon as another callback acts; `skip` must know it before
     the optimizer's step, so that the device runs dry for a moment in each. Under float16 the gradients are those of its
     loss scaler, which leaves steps out itself: only the loss is looked at.
+
+    The norm of the gradients is logged, as it is before clipping: `train/grad_norm`, and that of a discriminator, whose
+    game is another, `disc/grad_norm`.
 
     Args:
         folder: the stage's folder.
@@ -95,7 +100,9 @@ class NotFinite(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: StageModule, optimizer: Optimizer) -> None:
         """Look at the whole step, before its gradients are clipped; with `skip` take them away where need be."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        looked_at = {"loss": torch.stack(self._step.losses), **({} if scaled else gradient_norms(module))}
+        self._step.norms = {} if scaled else gradient_norms(module)
+        norms = {f"gradient of {network}": norm for network, norm in self._step.norms.items()}
+        looked_at = {"loss": torch.stack(self._step.losses), **norms}
         self._step.names = list(looked_at)
         flags = torch.stack([~value.isfinite().all() for value in looked_at.values()]).to(torch.uint8)
         if trainer.world_size > 1:
@@ -121,6 +128,7 @@ class NotFinite(Callback):
             self._settle(trainer, module)
         if trainer.on_nan == "skip":
             module.log("train/skipped_steps", float(self.skipped), batch_size=1)
+        log_norms(module, self._step.norms)
 
     def on_save_checkpoint(self, trainer: Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
         """Say it at the latest when something is saved, as after a signal."""
@@ -170,7 +178,7 @@ def images(trainer: Trainer, step: Looked) -> list[dict[str, Any]]:
 
 
 def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
-    """`gradient of <network>` -> its norm, 0-dim: not finite where a value is not, or too large to be squared.
+    """Network -> the norm of its gradient, 0-dim: not finite where a value is not, or too large to be squared.
 
     The squares are what Adam keeps. A norm is also several times as fast as the largest absolute value.
     """
@@ -178,8 +186,17 @@ def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             network = name.removeprefix("loss.").split(".")[0]  # the loss owns the discriminator
-            networks.setdefault(f"gradient of {network}", []).append(parameter.grad)
+            networks.setdefault(network, []).append(parameter.grad)
     return {name: get_total_norm(gradients) for name, gradients in networks.items()}
+
+
+def log_norms(module: StageModule, norms: dict[str, Tensor]) -> None:
+    """Log them as they lie on the device: whoever writes a row of metrics reads them."""
+    norms = dict(norms)
+    if (discriminator := norms.pop("discriminator", None)) is not None:
+        module.log("disc/grad_norm", discriminator, batch_size=1)
+    if norms:
+        module.log("train/grad_norm", torch.linalg.vector_norm(torch.stack(list(norms.values()))), batch_size=1)
 
 
 def read_later(flags: Tensor) -> Callable[[], list[bool]]:

@@ -14,12 +14,12 @@ from ldm_lab.training.stage_module import StageModule
 
 
 def shared(trainer: Trainer, count: int, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """`count` images `(count, 3, H, W)`, on every rank; each has made its share. Every rank must call it.
+    """`count` images `(count, 3, H, W)`, or rows of them, on every rank; each has made its share. All must call it.
 
     Args:
         trainer: of the run.
         count: how many.
-        make: indices of n images -> these, `(n, 3, H, W)`; an image must not depend on the others.
+        make: indices of n images -> these, `(n, 3, H, W)` or `(n, F, 3, H, W)`, none of which may depend on the others.
     """
     each = -(-count // trainer.world_size)
     mine = [min(trainer.global_rank * each + place, count - 1) for place in range(each)]  # the last ones more than once

@@ -11,13 +11,18 @@ from torch import Tensor
 
 from ldm_lab import randomness
 from ldm_lab.diffusion import samplers
+from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.pictures import shared, show
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.training.neighbours import Neighbours
 
 
 class SampleGrid(Callback):
     """Every so many images and at the end, samples of the averaged weights, always from the same noise.
+
+    Beside them, where that is asked for: samples of the weights that are not averaged, from that noise too, and the
+    training images that the first samples are most like.
 
     Args:
         folder: `samples/` of the stage.
@@ -26,6 +31,8 @@ class SampleGrid(Callback):
         steps: evaluations of the UNet for a sample.
         seed: sample i is drawn from (seed, i), as in `sample.py`.
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
+        raw: samples of weights that are not averaged; 0: none.
+        neighbours: finds the nearest training images; None: they are not looked for.
 
     Raises:
         ValueError: there is no such sampler.
@@ -39,10 +46,13 @@ class SampleGrid(Callback):
         steps: int = 20,
         seed: int = 0,
         sampler: str = "ddim",
+        raw: int = 0,
+        neighbours: Neighbours | None = None,
     ) -> None:
         samplers.named(sampler)
         self.folder, self.every = Path(folder), Every(every_images)
         self.images, self.steps, self.seed, self.sampler = images, steps, seed, sampler
+        self.raw, self.neighbours = raw, neighbours
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Begin to count."""
@@ -54,14 +64,27 @@ class SampleGrid(Callback):
             self.sample(trainer, module)
 
     def sample(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Sample, each rank its share."""
+        """Draw and show all of it."""
         pipe = module.pipeline()
+        samples = self._draw(trainer, pipe, self.images)
+        show(trainer, module, self.folder, "samples", samples)
+        if self.neighbours is not None:
+            rows = self.neighbours.beside(trainer, samples)  # (n, 1 + k, 3, H, W)
+            show(trainer, module, self.folder, "neighbours", rows.flatten(0, 1), columns=rows.shape[1])
+        if self.raw:
+            module.unet.eval()
+            raw = self._draw(trainer, LDMPipeline(pipe.vqvae, module.unet, module.scheduler), self.raw)
+            module.unet.train()
+            show(trainer, module, self.folder, "samples_raw", raw)
+
+    def _draw(self, trainer: Trainer, pipe: LDMPipeline, count: int) -> Tensor:
+        """The first `count` samples, `(count, 3, H, W)` in [-1, 1]; each rank draws its share."""
         pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
 
         def draw(indices: Sequence[int]) -> Tensor:
             generators = [randomness.generator(self.seed, "sample", index) for index in indices]
-            with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
                 return pipe(len(indices), generators, num_inference_steps=self.steps, output_type="pt").images
 
-        show(trainer, module, self.folder, "samples", shared(trainer, self.images, draw) * 2 - 1)
+        return shared(trainer, count, draw) * 2 - 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -15,6 +15,7 @@ from uuid import uuid4
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from ldm_lab import tracking
 from ldm_lab.errors import one_line
 from ldm_lab.records import AXIS
 from ldm_lab.saving import replacing, write_json
@@ -32,9 +33,8 @@ YOUNG = 300  # rows: more than there are in the 15 seconds after which W&B write
 class WandbLogger(Logger):
     """Logs over images seen. Online only where the user is logged in, else into `folder/wandb`.
 
-    Whatever goes wrong, training goes on and one warning says so: a start that fails online is repeated offline, for
-    `wandb sync`; where that fails too, or the service later, W&B is left alone. Nothing is waited for longer than
-    `PATIENCE`. `WANDB_MODE=disabled` is respected.
+    Whatever goes wrong, training goes on and one warning says so: a start that fails online is repeated offline (see
+    `ldm_lab.tracking.start`); where that fails too, or the service later, W&B is left alone.
 
     Args:
         folder: the stage's folder; keeps the run's id, so that a resumed stage continues its W&B run.
@@ -42,11 +42,10 @@ class WandbLogger(Logger):
         group: the run's name; the stages of one run lie together.
         job_type: the stage.
         offline: never go online.
-        summaries: metric -> "min" or "max", what the run's summary holds.
+        artifacts: tell W&B what the stage has made, and of what (see `ldm_lab.tracking.declare`).
+        summaries: "min" or "max" -> metrics, or patterns such as `eval/fd_*`, of which the run's summary holds that.
         **settings: further arguments of `wandb.init`, e.g. `entity` or `tags`.
     """
-
-    PATIENCE = 60.0  # seconds, for a start and for the end
 
     def __init__(
         self,
@@ -55,16 +54,18 @@ class WandbLogger(Logger):
         group: str,
         job_type: str,
         offline: bool = False,
-        summaries: dict[str, str] | None = None,
+        artifacts: bool = True,
+        summaries: dict[str, Sequence[str]] | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__()
-        self.folder, self.offline, self.summaries = Path(folder), offline, summaries or {}
+        self.folder, self.offline, self.artifacts, self.summaries = Path(folder), offline, artifacts, summaries or {}
         self.settings = {
             "project": project, "group": group, "job_type": job_type, "name": f"{group}/{job_type}", **settings,
         }  # fmt: skip
         self._run: Any = None
         self._away = False
+        self._defined: set[str] = set()
         self._young: deque[dict[str, float]] = deque(maxlen=YOUNG)
 
     @property
@@ -98,32 +99,16 @@ class WandbLogger(Logger):
         return self._run
 
     def _start(self) -> Any:  # noqa: ANN401
-        import wandb
+        self._defined.clear()
+        return tracking.start(self.folder, self.offline, id=self.version, resume="allow", **self.settings)
 
-        mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline"
-        failure = None
-        try:
-            if mode == "offline" and not self.offline and wandb.login(prompt=False, verify=False):
-                return self._init(None)
-        except Exception as error:
-            failure = error
-        run = self._init(mode)
-        if failure:
-            log.warning("W&B cannot be reached (%s): it stays offline, in %s", one_line(failure), self.folder / "wandb")
-        return run
-
-    def _init(self, mode: str | None) -> Any:  # noqa: ANN401
-        import wandb
-
-        settings = wandb.Settings(silent=True, init_timeout=self.PATIENCE, finish_timeout=self.PATIENCE)
-        run = wandb.init(
-            dir=self.folder, id=self.version, resume="allow", mode=mode, settings=settings, **self.settings
-        )
-        run.define_metric(AXIS)
-        run.define_metric("*", step_metric=AXIS)
-        for metric, summary in self.summaries.items():
-            run.define_metric(metric, step_metric=AXIS, summary=summary)
-        return run
+    def _log(self, run: Any, row: dict[str, float]) -> None:  # noqa: ANN401
+        for name in row.keys() - self._defined:  # and not before: of several patterns that fit W&B itself takes any
+            self._defined.add(name)
+            for summary, patterns in self.summaries.items():
+                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                    run.define_metric(name, step_metric=AXIS, summary=summary)
+        run.log(row)
 
     def _leave(self, error: Exception) -> None:
         """Train on without W&B."""
@@ -150,13 +135,37 @@ class WandbLogger(Logger):
         self._safely(lambda run: run.config.update(params, allow_val_change=True))
 
     @rank_zero_only
+    def log_facts(self, facts: dict[str, Any]) -> None:
+        """What the stage is made of, beside its config (see `ldm_lab.training.facts`)."""
+        self._safely(lambda run: run.config.update({"facts": facts}, allow_val_change=True))
+
+    @rank_zero_only
+    def log_artifact(self, kind: str, content: str, **facts: Any) -> None:  # noqa: ANN401
+        """What the stage has made, known by the hash of its content."""
+        self._safely(lambda run: self._declare(run, kind, content, facts))
+
+    @rank_zero_only
+    def use_artifact(self, kind: str, content: str) -> None:
+        """What the stage is made of."""
+        self._safely(lambda run: self._declare(run, kind, content, {}, used=True))
+
+    def _declare(self, run: Any, kind: str, content: str, facts: dict[str, Any], used: bool = False) -> None:  # noqa: ANN401
+        if not self.artifacts:
+            return
+        try:
+            tracking.declare(run, self.folder, kind, content, facts, used)
+        except Exception as error:  # metrics are worth more: they go on
+            self.artifacts = False
+            log.warning("W&B takes no artifacts (%s): what was made of what is not told", one_line(error))
+
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Scalars, with `images_seen` among them as their axis."""
         if AXIS not in metrics:
             return
         row = {key: value for key, value in metrics.items() if key != "epoch"}
         self._young.append(row)
-        self._safely(lambda run: run.log(row))
+        self._safely(lambda run: self._log(run, row))
 
     @property
     def _kept(self) -> Path:
@@ -175,7 +184,7 @@ class WandbLogger(Logger):
             rows = read_json(self._kept)["rows"] if self._kept.is_file() else []
             for row in [row for row in rows if row[AXIS] <= images_seen]:
                 self._young.append(row)
-                run.log(row)
+                self._log(run, row)
 
         self._safely(log_again)
 
@@ -194,15 +203,7 @@ class WandbLogger(Logger):
     def finalize(self, status: str) -> None:
         """Close the run: the next stage opens its own."""
         if self._run is not None:
-            self._safely(lambda run: finish(run, exit_code=int(status == "failed")))
+            self._safely(lambda run: tracking.finish(run, exit_code=int(status == "failed")))
             self._run = None
             self._young.clear()
             self._kept.unlink(missing_ok=True)
-
-
-def finish(run: Any, exit_code: int) -> None:  # noqa: ANN401
-    """End a run. Raises `OSError` where its service could not write all: it tells nobody but its log."""
-    run.finish(exit_code=exit_code)
-    said = Path(run.settings.log_internal)
-    if said.is_file() and "failed to save record" in said.read_text(encoding="utf-8", errors="replace")[-100_000:]:
-        raise OSError(f"not all could be written, see {said}")

@@ -1,0 +1,1 @@
+"""W&B dashboards as code: what stands where, and its form for `wandb-workspaces`."""

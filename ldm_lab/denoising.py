@@ -1,0 +1,49 @@
+"""The reverse process, step by step: sampling, and whoever looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
+
+
+@torch.no_grad()
+def denoise(
+    unet: nn.Module,
+    scheduler: Scheduler,
+    latents: Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    eta: float = 0.0,
+) -> Iterator[tuple[Tensor, SchedulerOutput]]:
+    """Visit the timesteps that the scheduler was set to; the latents stay float32 whatever type the network has.
+
+    Args:
+        unet: predicts what `scheduler.config.prediction_type` says.
+        scheduler: after `set_timesteps`.
+        latents: `(B, C, h, w)` at the first of the timesteps, on the network's device.
+        generator: of the noise that steps add; a list has one per image.
+        eta: see `DDIMScheduler.step`.
+
+    Yields:
+        Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample`.
+
+    Raises:
+        ValueError: `eta` is not 0 and the scheduler has none.
+    """
+    if eta and not isinstance(scheduler, DDIMScheduler):
+        raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")
+    options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+    dtype = next(unet.parameters()).dtype
+    on_device = scheduler.timesteps.to(latents.device)  # all at once; the scheduler's own stay on the CPU
+    latents = latents.float()  # (B, C, h, w)
+    for index, timestep in enumerate(scheduler.timesteps):
+        model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+        prediction = unet(model_input, on_device[index]).sample
+        prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite its output
+        output = scheduler.step(prediction, timestep, latents, generator=generator, **options)
+        latents = output.prev_sample
+        yield timestep, output

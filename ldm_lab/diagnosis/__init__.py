@@ -1,0 +1,1 @@
+"""What the records of a training say about its health: pure functions from records to findings."""

@@ -1,0 +1,75 @@
+"""Something computed of every image, shared among the devices: `(N, K)`, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ldm_lab.metrics.extractors import CHUNK, Extractor, exactly
+from ldm_lab.metrics.images import Pixels
+
+Compute = Callable[[Tensor], Tensor]  # images (B, 3, H, W), uint8 -> (B, K)
+
+
+class Chunks(Dataset):
+    """`chunks[c]`: the places `(n,)` of `CHUNK` images, and these, `(n, 3, H, W)`; the last one may be smaller."""
+
+    def __init__(self, images: Pixels) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> tuple[Tensor, Tensor]:
+        places = range(chunk * CHUNK, min(len(self.images), (chunk + 1) * CHUNK))
+        return torch.tensor(places), torch.stack([self.images[place] for place in places])
+
+
+class Rows(LightningModule):
+    """Computes the rows of this device's chunks.
+
+    Chunks are the same for any number of devices: what is computed of a chunk does not depend on that number.
+
+    Args:
+        networks: what `compute` uses; they go to the device.
+        images: all of them.
+        compute: the rows of a chunk.
+        width: K.
+        num_workers: loader processes.
+    """
+
+    def __init__(self, networks: nn.Module, images: Pixels, compute: Compute, width: int, num_workers: int = 0) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer chunks than devices
+        self.networks, self.images, self.compute, self.num_workers = networks, images, compute, num_workers
+        self.found = torch.zeros(len(images), width)  # float32, on the CPU; zero where another device computes
+
+    def predict_dataloader(self) -> DataLoader:
+        """The chunks of this device."""
+        chunks = Chunks(self.images)
+        mine = range(self.trainer.global_rank, len(chunks), self.trainer.world_size)
+        return DataLoader(Subset(chunks, mine), batch_size=None, num_workers=self.num_workers)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        """One chunk."""
+        places, images = batch
+        with exactly(images.device):
+            self.found[places.cpu()] = self.compute(images).float().cpu()
+
+
+def rows(
+    trainer: Trainer, networks: nn.Module, images: Pixels, compute: Compute, width: int, num_workers: int = 0
+) -> Tensor:
+    """What `compute` gives of every image, in their order: `(N, K)`, float32, on every device's host."""
+    module = Rows(networks, images, compute, width, num_workers)
+    trainer.predict(module, return_predictions=False)
+    return trainer.strategy.reduce(module.found.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+
+
+def features(trainer: Trainer, extractor: Extractor, images: Pixels, num_workers: int = 0) -> Tensor:
+    """The features of every image: `(N, D)`, float32."""
+    return rows(trainer, extractor, images, extractor, extractor.dimension, num_workers)

@@ -1,0 +1,223 @@
+"""A feature extractor that is trained on the data set itself, where no pretrained weights are at hand.
+
+A small convolutional network, seeded and kept in the cache. It learns what a data set knows of its images (`LABELS`);
+of any other, to tell an image from all others by two crops of it (Chen et al. 2020, "A Simple Framework for Contrastive
+Learning of Visual Representations", Eq. 1). The distance is named after it: values compare between models of the same
+data set, measured by the same extractor, and with nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm_lab.data.avatars import AvatarImages
+from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.metrics.extractors import Extractor
+from ldm_lab.metrics.images import DataPixels, Pixels, spread
+from ldm_lab.randomness import generator
+from ldm_lab.saving import replacing
+from ldm_lab.untrusted import LoadError, first_line
+
+REVISION = 1  # to be raised with every change that trains another network
+SIDE = 64  # pixels that it sees: larger images are averaged down
+WIDTHS = (16, 32, 64, 96)  # of the levels; each halves the picture
+MOST_IMAGES, BATCH, STEPS, RATE = 8192, 128, 400, 3e-3
+TEMPERATURE = 0.2
+SMALLEST_CROP = 0.7  # part of a side
+
+Targets = Tensor | None  # (N, attributes), int64
+
+
+class Own(Extractor):
+    """Means over the picture of a convolutional network's activations, at every level, each scaled to unit variance.
+
+    Low levels see noise and blur, the last one what it has learned of the images.
+
+    Args:
+        name: of what it was trained on; the distance is `fd_<name>`.
+        outputs: numbers that training asks of it.
+    """
+
+    dimension = sum(WIDTHS)
+
+    def __init__(self, name: str, outputs: int) -> None:
+        super().__init__()
+        self.name, self.distance = name, f"fd_{name}"
+        widths = (3, *WIDTHS)
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.SiLU())
+            for before, after in zip(widths, WIDTHS, strict=False)
+        )
+        self.head = nn.Linear(WIDTHS[-1], outputs)
+        self.register_buffer("mean", torch.zeros(self.dimension))
+        self.register_buffer("std", torch.ones(self.dimension))
+
+    def activations(self, images: Tensor) -> list[Tensor]:
+        """`(B, 3, H, W)` in [-1, 1] -> means of each level, `(B, width)`."""
+        means = []
+        for level in self.levels:
+            images = level(images)  # (B, width, H/2, W/2)
+            means.append(images.mean((2, 3)))
+        return means
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)`, uint8 -> `(B, D)`, float32."""
+        return (torch.cat(self.activations(seen(images)), dim=1) - self.mean) / self.std
+
+
+def seen(images: Tensor) -> Tensor:
+    """uint8 images as the network sees them: `(B, 3, h, w)` in [-1, 1], sides of at most `SIDE`."""
+    images = images.float() / 127.5 - 1
+    size = tuple(min(side, SIDE) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images, size)
+
+
+def avatar_labels(images: DataPixels, places: list[int]) -> Tensor:
+    """What was drawn: hair, its colour, beard, glasses, skin ... `(N, attributes)`, int64."""
+    from ldm_lab.data import drawing
+
+    attributes = {
+        "top": drawing.TOPS, "hair_color": drawing.HAIR_COLORS, "skin_color": drawing.SKIN_COLORS,
+        "facial_hair": (drawing.pa.FacialHairType.NONE, *drawing.FACIAL_HAIR),
+        "accessory": (drawing.pa.AccessoryType.NONE, *drawing.GLASSES),
+        "eyes": drawing.EYES, "eyebrows": drawing.EYEBROWS, "mouth": drawing.MOUTHS,
+        "clothing": drawing.CLOTHING, "clothing_color": drawing.FABRIC_COLORS,
+    }  # fmt: skip
+    rows = []
+    for place in places:
+        number = images.data.first + images.index(place)
+        avatar = drawing.compose(random.Random(f"avatar/{images.data.drawing_seed}/{number}"))
+        rows.append([options.index(getattr(avatar, name)) for name, options in attributes.items()])
+    return torch.tensor(rows)
+
+
+LABELS: dict[type[ImageDataset], tuple[str, Callable[..., Tensor]]] = {AvatarImages: ("avatars", avatar_labels)}
+
+
+def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int = 0) -> Own:
+    """The extractor of some images: from the cache, or trained now and kept there.
+
+    Args:
+        images: those to learn from.
+        cache_dir: `paths.cache`; it lies in `extractors/` there.
+        device: where it is trained.
+        seed: of the training.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    name, labels = LABELS.get(type(getattr(images, "data", None)), ("own", None))
+    identity = [REVISION, seed, images.fingerprint(), images.transform(), SIDE, WIDTHS, MOST_IMAGES, BATCH, STEPS]
+    path = folder(cache_dir) / f"{name}-{digest(identity)}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_suffix(".lock")):  # one of several processes trains, the others take its result
+        if not path.is_file():
+            if len(images) < 2:
+                raise ValueError(f"{len(images)} image(s): an extractor cannot be trained on them; give more")
+            places = spread(min(MOST_IMAGES, len(images)), len(images))
+            pixels = torch.stack([images[place] for place in tqdm(places, desc="reading", unit="image")])
+            targets = None if labels is None else labels(images, places)
+            write(trained(name, pixels.to(device), targets, seed), path)
+    return read(path)
+
+
+def folder(cache_dir: str | Path) -> Path:
+    """Where extractors are kept."""
+    return Path(cache_dir).expanduser() / "extractors"
+
+
+def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:
+    """The one of this fingerprint, if it is in the cache."""
+    found = (read(path) for path in sorted(folder(cache_dir).glob("*.safetensors")))
+    return next((extractor for extractor in found if extractor.fingerprint() == fingerprint), None)
+
+
+def write(extractor: Own, path: Path) -> None:
+    """Keep it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = {"name": extractor.name, "outputs": str(extractor.head.out_features)}
+    with replacing(path) as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in extractor.state_dict().items()}, temporary, notes)
+
+
+def read(path: Path) -> Own:
+    """One that was kept, on the CPU. Raises `LoadError` where the file holds something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            notes = file.metadata() or {}
+            with torch.device("meta"):  # no random numbers are drawn
+                extractor = Own(notes["name"], int(notes["outputs"]))
+            extractor.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
+    except Exception as error:  # a damaged file makes the reader fail in several ways
+        raise LoadError(f"{path}: no extractor: {first_line(error)}; remove it, and another one is trained") from error
+    return extractor.eval().requires_grad_(False)
+
+
+def trained(name: str, images: Tensor, targets: Targets, seed: int) -> Own:
+    """Train on `(N, 3, H, W)` uint8, where they are; what else draws from the global generator does not notice."""
+    classes = [] if targets is None else (targets.max(0).values + 1).tolist()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "extractor").initial_seed())
+        network = Own(name, sum(classes) or WIDTHS[-1]).to(images.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    with torch.enable_grad():
+        for step in tqdm(range(STEPS), desc=f"learning features of {name}", unit="step"):
+            rng = generator(seed, "extractor", step)
+            chosen = torch.randperm(len(images), generator=rng)[:BATCH]
+            batch = seen(images[chosen.to(images.device)])
+            if targets is None:
+                loss = instance_loss(network, batch, rng)
+            else:
+                loss = label_loss(network, cropped(batch, rng), targets[chosen].to(images.device), classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return standardized(network.eval().requires_grad_(False), images)
+
+
+@torch.no_grad()
+def standardized(network: Own, images: Tensor) -> Own:
+    """Scale its features so that those of `images` have mean 0 and variance 1: each counts alike."""
+    features = torch.cat([network(part) for part in images.split(BATCH)]).double()
+    network.mean.copy_(features.mean(0))
+    network.std.copy_(features.std(0).clamp(min=1e-6))
+    return network
+
+
+def label_loss(network: Own, images: Tensor, targets: Tensor, classes: list[int]) -> Tensor:
+    """Cross-entropy of every attribute, their mean, 0-dim."""
+    scores = network.head(network.activations(images)[-1]).split(classes, dim=1)
+    return torch.stack([F.cross_entropy(s, t) for s, t in zip(scores, targets.unbind(1), strict=True)]).mean()
+
+
+def instance_loss(network: Own, images: Tensor, rng: torch.Generator) -> Tensor:
+    """Which of a batch's crops is another crop of the same image: Chen et al. 2020, Eq. 1, 0-dim."""
+    views = torch.cat([cropped(images, rng), cropped(images, rng)])  # (2B, 3, h, w)
+    codes = F.normalize(network.head(network.activations(views)[-1]), dim=1)
+    likeness = codes @ codes.T / TEMPERATURE  # (2B, 2B)
+    likeness.fill_diagonal_(-torch.inf)
+    partners = torch.arange(len(views), device=views.device).roll(len(images))
+    return F.cross_entropy(likeness, partners)
+
+
+def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
+    """A part of each image, at random, enlarged to its size: `(B, 3, h, w)`."""
+    scale, down, right = torch.rand(3, len(images), generator=rng)
+    scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * scale
+    room = 1 - scale
+    zero = torch.zeros_like(scale)
+    rows = [torch.stack([scale, zero, room * (2 * right - 1)], 1), torch.stack([zero, scale, room * (2 * down - 1)], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1).to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -1,0 +1,1 @@
+"""What runs have recorded, side by side on one page that opens from disk."""

@@ -1,0 +1,81 @@
+"""How samples come about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from ldm_lab import randomness
+from ldm_lab.denoising import denoise
+from ldm_lab.diffusion import samplers
+from ldm_lab.training.callbacks.every import Every
+from ldm_lab.training.callbacks.pictures import shared, show
+from ldm_lab.training.diffusion_module import DiffusionModule
+
+
+class DenoisingStrip(Callback):
+    """Every so many images and at the end, a row for each of some samples: what each step takes for the clean image.
+
+    They are the first samples of the grid, where seed, sampler and steps are the same.
+
+    Args:
+        folder: `samples/` of the stage.
+        every_images: interval in training images.
+        images: how many samples.
+        frames: steps that are shown, evenly spread, the last among them.
+        steps: evaluations of the UNet for a sample.
+        seed: sample i is drawn from (seed, i).
+        sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
+
+    Raises:
+        ValueError: there is no such sampler.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        every_images: int,
+        images: int = 4,
+        frames: int = 8,
+        steps: int = 20,
+        seed: int = 0,
+        sampler: str = "ddim",
+    ) -> None:
+        samplers.named(sampler)
+        self.folder, self.every = Path(folder), Every(every_images)
+        self.images, self.frames, self.steps, self.seed, self.sampler = images, frames, steps, seed, sampler
+
+    def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Begin to count."""
+        self.every.start(module)
+
+    def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
+        """Draw when due, and at the last step."""
+        if self.every.due(trainer, module) or trainer.global_step >= trainer.max_steps:
+            self.draw(trainer, module)
+
+    @torch.no_grad()
+    def draw(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Draw, each rank its share."""
+        pipe = module.pipeline()
+        pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
+        shown = {round(place) for place in torch.linspace(0, self.steps - 1, min(self.frames, self.steps)).tolist()}
+
+        def strips(indices: Sequence[int]) -> Tensor:
+            own = [randomness.generator(self.seed, "sample", index) for index in indices]
+            latents = pipe.noise(len(indices), own)  # (n, C, h, w)
+            pipe.scheduler.set_timesteps(self.steps)
+            with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+                frames = [
+                    pipe.decode(output.pred_original_sample)
+                    for step, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, own))
+                    if step in shown
+                ]
+            return torch.stack(frames, dim=1)  # F x (n, 3, H, W) -> (n, F, 3, H, W)
+
+        found = shared(trainer, self.images, strips)
+        show(trainer, module, self.folder, "denoising", found.flatten(0, 1), columns=found.shape[1])

@@ -1,0 +1,102 @@
+"""What `python -m ldm_lab doctor` asks, asked while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_lab.diagnosis.checks import diagnose
+from ldm_lab.diagnosis.finding import BAD, OK, Finding, Readings
+from ldm_lab.diagnosis.folder import SHEET, sheet
+from ldm_lab.records import Curve, StageRecord
+from ldm_lab.training.callbacks.episode import Episode
+from ldm_lab.training.callbacks.pictures import show
+from ldm_lab.training.stage_module import StageModule
+
+
+class Health(Callback):
+    """Says in words, once, what looks broken; and shows the images that training begins with.
+
+    After each validation the checks of `ldm_lab.diagnosis` look at the newest metrics. One that finds something bad
+    `patience` times in a row is a warning; it may come again when all was well in between. Codebook and discriminator
+    are left to `CodebookUse` and `DiscriminatorHealth`, which see every code and every step.
+
+    The picture `data` holds the first training images as the network gets them, cropped and flipped; where stage 2
+    trains on cached latents, as the first stage decodes these.
+
+    Args:
+        folder: of the stage.
+        images: on the picture, at most; those that rank 0 has in the first step.
+        patience: validations in a row.
+    """
+
+    ELSEWHERE = ("codebook", "discriminator")
+    KEPT = 64  # validations, for the checks that look back
+
+    def __init__(self, folder: str, images: int = 36, patience: int = 3) -> None:
+        self.stage_folder, self.images, self.patience = Path(folder), images, patience
+        self.curves: dict[str, Curve] = {}
+        self.episodes: dict[str, Episode] = {}
+        self._seen: list[Tensor] = []
+        self._config: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics of the newest validations, and which warnings stand."""
+        episodes = {check: episode.state_dict() for check, episode in self.episodes.items()}
+        return {"curves": {name: list(map(list, curve)) for name, curve in self.curves.items()}, "episodes": episodes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, and with what a resumed run has made up for before."""
+        for name, curve in state["curves"].items():
+            self.curves[name] = sorted({**dict(map(tuple, curve)), **dict(self.curves.get(name, []))}.items())
+        for check, episode in state["episodes"].items():
+            self.episodes.setdefault(check, Episode(self.patience)).load_state_dict(episode)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: StageModule, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Keep the images of the very first step, and show them."""
+        size = trainer.datamodule.global_batch_size
+        if module.images_seen >= size or not trainer.is_global_zero:
+            return
+        self._seen += as_images(module, batch)[: self.images - len(self._seen)]  # (b, 3, H, W) -> b of (3, H, W)
+        if module.images_seen + len(batch["index"]) * trainer.world_size >= size:
+            show(trainer, module, self.stage_folder / "samples", SHEET, torch.stack(self._seen))
+            self._seen = []
+            self._note(module, sheet(StageRecord(self.stage_folder, module.stage)), patience=1)
+
+    def on_validation_end(self, trainer: Trainer, module: StageModule) -> None:
+        """Take note of the metrics, and judge them."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        for name, value in trainer.callback_metrics.items():
+            if "/" in name:
+                curve = {**dict(self.curves.get(name, [])), module.images_seen: float(value)}
+                self.curves[name] = sorted(curve.items())[-self.KEPT :]
+        self._config = self._config or StageRecord(self.stage_folder, module.stage).config
+        for finding in diagnose(Readings(module.stage, self._config, self.curves)):
+            if finding.check not in self.ELSEWHERE:
+                self._note(module, finding, self.patience)
+
+    def _note(self, module: StageModule, finding: Finding, patience: int) -> None:
+        """Take note of a finding; say it where it has been bad for so long."""
+        episode = self.episodes.setdefault(finding.check, Episode(patience))
+        if episode.note(module.images_seen, bad=finding.verdict == BAD, good=finding.verdict == OK):
+            tqdm.write(
+                f"warning: {module.stage}, since {episode.since:,} images: {finding}. python -m ldm_lab doctor"
+                f" {self.stage_folder} says more"
+            )
+
+
+@torch.no_grad()
+def as_images(module: StageModule, batch: dict[str, Tensor]) -> Tensor:
+    """What a training batch shows, `(b, 3, H, W)` about in [-1, 1]; cached latents are decoded."""
+    if "image" in batch:
+        return batch["image"]
+    latents = module.autoencoder.from_moments(batch["moments"].float())  # (b, C, h, w)
+    return module.autoencoder.decode(latents).sample

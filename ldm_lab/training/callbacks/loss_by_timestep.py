@@ -1,0 +1,47 @@
+"""Where on the way from noise to image the network errs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from ldm_lab.training.diffusion_module import DiffusionModule
+
+PARTS = 10  # of the range of time
+
+
+class LossByTimestep(Callback):
+    """Logs the loss on held-out images by tenths of the timesteps: `val/loss_t0`, the least noise, to `val/loss_t9`.
+
+    Each is the mean over all images whose fixed timestep lies there, whatever the batch size and the number of ranks,
+    so that `val/loss` is their mean, weighted by those numbers. A tenth without an image is left out.
+    """
+
+    def on_validation_start(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Begin at zero."""
+        self._sums = torch.zeros(2, PARTS, dtype=torch.float64, device=module.device)  # losses, images
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        module: DiffusionModule,
+        outputs: dict[str, Tensor],
+        batch: dict[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the losses of a batch up, on the device."""
+        if dataloader_idx == 0:
+            losses = outputs["losses"].double()  # (B,)
+            parts = batch["timestep"].to(losses.device) * PARTS // len(module.scheduler)  # (B,)
+            self._sums.index_add_(1, parts, torch.stack([losses, torch.ones_like(losses)]))
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Log the means over all ranks."""
+        sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        for part, (total, images) in enumerate(sums.T.tolist()):
+            if images:
+                module.log(f"val/loss_t{part}", total / images, batch_size=1, sync_dist=True)

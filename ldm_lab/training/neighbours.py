@@ -1,0 +1,70 @@
+"""Which training images a sample is like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ldm_lab.data.datamodule import Chosen, Loader, spread
+from ldm_lab.training.callbacks.pictures import shared
+
+
+class Neighbours:
+    """Finds the nearest training images: a look at what may be copied, at the price of a few megabytes.
+
+    Near is what differs least, squared and summed, at `side` x `side` pixels; also mirrored, where training mirrors.
+    Only a part of the images is searched, evenly spread over them; it is read once, each rank its share.
+
+    Args:
+        samples: of so many, the first.
+        nearest: training images for each.
+        among: so many are searched, at most.
+        side: pixels that are compared.
+    """
+
+    BATCH = 64  # images read at a time
+
+    def __init__(self, samples: int = 6, nearest: int = 3, among: int = 1024, side: int = 16) -> None:
+        self.samples, self.nearest, self.among, self.side = samples, nearest, among, side
+        self._searched: Tensor | None = None
+
+    @torch.no_grad()
+    def beside(self, trainer: Trainer, samples: Tensor) -> Tensor:
+        """Every rank must call it.
+
+        Args:
+            trainer: of the run.
+            samples: `(B, 3, H, W)` in [-1, 1], alike on all ranks.
+
+        Returns:
+            `(n, 1 + k, 3, H, W)`: n samples, each before the k images nearest to it, the very nearest first.
+        """
+        data = trainer.datamodule
+        indices = spread(min(self.among, data.num_train), data.num_train)
+        samples = samples[: self.samples].float().clamp(-1, 1)
+        if self._searched is None:
+            self._searched = shared(trainer, len(indices), lambda places: self._read(trainer, indices, places))
+        views = [self._searched, self._searched.flip(-1)][: 2 if data.train_set.flip else 1]
+        small = adaptive_avg_pool2d(samples, self.side).flatten(1)  # (n, 3, H, W) -> (n, 3 S S)
+        distances = torch.stack([torch.cdist(small, view.flatten(1)) for view in views])  # (V, n, N)
+        closest, view = distances.min(0)  # (n, N)
+        places = closest.topk(min(self.nearest, len(indices)), largest=False).indices  # (n, k)
+        mirrored = view.gather(1, places).bool().tolist()
+        rows = []
+        for pair in zip(places.tolist(), mirrored, strict=True):
+            images = [(data.train_set[indices[place]]["image"], flip) for place, flip in zip(*pair, strict=True)]
+            rows.append(torch.stack([image.flip(-1) if flip else image for image, flip in images]))
+        found = torch.stack(rows)  # n x (k, 3, H, W) -> (n, k, 3, H, W)
+        return torch.cat([samples[:, None].cpu(), found], dim=1)
+
+    def _read(self, trainer: Trainer, indices: Sequence[int], places: Sequence[int]) -> Tensor:
+        """The images at some places, `(n, 3, S, S)`, on the device."""
+        data = trainer.datamodule
+        chosen = Chosen(data.train_set, [indices[place] for place in places])
+        batches = Loader(chosen, batch_size=self.BATCH, **data.loading())
+        small = [adaptive_avg_pool2d(batch["image"], self.side) for batch in batches]
+        return torch.cat(small).to(trainer.strategy.root_device)
