@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
 
 
+class UNet(Protocol):
+    """What predicts: `unet(latents, timestep).sample`."""
+
+    dtype: torch.dtype
+
+    def __call__(self, sample: Tensor, timestep: Tensor) -> Any:  # noqa: ANN401
+        """`(B, C, h, w)` and a timestep -> something with `.sample`, alike."""
+
+
 @torch.no_grad()
 def denoise(
-    unet: nn.Module,
+    unet: UNet,
     scheduler: Scheduler,
     latents: Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -37,11 +47,10 @@ def denoise(
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")
     options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
-    dtype = next(unet.parameters()).dtype
     on_device = scheduler.timesteps.to(latents.device)  # all at once; the scheduler's own stay on the CPU
     latents = latents.float()  # (B, C, h, w)
     for index, timestep in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+        model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
         prediction = unet(model_input, on_device[index]).sample
         prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite its output
         output = scheduler.step(prediction, timestep, latents, generator=generator, **options)

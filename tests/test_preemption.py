@@ -99,8 +99,8 @@ def test_a_second_signal_has_a_status_too(tmp_path):
 # --- many processes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [*(pytest.param(number, marks=pytest.mark.soak) for number in (INT, TERM)), USR1])
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [INT, TERM, USR1])
 def test_a_signal_to_the_whole_group_finds_the_loaders_alive(tiny_runs, tmp_path, number):
     group = sending(number, "autoencoder", 16, group=True)
     status, out, err = run(tmp_path, RECIPE, "data.num_workers=2", *group)
@@ -135,7 +135,9 @@ def wait_for(condition, seconds):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize(("number", "stage"), [(signal.SIGKILL, "step"), (TERM, "start")])
+@pytest.mark.parametrize(
+    ("number", "stage"), [pytest.param(signal.SIGKILL, "step", marks=pytest.mark.soak), (TERM, "start")]
+)
 def test_no_loader_outlives_its_training(tmp_path, number, stage):
     """The parent alone is killed, or is ended while it starts them: nobody tells its loaders."""
     process = start(tmp_path, RECIPE, "data.num_workers=2", "max_images=1000000")

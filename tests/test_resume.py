@@ -215,7 +215,7 @@ def test_a_lost_result_is_exported_again(tiny_runs, tmp_path):
         assert_same_training(runs / "celebahq" / stage, tiny_runs / "celebahq" / stage)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ctrl_c_in_a_terminal_reaches_the_loaders_too(tmp_path):
     command = [sys.executable, "train.py", "debug=tiny", "logger=csv", "callbacks=none", f"paths.runs={tmp_path}"]
     process = subprocess.Popen(

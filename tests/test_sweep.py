@@ -90,7 +90,7 @@ def test_each_job_is_a_run_with_its_own_autoencoder(tmp_path):
     assert again.stderr.splitlines()[-1] == "error: seed=nonsense: must be a whole number, at least 0"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_of_stage_2_alone_takes_the_first_stage_of_the_run(tiny_runs, tmp_path):
     runs = copy(tiny_runs, tmp_path)
     done = sweep("experiment=celebahq/diffusion", "model.optimizer.lr=1e-4,3e-4", f"paths.runs={runs}")
@@ -129,7 +129,7 @@ def test_a_search_without_m_or_of_no_such_name_is_refused():
     assert refused.stderr == "error: hparams_search=gird: there is no such search; there are: grid, optuna\n"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_guided_search_minimises_and_finds_its_jobs_again(tiny_runs, tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     runs = copy(tiny_runs, tmp_path, "avatars")

@@ -140,7 +140,7 @@ def test_all_devices_take_the_smallest(mine, other, world_size, expected, said, 
     assert capsys.readouterr().out == said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_agree(tmp_path):
     """The second finds room for less than the first."""
     found = (

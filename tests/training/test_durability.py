@@ -479,7 +479,7 @@ def hurt(how, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "limit"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("limit", marks=pytest.mark.soak)])
 def test_a_process_that_ends_while_it_writes_loses_no_more_than_an_interval(tiny_runs, tmp_path, how):
     """SIGKILL, and a limit on the size of files as `ulimit -f` sets it; then the same command goes on."""
     runs = copy(tiny_runs, tmp_path)

@@ -103,6 +103,7 @@ def test_the_run_is_a_pipeline_with_a_kl_autoencoder(run):
     )
 
 
+@pytest.mark.soak
 def test_interrupted_stages_end_as_undisturbed_ones(run, tmp_path):
     for stage in STAGES:
         with pytest.raises(SystemExit):

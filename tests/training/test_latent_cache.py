@@ -63,7 +63,9 @@ def test_latents_are_made_of_moments(kind):
     assert torch.equal(model.latents(images, noise), expected)
 
 
-@pytest.mark.parametrize("experiment", ["celebahq", "lsun_churches"])  # VQ; KL, whose scale is measured
+@pytest.mark.parametrize(
+    "experiment", [pytest.param("celebahq", marks=pytest.mark.soak), "lsun_churches"]
+)  # VQ; KL, whose scale is measured
 def test_training_on_cached_latents_is_training_on_images(experiment, photos, tiny_runs, tmp_path, cached):
     """Mirrored ones among them."""
     images = (f"data.root={photos}", "data.flip=true", "data.val_fraction=0.2", "data.on_error=skip")

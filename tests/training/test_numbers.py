@@ -86,6 +86,9 @@ def stage(request, tiny_runs, tmp_path):
 
 
 BOTH = pytest.mark.parametrize("stage", ["autoencoder", "diffusion"], indirect=True)
+HEAVY_FIRST = pytest.mark.parametrize(
+    "stage", [pytest.param("autoencoder", marks=pytest.mark.soak), "diffusion"], indirect=True
+)
 STAGE_2 = pytest.mark.parametrize("stage", ["diffusion"], indirect=True)
 
 
@@ -98,7 +101,7 @@ def assert_same_state(folder, reference):
 # --- stop
 
 
-@BOTH
+@HEAVY_FIRST
 def test_a_poisoned_image_ends_the_training_and_nothing_of_it_is_kept(stage, tmp_path):
     """Checkpoints are due at every 16 images; the step of images 40 to 48, the worst, is both poisoned and due."""
     name, command, folder, undisturbed = stage
@@ -156,7 +159,7 @@ def test_files_are_named_where_the_images_are_files(tmp_path):
 # --- skip
 
 
-@BOTH
+@HEAVY_FIRST
 def test_a_skipped_step_changes_nothing_and_a_resumed_run_repeats_it(stage, tmp_path, capsys):
     """One bad micro-batch of four spoils the step of images 24 to 32; Ctrl-C during the step after it."""
     name, command, folder, _ = stage
@@ -218,8 +221,8 @@ def test_other_words_are_refused(tmp_path):
         train(tmp_path, "experiment=avatars/autoencoder", "trainer.on_nan=ignore")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("on_nan", ["stop", pytest.param("skip", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_all_ranks_decide_alike(tiny_runs, tmp_path, on_nan):
     """The bad image is one of rank 1."""
     dump = ["+callbacks.dump._target_=tests.callbacks.DumpWeights", f"+callbacks.dump.folder={tmp_path}/ranks"]

@@ -71,6 +71,7 @@ def history(folder):
 
 
 @linux
+@pytest.mark.soak
 def test_a_crash_of_the_service_stops_nothing(tmp_path, nobody):
     kill = ["plugins=[tests]", "+callbacks.kill._target_=tests.training.test_wandb.KillService"]
     done = command(STAGE_1, "logger=many", f"paths.runs={tmp_path}", *kill)
