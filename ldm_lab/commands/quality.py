@@ -67,6 +67,7 @@ VARIANTS = (
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
+CHOICES = [*(variant.name for variant in VARIANTS), "samplers"]
 STANDARD = ("dpm_solver", 20, 0)  # of all rows but those of samplers: what a minute buys most with
 OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # beside the Frechet distance
 
@@ -96,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=2, help="of every row (default: %(default)s)")
     add("--samples", type=int, default=1000, help="of an evaluation (default: %(default)s)")
     add("--jobs", type=int, default=2, help="commands at a time (default: %(default)s)")
-    add("--only", nargs="+", choices=[variant.name for variant in VARIANTS], help="these rows")
+    add("--only", nargs="+", choices=CHOICES, default=CHOICES, help="these rows (default: all)")
     return parser
 
 
@@ -109,7 +110,8 @@ class Workshop:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.runs = options, options.runs.absolute()
-        self.variants = [variant for variant in VARIANTS if variant.name in (options.only or [variant.name])]
+        asked = {DEMO.name, *options.only} if "samplers" in options.only else set(options.only)  # they are the demo's
+        self.variants = [variant for variant in VARIANTS if variant.name in asked]
         self.seeds = range(options.seeds)
 
     def table(self) -> str:
@@ -125,7 +127,7 @@ class Workshop:
         lines += self.rows(first_stages, reconstructions, OF_FIRST_STAGES)
         lines += ["", *self.head("question", samples[0], OF_SAMPLES)]
         lines += self.rows([f"{one.question}: {one.answer}" for one in self.variants], samples, OF_SAMPLES)
-        if DEMO in self.variants:
+        if "samplers" in self.options.only:
             found = self.each(self.evaluate, [(DEMO, seed, how) for how in SAMPLERS for seed in self.seeds])
             lines += ["", *self.head("sampler, of the demo", found[0], OF_SAMPLES)]
             lines += self.rows(

@@ -39,7 +39,7 @@ def test_rows_hold_all_seeds_with_their_intervals(tmp_path):
 
 
 def test_a_command_that_fails_is_named_with_its_last_line(tmp_path):
-    shop = quality.Workshop(argparse.Namespace(runs=tmp_path, only=None, seeds=1, jobs=1))
+    shop = quality.Workshop(argparse.Namespace(runs=tmp_path, only=quality.CHOICES, seeds=1, jobs=1))
     with pytest.raises(ValueError, match="-m ldm_lab nothing failed"):
         shop.command("-m", "ldm_lab", "nothing")
     assert len(shop.variants) == len(quality.VARIANTS)
