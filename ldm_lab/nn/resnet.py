@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_lab.nn.recomputed import Recomputed
+from ldm_lab.nn.winograd import Conv3x3
 
 
 class ResnetBlock(Recomputed):
@@ -44,12 +45,12 @@ class ResnetBlock(Recomputed):
         self.scale_shift = scale_shift
         self.resample = nn.Identity() if resample is None else resample
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         projected = 2 * out_channels if scale_shift else out_channels
         self.time_emb_proj = None if time_channels is None else nn.Linear(time_channels, projected)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = None if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
