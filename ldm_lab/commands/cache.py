@@ -1,8 +1,9 @@
-"""List the latents that runs have cached, and remove those that are not needed any more.
+"""List the latents that runs have cached, check them, and remove those that are not needed any more.
 
 Without a flag they are listed: key, size, images, when a run last used them, and what they are of. Only caches are
 removed, only when asked for by one of --prune, --older-than and --all, and of their folders only the files that they
-are made of. A cache that a run is filling is left alone.
+are made of. A cache that a run is filling is left alone. --verify reads everything and compares checksums, which a
+training, that reads by memory map, does not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import filelock
 
-from ldm_lab.data.latents import KEY, META, OWN_FILE
+from ldm_lab.data.latents import KEY, META, OWN_FILE, is_intact
 from ldm_lab.untrusted import LoadError, read_json
 
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
@@ -43,9 +44,11 @@ class Entry(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """List, or remove. Raises `ValueError` for flags that cannot be."""
+    """List, check or remove. Raises `ValueError` for flags that cannot be, and for damage."""
     options = parse(argv)
     found = entries(options.folder / "latents")
+    if options.verify:
+        verify(found)
     if unknown := sorted(set(options.prune) - {entry.folder.name for entry in found}):
         raise ValueError(f"--prune {unknown[0]}: {options.folder / 'latents'} has no cache of this key")
     latest = time.time() - options.older_than if options.older_than else None
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> None:
         for entry in found
         if options.all or entry.folder.name in options.prune or (latest is not None and entry.used < latest)
     ]
-    if not (options.all or options.prune or options.older_than):
+    if not (options.all or options.prune or options.older_than or options.verify):
         print(f"{options.folder / 'latents'}: {len(found)} cache(s), {_gigabytes(sum(e.size for e in found))}")
         for entry in found:
             print(line(entry))
@@ -69,6 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prune", nargs="+", default=[], metavar="KEY", help="remove these")
     parser.add_argument("--older-than", metavar="30d", help="remove those not used for so many h, d or w")
     parser.add_argument("--all", action="store_true", help="remove all")
+    parser.add_argument("--verify", action="store_true", help="read all shards and compare their checksums")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="paths.cache (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.older_than is not None:
@@ -118,6 +122,20 @@ def line(entry: Entry) -> str:
     """Key, size, last use, and what it is."""
     days = max(0, int((time.time() - entry.used) / UNITS["d"]))
     return f"{entry.folder.name}  {_gigabytes(entry.size):>9}  used {days:>3} day(s) ago  {entry.what}"
+
+
+def verify(found: list[Entry]) -> None:
+    """Check every shard of every cache. Raises `ValueError` with the damaged ones."""
+    damaged = []
+    for entry in found:
+        shards = [path for path in entry.files if path.suffix == ".safetensors" and not path.name.startswith(".")]
+        bad = [path for path in shards if not (path.is_file() and is_intact(path))]
+        print(f"{entry.folder.name}  {len(shards) - len(bad)} of {len(shards)} shards are as they were written")
+        damaged += bad
+    if damaged:
+        names = ", ".join(str(path) for path in damaged[:3])
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise ValueError(f"damaged: {names}{more}; remove these files, and the next training encodes them again")
 
 
 def remove(entry: Entry) -> bool:

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,10 @@ class LatentCache:
             largest = f"{moments.abs().max().item():.3g}"
             raise ValueError(f"data.latents_dtype={self.dtype}: latents of up to {largest} do not fit: use float32")
         error = ((kept.float() - moments).square().mean() / moments.square().mean()).sqrt().nan_to_num().item()
-        notes = {"rounding": f"{error:.2e}", "skipped": json.dumps(skipped)}
+        kept = kept.contiguous()
+        notes = {"rounding": f"{error:.2e}", "skipped": json.dumps(skipped), "crc32": checksum(kept)}
         with replacing(self.path(shard)) as temporary:
-            save_file({TENSOR: kept.contiguous()}, temporary, metadata=notes)
+            save_file({TENSOR: kept}, temporary, metadata=notes)
 
     def open(self, shard: int) -> Shard:
         """Map a shard. Raises `LoadError` where it is missing, damaged or another; the message says what to do."""
@@ -173,6 +175,20 @@ class LatentCache:
     @property
     def _advice(self) -> str:
         return f"python -m ldm_lab cache --prune {self.key} removes it, and the same command encodes again"
+
+
+def checksum(moments: Tensor) -> str:
+    """CRC-32 of a contiguous tensor's bytes, in hexadecimal digits."""
+    return f"{zlib.crc32(moments.view(torch.uint8).numpy()):08x}"
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a shard's numbers are those that were written; all of them are read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return checksum(file.get_tensor(TENSOR)) == (file.metadata() or {}).get("crc32")
+    except Exception:  # a damaged file makes the reader fail in several ways
+        return False
 
 
 class Shard:

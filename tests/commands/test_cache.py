@@ -84,3 +84,32 @@ def test_a_damaged_cache_is_listed_and_can_be_removed(tmp_path, capsys, text):
 def test_an_age_that_is_none_is_refused(tmp_path, capsys, age):
     with pytest.raises(ValueError, match=r"give hours, days or weeks"):
         run(tmp_path, capsys, f"--older-than={age}")
+
+
+def test_one_flipped_bit_is_found(tmp_path, capsys):
+    sound, hurt = make(tmp_path, 20), make(tmp_path, 40)
+    assert "2 of 2 shards" in run(tmp_path, capsys, "--verify")
+    data = bytearray(hurt.path(1).read_bytes())
+    data[-5] ^= 1
+    hurt.path(1).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"^damaged: {hurt.path(1)}; remove"):
+        run(tmp_path, capsys, "--verify")
+    said = capsys.readouterr().out
+    assert f"{sound.key}  2 of 2" in said
+    assert f"{hurt.key}  2 of 3" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100])
+def test_a_shard_that_is_none_is_damaged(tmp_path, capsys, content):
+    made = make(tmp_path, 10)
+    made.path(0).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        run(tmp_path, capsys, "--verify")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_checksums_are_of_what_is_kept(tmp_path, capsys, dtype):
+    made = LatentCache(tmp_path / "latents", WHAT, 3, (1, 3, 4, 4), dtype)
+    made.open_folder()
+    made.write(0, torch.randn(3, 1, 3, 4, 4), {})
+    assert "1 of 1 shards" in run(tmp_path, capsys, "--verify")
