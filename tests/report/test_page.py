@@ -40,7 +40,7 @@ def two_runs(folder):
         rows = {5: {"val/psnr": 20, "perf/images_per_second": 9}, 15: {"val/psnr": 30 * loss, "train/loss": "nan"}}
         write_stage(run / "autoencoder", "autoencoder", rows)
         write_picture(run / "diffusion", "samples", 10)
-        write_picture(run / "diffusion", "samples", 20)
+        write_picture(run / "diffusion", "samples", 20, "green")
         write_picture(run / "autoencoder", "reconstructions", 15)
         write_evaluation(run, {"fid": (10 * loss, 9 * loss, 11 * loss)})
     return [read_run(folder / "a"), read_run(folder / "b")]
@@ -192,6 +192,12 @@ def test_pictures_shrink_to_the_width_and_small_ones_stay(tmp_path):
     assert image.size == (16, 16)
 
 
+def browse(file):
+    """What a browser makes of a page: its elements on stdout, its complaints on stderr."""
+    command = [BROWSER, *FLAGS, f"--user-data-dir={file.parent / 'profile'}", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 def test_a_browser_draws_it(tmp_path):
     name = "x<img src=x onerror=document.title='hit'>"
@@ -199,8 +205,7 @@ def test_a_browser_draws_it(tmp_path):
     runs.append(read_run(write_run(tmp_path / name, loss=(0.5, 0.123))))
     file = tmp_path / "page.html"
     file.write_text(page(runs, Budget()), encoding="utf-8")
-    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = browse(file)
     drawn = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     assert "CONSOLE" not in done.stderr, done.stderr
     assert html.escape(name, quote=False) in drawn
@@ -210,6 +215,46 @@ def test_a_browser_draws_it(tmp_path):
     assert drawn.count("<svg") == sum(len(part["metrics"]) for part in shown(file.read_text())["curves"])
     assert drawn.count('class="curve') >= drawn.count("<svg")
     assert len(re.findall(r'<img[^>]* src="data:image/', drawn)) == 4
+
+
+HANDS = """<script>{
+  const pictures = () => [...document.querySelectorAll("#pictures figure")].map((f) => f.innerText.trim());
+  const sources = () => [...document.querySelectorAll("#pictures img")].map((image) => image.src);
+  const [last, before] = [pictures(), sources()];
+  const slider = document.querySelector("#slider");
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  const chart = document.querySelector("svg"), box = chart.getBoundingClientRect();
+  const still = chart.parentElement.innerText;
+  chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right, clientY: box.top, bubbles: true }));
+  const hovered = chart.parentElement.innerText, dots = chart.querySelectorAll(".cursor .dot").length;
+  document.querySelector("#pictures button.picture").click();
+  const enlarged = document.querySelector("dialog").open;
+  document.querySelector("dialog").click();
+  const told = { last, first: pictures(), changed: sources().filter((source, i) => source !== before[i]).length,
+    label: document.querySelector("output").value, still, hovered, dots, enlarged,
+    closed: !document.querySelector("dialog[open]") };
+  document.body.dataset.told = JSON.stringify(told);
+}</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_slider_cursor_and_enlarging_answer(tmp_path):
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page(two_runs(tmp_path), Budget()))
+    file = tmp_path / "page.html"
+    file.write_text(text.replace("</body>", f"{HANDS}</body>"), encoding="utf-8")
+    done = browse(file)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    told = json.loads(html.unescape(re.findall('data-told="([^"]*)"', done.stdout)[0]))
+    assert told["label"] == "10 images seen"
+    assert any(line.endswith("at 20") for line in told["last"])
+    assert any(line.endswith("at 10") for line in told["first"])
+    assert any(line.endswith("not before 15") for line in told["first"])  # reconstructions of stage 1
+    assert told["changed"] == 2  # samples of both runs
+    assert told["dots"] == 2
+    assert told["hovered"] != told["still"]
+    assert told["enlarged"]
+    assert told["closed"]
 
 
 def test_evaluations_by_the_same_rules_stand_beside_each_other_whatever_their_files_are_called(tmp_path):
