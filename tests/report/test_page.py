@@ -226,7 +226,7 @@ HANDS = """<script>{
   slider.dispatchEvent(new Event("input"));
   const chart = document.querySelector("svg"), box = chart.getBoundingClientRect();
   const still = chart.parentElement.innerText;
-  chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right, clientY: box.top, bubbles: true }));
+  chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left, clientY: box.top, bubbles: true }));
   const hovered = chart.parentElement.innerText, dots = chart.querySelectorAll(".cursor .dot").length;
   document.querySelector("#pictures button.picture").click();
   const enlarged = document.querySelector("dialog").open;
