@@ -214,5 +214,5 @@ def cell(evaluation: Evaluation, name: str) -> str:
     found = evaluation.metrics.get(name)
     if found is None:
         return "-"
-    value = f"{found['value']:.4g}"
-    return f"{value} ({found['low']:.4g}, {found['high']:.4g})" if {"low", "high"} <= found.keys() else value
+    value = f"{found['value']:.3g}"
+    return f"{value} ({found['low']:.3g}, {found['high']:.3g})" if {"low", "high"} <= found.keys() else value

@@ -35,7 +35,7 @@ def test_rows_hold_all_seeds_with_their_intervals(tmp_path):
     one = evaluation(tmp_path, fd_avatars=66.04, precision=0.5)
     two = Evaluation(tmp_path, {"metrics": {"fd_avatars": {"value": 60.0, "low": 58.5, "high": 61.0}}})
     assert shop.head("question", one, ("precision",)) == ["| question | fd_avatars | precision |", "|---|---|---|"]
-    assert shop.rows(["demo"], [one, two], ("precision",)) == ["| demo | 66.04 / 60 (58.5, 61) | 0.5 / - |"]
+    assert shop.rows(["demo"], [one, two], ("precision",)) == ["| demo | 66 / 60 (58.5, 61) | 0.5 / - |"]
 
 
 def test_a_command_that_fails_is_named_with_its_last_line(tmp_path):
