@@ -68,6 +68,9 @@ class FirstStageModule(StageModule):
 
     def compile_networks(self) -> None:
         """The two halves of the autoencoder."""
+        from torch._functorch import config  # slow to import
+
+        config.donated_buffer = False  # the adaptive weight's gradients come first, from buffers that are needed again
         self.autoencoder.encoder.compile()
         self.autoencoder.decoder.compile()
 
