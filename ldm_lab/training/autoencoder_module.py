@@ -71,8 +71,8 @@ class FirstStageModule(StageModule):
         from torch._functorch import config  # slow to import
 
         config.donated_buffer = False  # the adaptive weight's gradients come first, from buffers that are needed again
-        self.autoencoder.encoder.compile()
-        self.autoencoder.decoder.compile()
+        self.autoencoder.encoder.compile(dynamic=False)  # a size has one code, whatever was compiled before it
+        self.autoencoder.decoder.compile(dynamic=False)
 
     def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reconstruction `(B, 3, H, W)` of a training batch, and the loss's penalty on its latents, 0-dim."""

@@ -81,7 +81,7 @@ class DiffusionModule(StageModule):
     def compile_networks(self) -> None:
         """The UNet, its average and the encoder."""
         for network in (self.unet, self.ema.model, self.autoencoder.encoder):
-            network.compile()
+            network.compile(dynamic=False)  # a size has one code, whatever was compiled before it
 
     def pipeline(self) -> LDMPipeline:
         """The model as it stands, with averaged weights."""
