@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ldm_lab.errors import ended_by
+from ldm_lab.threads import wait_asleep
 
 WRONG_USAGE = 2  # as argparse ends
 
@@ -29,6 +30,7 @@ def listing() -> str:
 
 def main(argv: list[str]) -> None:
     """Run the tool that `argv` begins with; what it cannot do, it says in one line and ends with status 1."""
+    wait_asleep()
     name, *arguments = argv or ["--help"]
     if name in ("-h", "--help"):
         print(listing())

@@ -31,6 +31,7 @@ from ldm_lab.config_files import CONFIGS, ConfigError, local_plugins, near, opti
 from ldm_lab.errors import ended_by, fail, listen, one_line
 from ldm_lab.lengths import parse_images
 from ldm_lab.sweep import job_name, pack, unpack
+from ldm_lab.threads import wait_asleep
 
 # Numbers of images, which may be typed as 250k, 2M or 100ep.
 LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
@@ -280,6 +281,7 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
     """
     flags = [a for a in sys.argv[1:] if a.startswith("-") and "=" not in a]
     overrides = [a for a in sys.argv[1:] if a not in flags and not ("--cfg" in flags and a == "job")]
+    wait_asleep()
     listen()
     with ended_by(ValueError):
         if {"-h", "--help"} & set(flags):

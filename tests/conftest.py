@@ -5,7 +5,10 @@ import tempfile
 
 import pytest
 
-from tests.runs import EXPERIMENTS, train
+from ldm_lab.threads import wait_asleep
+
+wait_asleep()  # as the entries do, before torch is loaded
+from tests.runs import EXPERIMENTS, train  # noqa: E402
 
 # What runs share is shared by the tests of one session alone.
 CACHE = tempfile.TemporaryDirectory(prefix="ldm_lab_cache")

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ldm_lab"
 # The leaves: torch (and the standard library) alone.
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
-    "notices", "untrusted", "saving", "compiled", "records", "card", "tracking",
+    "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -32,12 +32,12 @@ ROOMS = {
     "pictures": {"pipeline", "denoising", "models", "diffusion", "data"},
     "training": {
         "pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "hub", "denoising",
-        "diagnosis",
+        "diagnosis", "nn",
     },
     "config": set(),
     "stages": {"config", "training", "models", "data", "checkpoint"},
     # It builds what training builds, of the same configs, or it would measure something else.
-    "benchmark": {"config", "stages", "training", "pipeline", "data"},
+    "benchmark": {"config", "stages", "training", "pipeline", "data", "nn"},
     "evaluation": {
         "sampling", "states", "pipeline", "checkpoint", "hub", "diffusion", "models", "losses", "data", "metrics",
         "training",  # the trainer, and in which precision: as `sample.py` has them

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ldm_lab.nn.cpu import has_bfloat16
 from ldm_lab.training import memory
 
 aten = torch.ops.aten
@@ -125,9 +126,14 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device computes numbers of this type by way of others: a CPU without instructions for bfloat16."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and not has_bfloat16()
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two large square matrices: the best of five."""
-    side = 8192 if device.type == "cuda" else 2048
+    """FLOP/s of the product of two square matrices: the best of five. They are large where the device is fast."""
+    side = 8192 if device.type == "cuda" else 256 if is_emulated(device, dtype) else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     product = Contestant("matmul", lambda: a @ a)
     timing = Timing()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ldm_lab.benchmark.contest import Contestant, Timing, compare, matmul_peak, measure, row
+from ldm_lab.benchmark.contest import Contestant, Timing, compare, is_emulated, matmul_peak, measure, row
 from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
 
@@ -116,7 +116,13 @@ def report(options: argparse.Namespace, made: list[Contestant], timings: list[Ti
         for one, timing in zip(made[1:], timings[1:], strict=True):
             ratios[one.name] = compare(timings[0], timing, made[0].images or 1, one.images or 1)
     found = {"flags": flags, "machine": machine(options.device), "rows": rows, "ratios": ratios}
-    return {**found, "matmul_flops": {str(dtype).removeprefix("torch."): peak for dtype, peak in peaks.items()}}
+    found["matmul_flops"] = {name(dtype): peak for dtype, peak in peaks.items()}
+    return {**found, "emulated": [name(dtype) for dtype in peaks if is_emulated(options.device, dtype)]}
+
+
+def name(dtype: torch.dtype) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -133,7 +139,9 @@ def show(result: dict[str, Any]) -> None:
     """The table."""
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     for dtype, peak in result["matmul_flops"].items():
-        print(f"matrix products in {dtype}: {peak / 1e9:,.0f} GFLOP/s")
+        print(f"matrix products in {dtype}: {peak / 1e9:,.1f} GFLOP/s")
+    for dtype in result["emulated"]:
+        print(f"this CPU emulates {dtype}: times in it say nothing of processors that have instructions for it")
     width = max(len(line["name"]) for line in result["rows"])
     heads = "images/s  ms (median)     ms (min)       cpu ms   GFLOP/s  of peak  memory GB   run MB  MB/image  overhead"
     print(f"{'':{width}}  {heads}")

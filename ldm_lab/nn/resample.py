@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_lab.nn.cpu import takes_own_way
+
 
 class Downsample(nn.Module):
     """A 3x3 convolution of stride 2.
@@ -39,8 +41,8 @@ class Upsample(nn.Module):
     """Every pixel four times, then a 3x3 convolution.
 
     Both are one transposed convolution: an output pixel meets 2x2 pixels of the small map, each under the sum of the
-    taps that would meet its copies, which is 16 multiplications instead of 36. That pays where the map is not so small
-    that making the kernel takes longer.
+    taps that would meet its copies, which is 16 multiplications instead of 36. CPUs compute it so (see
+    `takes_own_way`) where the map is not so small that making the kernel takes longer.
     """
 
     SMALL = 16 * 16  # positions
@@ -51,9 +53,13 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """`(B, C, H, W) -> (B, C, 2H, 2W)`."""
-        if x.shape[-2] * x.shape[-1] <= self.SMALL:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)
+        if self._pays(x):
+            return F.conv_transpose2d(x, self._kernel(), self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def _pays(self, x: Tensor) -> bool:
+        large = x.shape[-2] * x.shape[-1] > self.SMALL
+        return large and takes_own_way(x, self.conv.weight, torch.float32, torch.bfloat16)
 
     def _kernel(self) -> Tensor:
         """The weights of the transposed convolution, `(C_in, C_out, 4, 4)`."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_lab.nn.cpu import takes_own_way
+
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # three taps (columns) -> four factors (rows)
 _CACHED = 2**21  # numbers of transformed tiles at a time, 8 MiB: what is written stays near the core that reads it
 
@@ -21,7 +23,7 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 and padding 1, in float32 on CPUs by Winograd's way where that is faster.
 
     It is for wide and large maps: in others the tiles' additions, which memory bounds, cost what the products save.
-    In bfloat16 it would lose digits; on GPUs and in compiled networks the libraries choose.
+    In bfloat16 it would lose digits. Elsewhere the library chooses (see `takes_own_way`).
     """
 
     WIDE = 192  # channels
@@ -40,10 +42,7 @@ class Conv3x3(nn.Conv2d):
             min(self.in_channels, self.out_channels) >= self.WIDE
             and height * width >= self.LARGE
             and height % 2 == width % 2 == 0
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
+            and takes_own_way(x, self.weight, torch.float32)
         )
 
 

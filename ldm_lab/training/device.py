@@ -7,6 +7,8 @@ import shutil
 import torch
 from lightning import Trainer
 
+from ldm_lab.nn.cpu import has_bfloat16
+
 
 def resolve_precision(precision: str | int, accelerator: str) -> str | int:
     """`auto` -> bf16-mixed where the device is fast at bfloat16, else 32-true; anything else stays."""
@@ -15,7 +17,7 @@ def resolve_precision(precision: str | int, accelerator: str) -> str | int:
     if accelerator != "cpu" and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = has_bfloat16()
     return "bf16-mixed" if fast else "32-true"
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_lab.benchmark import growth
+from ldm_lab.benchmark import contest, growth
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, measure, row
-from ldm_lab.commands.benchmark import main
+from ldm_lab.commands.benchmark import main, show
 from ldm_lab.data.latents import LatentCache
 
 CPU = torch.device("cpu")
+ROW = row(Contestant("", lambda: None), Timing(seconds=[1.0], cpu_seconds=[1.0]), 1.0)
 TINY = ["--experiment", "avatars", "debug=tiny", "--rounds", "2", "--batch-size", "2", "--device", "cpu"]
 
 
@@ -77,6 +78,22 @@ def test_the_peer_may_run_in_bfloat16(tmp_path, kind, capsys):
     assert found["matmul_flops"].keys() == {"float32", "bfloat16"}
     if kind != "train":
         assert 1e-4 < found["ratios"][name]["relative"] < 0.3
+
+
+@pytest.mark.parametrize(("native", "side"), [(True, 2048), (False, 256)])
+def test_what_a_cpu_emulates_is_measured_small_and_said(native, side, monkeypatch, capsys):
+    """A product of 2048 x 2048 in emulated bfloat16 takes ten seconds and more, six times over."""
+    shapes = []
+    monkeypatch.setattr(contest, "has_bfloat16", lambda: native)
+    monkeypatch.setattr(contest, "_run_once", lambda product, timing, device: timing.seconds.append(1.0))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: shapes.append(shape))
+    contest.matmul_peak(CPU, torch.bfloat16)
+    assert shapes == [(side, side)]
+    assert contest.is_emulated(CPU, torch.bfloat16) is not native
+    assert not contest.is_emulated(CPU, torch.float32)
+    assert not contest.is_emulated(torch.device("cuda"), torch.bfloat16)
+    show({"machine": {}, "matmul_flops": {"bfloat16": 8e8}, "emulated": ["bfloat16"], "rows": [ROW], "ratios": {}})
+    assert "0.8 GFLOP/s\nthis CPU emulates bfloat16" in capsys.readouterr().out
 
 
 def test_growth_has_a_row_for_each_size(tmp_path, monkeypatch, capsys):

@@ -66,7 +66,7 @@ def test_float32_loses_nothing():
     assert (layer(x) - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
-def test_it_is_left_where_it_does_not_pay(layer):
+def test_it_is_left_where_it_does_not_pay(layer, monkeypatch):
     x = torch.randn(1, 3, 8, 8)
     assert taken(layer, x)
     assert not taken(layer, x[:, :, :7])  # odd
@@ -75,6 +75,8 @@ def test_it_is_left_where_it_does_not_pay(layer):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not taken(layer.float(), x)
     assert not taken(Conv3x3(3, 1), x)  # narrow
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not taken(layer, x)  # not measured
 
 
 def test_the_result_lies_as_the_other_layers_want_it(layer):

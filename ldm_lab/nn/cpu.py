@@ -1,0 +1,33 @@
+"""On which processors layers take another way than the library's, because that way was measured to be faster there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MEASURED = ("AVX2", "AVX512")  # instruction sets, see docs/performance.md
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 numbers itself; others emulate that, at a hundredth of the speed."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def takes_own_way(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a layer computes on a CPU of a measured kind, eagerly, and in one of `dtypes`.
+
+    GPUs, Apple's devices, compiled networks and other processors keep the library's operation: there it is fast, or
+    nobody has measured another. (AMD's transposed convolutions were reported 19.6 times slower than NVIDIA's.)
+
+    Args:
+        x: the input.
+        weight: of the layer.
+        dtypes: in which the other way was measured.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    dtype = autocast or (x.dtype if x.dtype == weight.dtype else None)
+    if dtype not in dtypes or (dtype == torch.bfloat16 and not has_bfloat16()):
+        return False
+    return torch.backends.cpu.get_cpu_capability() in MEASURED
