@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -125,8 +126,9 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+@functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two large square matrices: the best of five."""
+    """FLOP/s of the product of two large square matrices: the best of five, measured once a process."""
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     product = Contestant("matmul", lambda: a @ a)

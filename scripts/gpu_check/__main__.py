@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ldm_lab.errors import ended_by, listen
 from scripts.gpu_check import report
-from scripts.gpu_check.parts import PARTS
+from scripts.gpu_check.parts import parts
 from scripts.gpu_check.runner import SECONDS, Check, run_all
 
 PRELOADED = ("ldm_lab.stages", "ldm_lab.commands.benchmark")
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
             importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="gpu_check") as work:
         check = Check(options.device, options.small, Path(work), out)
-        result = run_all(PARTS, check, options.seconds, multiprocessing.get_context(method))
+        result = run_all(parts(check.small), check, options.seconds, multiprocessing.get_context(method))
     print(report.markdown(result))
     print(f"written to {out}")
     return 0 if report.passed(result) else 1

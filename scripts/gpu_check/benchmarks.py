@@ -7,7 +7,7 @@ import importlib.util
 import json
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ldm_lab.errors import one_line
@@ -23,15 +23,15 @@ def label(kind: str, compiled: bool, layout: str) -> str:
     return f"{kind}, {'compiled' if compiled else 'eager'}, channels {layout}"
 
 
-def benchmark(compiled: bool, layout: str, check: Check) -> Iterator[Row]:
-    """All kinds of `python -m ldm_lab benchmark`, in one process: imports and the device's start take long.
+def benchmark(kinds: Sequence[str], compiled: bool, layout: str, check: Check) -> Iterator[Row]:
+    """Kinds of `python -m ldm_lab benchmark`, in one process: imports and the device's start take long.
 
     A kind that fails is reported, and the next one is measured. No kind is begun in less time than the longest took.
     """
     import torch
 
     longest = 0.0
-    for kind in KINDS:
+    for kind in kinds:
         what, started = label(kind, compiled, layout), time.monotonic()
         if check.left < longest:
             yield {"what": what, "not_run": f"no time left ({check.left:.0f} s)"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from scripts.gpu_check.runner import Check
@@ -38,10 +39,6 @@ def everyday(check: Check) -> list[str]:
     return [f"trainer={trainer(check)}", "logger=csv", *folders]
 
 
-def products(device: torch.device, dtype: str) -> float:
-    """TFLOP/s of large products of matrices: the best of five."""
-    import torch
-
-    from ldm_lab.benchmark.contest import matmul_peak
-
-    return matmul_peak(device, getattr(torch, dtype)) / 1e12
+def cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

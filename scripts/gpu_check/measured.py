@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ldm_lab.errors import one_line
-from scripts.gpu_check.device import everyday, products
+from scripts.gpu_check.device import cores, everyday
 from scripts.gpu_check.runner import Check, Row
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ def paper(check: Check, stage: str, *overrides: str) -> DictConfig:
 
 
 def _paper(check: Check, stage: str) -> list[str]:
-    size = ["debug=tiny"] if check.small else ["data=drawn", "data.image_size=256"]
-    workers = 0 if check.small else min(8, len(os.sched_getaffinity(0)))
+    size = ["debug=tiny", "data.global_batch_size=2"] if check.small else ["data=drawn", "data.image_size=256"]
+    workers = 0 if check.small else min(8, cores())
     found = ["model=paper", *size, "data.batch_size=null", f"data.num_workers={workers}", *everyday(check)]
     if stage == "autoencoder":
         target = "ldm_lab.losses.perceptual.LPIPS"
@@ -65,26 +64,37 @@ def trial(check: Check, stage: str, *overrides: str) -> Trial:
 
 
 def steps(stage: str, check: Check) -> Iterator[Row]:
-    """Steps of a stage of the paper's size, in Lightning, with its data, losses and optimizers.
+    """Steps of a stage of the paper's size, in Lightning, with its data, losses and optimizers; as many images as fit.
 
     Memory an image is what the second half of a batch adds, of a GPU alone: the peak of a CPU's process is too coarse.
     Operations are counted in two steps of their own.
     """
+    import torch
+
+    from ldm_lab.benchmark.contest import matmul_peak
+    from ldm_lab.training import batch_size
+
     tried = trial(check, stage)
-    images, half = tried.share, tried.share // 2
-    found = tried.attempt(images, steps=20, seconds=15)
+    images = batch_size.find(tried)
+    half = -(-images // 2)
+    found = tried.attempt(images, steps=3 if check.small else 20, seconds=15)
     less = tried.run(half, half, steps=2)
     flops = operations(lambda: tried.run(half, half, steps=2)) / (2 * half)  # an image
     dtype = "bfloat16" if str(tried.trainer.precision).startswith("bf16") else "float32"
-    notes = {"batch": images, "precision": tried.trainer.precision, "memory GB": found.peak / 2**30}
+    notes = {
+        "batch": tried.share,
+        "at a time": images,
+        "precision": tried.trainer.precision,
+        "memory GB": found.peak / 2**30,
+    }
     notes["GFLOP an image"] = flops / 1e9
     if stage == "autoencoder":
         notes["discriminator"] = "no" if tried.module.loss.discriminator is None else "yes"
     yield {
         "what": STEPS[stage],
         "images_per_s": found.rate,
-        "share_of_peak": found.rate * flops / products(tried.device, dtype) / 1e12,
-        "mb_per_image": (found.peak - less.peak) / 2**20 / (images - half) if check.device == "cuda" else None,
+        "share_of_peak": found.rate * flops / matmul_peak(tried.device, getattr(torch, dtype)),
+        "mb_per_image": (found.peak - less.peak) / 2**20 / max(1, images - half) if check.device == "cuda" else None,
         "notes": notes,
         "details": {"seconds": found.seconds, "checkpoint_bytes": found.checkpoint},
     }

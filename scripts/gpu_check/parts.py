@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import shutil
 import subprocess
@@ -24,6 +23,8 @@ def machine(check: Check) -> Iterator[Row]:
     """What was measured on, and how fast its matrix products are. Raises `ValueError` where there is no GPU."""
     import torch
 
+    from ldm_lab.benchmark.contest import matmul_peak
+
     gpu = device.torch_device(check)
     facts = {"commit": _said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")}
     if check.device == "cuda":
@@ -32,10 +33,10 @@ def machine(check: Check) -> Iterator[Row]:
         facts["driver"] = _said_by("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
         facts["CUDA"] = torch.version.cuda or f"ROCm {torch.version.hip}"
         facts["cuDNN"] = str(torch.backends.cudnn.version())
-    facts |= {"cores": str(len(os.sched_getaffinity(0))), "Python": platform.python_version()}
+    facts |= {"cores": str(device.cores()), "Python": platform.python_version()}
     yield {"what": "machine", "notes": facts | {name: _version(name) for name in LIBRARIES}}
     for name in device.dtypes(check):
-        yield {"what": f"matrix products, {name}", "notes": {"TFLOP/s": device.products(gpu, name)}}
+        yield {"what": f"matrix products, {name}", "notes": {"TFLOP/s": matmul_peak(gpu, getattr(torch, name)) / 1e12}}
 
 
 def _said_by(*command: str) -> str:
@@ -103,20 +104,29 @@ def samples(check: Check) -> Iterator[Row]:
     yield {"what": "demo, samples", "seconds": seconds, "notes": {"images": count, "grid": "samples.png"}}
 
 
-def _benchmark(compiled: bool, layout: str) -> Part:
+def parts(small: bool) -> tuple[Part, ...]:
+    """All of them. Small ones run each kind and each form of the benchmark once, not each kind in each form."""
+    forms = [(compiled, layout) for compiled in (False, True) for layout in ("innermost", "outermost")]
+    kinds = dict.fromkeys(forms, benchmarks.KINDS)
+    if small:
+        kinds |= dict.fromkeys(forms[1:], ("encode",))
+    return (
+        Part("machine", machine, ("machine", "matrix products, float32"), 90),
+        Part("tests", tests, ("tests marked gpu",), 120, 15),
+        Part("demo", demo, tuple(DEMO.values()), 240, 60),
+        Part("samples", samples, ("demo, samples",), 60, 15),
+        *(
+            Part(f"stage_{number}", functools.partial(measured.steps, stage), (what,), 90, 20)
+            for number, (stage, what) in enumerate(measured.STEPS.items(), start=1)
+        ),
+        Part("auto", measured.auto, ("data.batch_size=auto",), 90, 20),
+        Part("out_of_memory", measured.out_of_memory, ("out of memory",), 60, 15),
+        *(_benchmark(*form, kinds[form]) for form in forms),
+    )
+
+
+def _benchmark(compiled: bool, layout: str, kinds: tuple[str, ...]) -> Part:
     name = f"benchmark_{'compiled' if compiled else 'eager'}_{layout}"
-    rows = tuple(benchmarks.label(kind, compiled, layout) for kind in benchmarks.KINDS)
-    return Part(name, functools.partial(benchmarks.benchmark, compiled, layout), rows, 240 if compiled else 120, 20)
-
-
-PARTS = (
-    Part("machine", machine, ("machine", "matrix products, float32"), 90),
-    Part("tests", tests, ("tests marked gpu",), 120, 15),
-    Part("demo", demo, tuple(DEMO.values()), 240, 60),
-    Part("samples", samples, ("demo, samples",), 60, 15),
-    Part("stage_1", functools.partial(measured.steps, "autoencoder"), (measured.STEPS["autoencoder"],), 90, 20),
-    Part("stage_2", functools.partial(measured.steps, "diffusion"), (measured.STEPS["diffusion"],), 90, 20),
-    Part("auto", measured.auto, ("data.batch_size=auto",), 90, 20),
-    Part("out_of_memory", measured.out_of_memory, ("out of memory",), 60, 15),
-    *(_benchmark(compiled, layout) for compiled in (False, True) for layout in ("innermost", "outermost")),
-)
+    rows = tuple(benchmarks.label(kind, compiled, layout) for kind in kinds)
+    run = functools.partial(benchmarks.benchmark, kinds, compiled, layout)
+    return Part(name, run, rows, limit=240 if compiled else 120, least=20)

@@ -16,6 +16,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
+from ldm_lab.errors import STOPPING
 from scripts.gpu_check import report
 
 SECONDS = 570  # for all parts, unless told otherwise: with its start and its end a check takes ten minutes at most
@@ -131,7 +132,7 @@ def not_run(part: Part, reason: str) -> dict[str, Any]:
 def _inside(run: Callable[[Check], Iterator[Row]], check: Check, log: Path, rows: Path) -> None:
     """The process of a part: the leader of a group, with its output in `log` and its temporary files in the work."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -150,7 +151,7 @@ def _inside(run: Callable[[Check], Iterator[Row]], check: Check, log: Path, rows
 
 def _end(process: multiprocessing.Process) -> None:
     """End a process and those that it has started: loaders, compilers."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):  # there is none left
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
