@@ -134,6 +134,7 @@ def test_a_row_that_failed_fails_its_part(check):
     assert "| 2.00 |" in lines(result)["g"]
 
 
+@pytest.mark.slow
 def test_processes_may_start_anew_as_they_do_for_cuda(check):
     result = check(Part("machine", parts(small=True)[0].run, ("machine",), 60), seconds=300, method="spawn")
     assert statuses(result) == {"machine": "passed"}

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     if method == "fork":
         for name in PRELOADED:
             importlib.import_module(name)
-    with tempfile.TemporaryDirectory(prefix="gpu_check") as work:
+    with tempfile.TemporaryDirectory(prefix="gpu_check", ignore_cleanup_errors=True) as work:
         check = Check(options.device, options.small, Path(work), out)
         result = run_all(parts(check.small), check, options.seconds, multiprocessing.get_context(method))
     print(report.markdown(result))

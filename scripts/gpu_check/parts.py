@@ -112,7 +112,7 @@ def parts(small: bool) -> tuple[Part, ...]:
         kinds |= dict.fromkeys(forms[1:], ("encode",))
     return (
         Part("machine", machine, ("machine", "matrix products, float32"), 90),
-        Part("tests", tests, ("tests marked gpu",), 120, 15),
+        Part("tests", tests, ("tests marked gpu",), 180, 15),
         Part("demo", demo, tuple(DEMO.values()), 240, 60),
         Part("samples", samples, ("demo, samples",), 60, 15),
         *(

@@ -109,16 +109,13 @@ def run(part: Part, check: Check, limit: float, context: BaseContext) -> dict[st
         late = process.is_alive()
     finally:
         _end(process)
-    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    reason = _reason(late, limit, process.exitcode, log)
+    text = rows.read_text(encoding="utf-8") if rows.exists() else ""
+    found = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]  # the last line may be half a line
     missing = [name for name in part.rows if name not in {row["what"] for row in found}]
-    if not (reason or missing):
-        failed = any("failed" in row for row in found)
-    else:
-        reason, failed = reason or "its process ended without this row", True
+    reason = _reason(late, limit, process.exitcode, log) or ("its process ended without this row" if missing else None)
     found += [{"what": name, "failed": reason} for name in missing]
     ended = {"name": part.name, "seconds": time.monotonic() - started, "rows": found}
-    if failed:
+    if reason or any("failed" in row for row in found):
         return {**ended, "status": "failed", "reason": reason or "see its rows", "tail": _tail(log)}
     return {**ended, "status": "not run" if all("not_run" in row for row in found) else "passed"}
 
@@ -143,7 +140,7 @@ def _inside(run: Callable[[Check], Iterator[Row]], check: Check, log: Path, rows
         os.environ[key] = str(check.work / name)
     (check.work / "tmp").mkdir(exist_ok=True)
     tempfile.tempdir = None  # it is chosen again
-    with open(rows, "a", encoding="utf-8") as file:
+    with open(rows, "w", encoding="utf-8") as file:
         for row in run(check):
             file.write(json.dumps(row) + "\n")
             file.flush()
