@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from scripts.gpu_check import __main__ as command
-from scripts.gpu_check import report
+from scripts.gpu_check import measured, report
 from scripts.gpu_check.parts import parts
 from scripts.gpu_check.runner import Check, Part, run_all
 
@@ -132,6 +133,20 @@ def test_a_row_that_failed_fails_its_part(check):
     assert statuses(result) == {"benchmark": "failed"}
     assert "**failed**: CUDA error" in lines(result)["f"]
     assert "| 2.00 |" in lines(result)["g"]
+
+
+def test_operations_are_counted_through_a_gradient_within_a_step():
+    network, x, q = torch.nn.Linear(8, 4, bias=False), torch.randn(3, 8), torch.randn(1, 2, 16, 8)
+
+    def step():
+        loss = network(x).square().sum()
+        torch.autograd.grad(loss, network.weight, retain_graph=True)  # as for the discriminator's adaptive weight
+        loss.backward()
+
+    product = 2 * 3 * 8 * 4
+    assert measured.operations(step) == 3 * product
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert measured.operations(lambda: attention(q, q, q)) == 2 * 2 * 2 * 16 * 16 * 8
 
 
 @pytest.mark.slow
