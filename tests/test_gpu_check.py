@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.gpu_check import __main__ as command
 from scripts.gpu_check import measured, report
@@ -135,16 +136,25 @@ def test_a_row_that_failed_fails_its_part(check):
     assert "| 2.00 |" in lines(result)["g"]
 
 
+class Loss(torch.nn.Module):
+    """With a gradient inside, of a layer that it is given: as the discriminator's adaptive weight is computed."""
+
+    def forward(self, output, weight):
+        loss = output.square().sum()
+        torch.autograd.grad(loss, weight, retain_graph=True)
+        return loss
+
+
 def test_operations_are_counted_through_a_gradient_within_a_step():
-    network, x, q = torch.nn.Linear(8, 4, bias=False), torch.randn(3, 8), torch.randn(1, 2, 16, 8)
-
-    def step():
-        loss = network(x).square().sum()
-        torch.autograd.grad(loss, network.weight, retain_graph=True)  # as for the discriminator's adaptive weight
-        loss.backward()
-
+    network, loss = torch.nn.Linear(8, 4, bias=False), Loss()
+    x, q = torch.randn(3, 8), torch.randn(1, 2, 16, 8)
     product = 2 * 3 * 8 * 4
-    assert measured.operations(step) == 3 * product
+    assert measured.operations(lambda: loss(network(x), network.weight).backward()) == 3 * product
+    with (
+        pytest.raises(RuntimeError, match="leaf node"),
+        FlopCounterMode(display=False),
+    ):  # where it no longer does, use it
+        loss(network(x), network.weight)
     attention = torch.nn.functional.scaled_dot_product_attention
     assert measured.operations(lambda: attention(q, q, q)) == 2 * 2 * 2 * 16 * 16 * 8
 
