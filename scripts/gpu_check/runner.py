@@ -131,7 +131,7 @@ def _inside(run: Callable[[Check], Iterator[Row]], check: Check, log: Path, rows
     os.setsid()
     for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
