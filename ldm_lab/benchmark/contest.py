@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -131,8 +132,9 @@ def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype is torch.bfloat16 and not has_bfloat16()
 
 
+@functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices: the best of five. They are large where the device is fast."""
+    """FLOP/s of the product of two square matrices, large where the device is fast: the best of five, once a process."""
     side = 8192 if device.type == "cuda" else 256 if is_emulated(device, dtype) else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     product = Contestant("matmul", lambda: a @ a)

@@ -26,6 +26,7 @@ from ldm_lab.version import __version__
 MODELS = ("sample", "forward", "decode", "encode", "train", "growth")
 KINDS = (*MODELS, "data", "import")
 DTYPES = ("float32", "bfloat16")
+LAYOUTS = {"innermost": torch.channels_last, "outermost": torch.contiguous_format}
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +61,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     of_peer = "of the peer; bfloat16 is autocast (default: %(default)s)"
     parser.add_argument("--peer-dtype", choices=DTYPES, default="float32", help=of_peer)
     parser.add_argument("--compile", action="store_true", help="torch.compile our networks, not the peer's")
+    of_channels = "where the channels of our convolutions lie (default: as the networks choose)"
+    parser.add_argument("--layout", choices=LAYOUTS, help=of_channels)
     parser.add_argument("--against", choices=("diffusers",), help="time the peer, too (of data: torchvision)")
     parser.add_argument("--batch-size", type=int, default=4, help="images of one run (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of sampling (default: %(default)s)")
@@ -100,6 +103,9 @@ def contestants(options: argparse.Namespace, folder: Path) -> list[Contestant]:
     from ldm_lab.benchmark import growth, subjects
 
     pipe, config = subjects.load(options.experiment, options.overrides, options.ckpt, options.device)
+    if options.layout:
+        for network in (pipe.vqvae, pipe.unet):
+            network.to(memory_format=LAYOUTS[options.layout])
     dtypes = (getattr(torch, dtype) for dtype in (options.dtype, options.peer_dtype))
     subject = subjects.Subject(pipe, config, options.batch_size, options.steps, *dtypes, against, folder)
     return growth.contestants(subject) if options.kind == "growth" else getattr(subjects, options.kind)(subject)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_lab.benchmark import contest, growth
+from ldm_lab.benchmark import contest, growth, subjects
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, measure, row
-from ldm_lab.commands.benchmark import main, show
+from ldm_lab.commands.benchmark import LAYOUTS, contestants, main, parse, show
 from ldm_lab.data.latents import LatentCache
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def test_what_a_cpu_emulates_is_measured_small_and_said(native, side, monkeypatc
     monkeypatch.setattr(contest, "has_bfloat16", lambda: native)
     monkeypatch.setattr(contest, "_run_once", lambda product, timing, device: timing.seconds.append(1.0))
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: shapes.append(shape))
-    contest.matmul_peak(CPU, torch.bfloat16)
+    contest.matmul_peak.__wrapped__(CPU, torch.bfloat16)
     assert shapes == [(side, side)]
     assert contest.is_emulated(CPU, torch.bfloat16) is not native
     assert not contest.is_emulated(CPU, torch.float32)
@@ -138,6 +138,7 @@ def test_memory_of_a_run_is_what_it_adds():
     assert row(Contestant("", lambda: None, images=2), timing, 1.0)["mb_per_image"] == timing.grown / 2**21
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to be measured")
 @pytest.mark.parametrize("kind", ["sample", "train"])
 def test_a_gpu_is_measured_end_to_end(tmp_path, kind):
@@ -149,6 +150,19 @@ def test_a_gpu_is_measured_end_to_end(tmp_path, kind):
         assert line["images_per_s"] > 0
         assert 0 < line["share_of_peak"] < 1
         assert line["mb_per_image"] > 0
+
+
+@pytest.mark.parametrize(("layout", "form"), LAYOUTS.items())
+def test_the_layout_of_our_networks_can_be_chosen(monkeypatch, layout, form):
+    seen = []
+    monkeypatch.setattr(subjects, "forward", lambda subject: seen.append(subject.pipe) or [])
+    contestants(parse(["forward", *TINY, "--layout", layout]), None)
+    convolutions = [
+        m for network in (seen[0].unet, seen[0].vqvae) for m in network.modules() if hasattr(m, "kernel_size")
+    ]
+    wide = [layer.weight for layer in convolutions if layer.kernel_size == (3, 3) and min(layer.weight.shape[:2]) > 1]
+    assert len(wide) > 10
+    assert all(weight.is_contiguous(memory_format=form) for weight in wide)
 
 
 def test_growth_has_no_peer():
