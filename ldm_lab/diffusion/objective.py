@@ -55,6 +55,10 @@ class MinSNRWeighting:
     In terms of what the network predicts: min(SNR, γ) for x0, min(SNR, γ) / SNR for the noise and
     min(SNR, γ) / (SNR + 1) for the velocity.
 
+    Where SNR is exactly 0, at the last timestep with zero terminal SNR, the weight is 1, as in the plain objective. The
+    formula gives 0 there (0/0 for the noise), and the first step of sampling, which starts at that timestep, would
+    never be trained. The target is x0 there, or -x0 for the velocity, and it is one timestep of T.
+
     >>> from ldm_lab.diffusion.parameterization import Epsilon
     >>> MinSNRWeighting(gamma=5.0)(torch.tensor([0.1, 50.0]), Epsilon())
     tensor([1.0000, 0.1000])
@@ -69,7 +73,8 @@ class MinSNRWeighting:
 
     def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
         """Weights `(B,)`."""
-        return snr.clamp(max=self.gamma) / parameterization.error_scale(snr)
+        weights = snr.clamp(max=self.gamma) / parameterization.error_scale(snr)
+        return weights.masked_fill(snr == 0, 1.0)
 
 
 class DenoisingObjective:

@@ -26,7 +26,9 @@ STAGES = ("autoencoder", "diffusion")
 def run(tmp_path_factory):
     """Both stages of celebahq with W&B, offline, as `debug=tiny` has it."""
     runs = tmp_path_factory.mktemp("dashboard")
-    train(runs, "experiment=celebahq", "logger=many", f"paths.cache={runs / 'cache'}")  # or another test made the latents
+    train(
+        runs, "experiment=celebahq", "logger=many", f"paths.cache={runs / 'cache'}"
+    )  # or another test made the latents
     wandb.teardown()  # or the processes of other tests would join this one's service
     return runs / "celebahq"
 
