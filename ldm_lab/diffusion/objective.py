@@ -16,6 +16,7 @@ from ldm_lab.diffusion.checks import is_number, require
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified
+from ldm_lab.randomness import generator
 
 
 class L2Loss:
@@ -118,8 +119,13 @@ class DenoisingObjective:
         return self.timesteps(seed, positions, batch_size, len(self.scheduler))
 
     def validation_timesteps(self, count: int) -> Tensor:
-        """Fixed timesteps for `count` held-out images, spread evenly over the range, `(count,)`, int64."""
-        return self.at(stratified(count))
+        """Fixed timesteps for `count` held-out images, spread evenly over the range, `(count,)`, int64.
+
+        They come in a shuffled order, the same for all runs: held-out images are sorted by name, and often so by
+        class; with timesteps in order each part of the range would be measured on other classes.
+        """
+        order = torch.randperm(count, generator=generator(0, "order of validation timesteps"))
+        return self.at(stratified(count)[order])
 
     def at(self, fractions: Tensor) -> Tensor:
         """The timesteps at fractions of the range of time, in [0, 1): 0 is the least noise."""

@@ -4,7 +4,7 @@ import torch
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.objective import DenoisingObjective, L1Loss, L2Loss, MinSNRWeighting, PlainWeighting
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS
-from ldm_lab.diffusion.timesteps import LowDiscrepancyTimesteps, UniformTimesteps
+from ldm_lab.diffusion.timesteps import LowDiscrepancyTimesteps, UniformTimesteps, stratified
 
 
 def objective(loss=None, weighting=None, timesteps=None, **scheduler):
@@ -125,6 +125,19 @@ def test_validation_timesteps_are_fixed_and_even():
     assert timesteps.double().mean() == pytest.approx(499.5, abs=1)
     assert (timesteps * 8 // 1000).bincount().tolist() == [64] * 8
     assert denoising.at(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
+
+
+@pytest.mark.parametrize("count", [100, 512, 10_000])
+def test_validation_timesteps_have_nothing_to_do_with_the_order_of_the_images(count):
+    """Which is that of their names, and so often of their classes."""
+    denoising = objective()
+    timesteps = denoising.validation_timesteps(count)
+    assert torch.equal(timesteps.sort().values, denoising.at(stratified(count)))
+    ranks = timesteps.argsort(stable=True).argsort().double()
+    correlation = torch.corrcoef(torch.stack([torch.arange(count).double(), ranks]))[0, 1]
+    assert abs(correlation) < 3 / count**0.5
+    torch.manual_seed(1)
+    assert torch.equal(objective().validation_timesteps(count), timesteps)
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused():
