@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ def denoise(
     latents: Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
+    noise: Callable[[], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, SchedulerOutput]]:
     """Visit the timesteps that the scheduler was set to; the latents stay float32 whatever type the network has.
 
@@ -37,6 +38,7 @@ def denoise(
         latents: `(B, C, h, w)` at the first of the timesteps, on the network's device.
         generator: of the noise that steps add; a list has one per image.
         eta: see `DDIMScheduler.step`.
+        noise: makes the noise of each step, `(B, C, h, w)`, in the place of `generator`; called in every step.
 
     Yields:
         Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample`.
@@ -53,6 +55,7 @@ def denoise(
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
         prediction = unet(model_input, on_device[index]).sample
         prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite its output
-        output = scheduler.step(prediction, timestep, latents, generator=generator, **options)
+        drawn = {"generator": generator} if noise is None else {"variance_noise": noise()}
+        output = scheduler.step(prediction, timestep, latents, **drawn, **options)
         latents = output.prev_sample
         yield timestep, output

@@ -59,27 +59,47 @@ def denoising(pipe: LDMPipeline, count: int, seed: int, steps: int, eta: float =
 
 
 @torch.no_grad()
-def interpolation(pipe: LDMPipeline, indices: Sequence[int], seed: int, steps: int, batch_size: int = 16) -> Tensor:
-    """What lies between samples: the starting noise goes from that of one to that of the next on a sphere.
+def interpolation(
+    pipe: LDMPipeline, indices: Sequence[int], seed: int, steps: int, eta: float = 0.0, batch_size: int = 16
+) -> Tensor:
+    """What lies between samples: all noise goes from that of one to that of the next on a sphere.
+
+    The starting noise does, and the noise of each step where the sampler adds any, so that the ends are these samples.
 
     Args:
         pipe: the model with its sampler.
         indices: of the samples to go through, two or more.
         seed: of the samples.
-        steps: of the sampler; steps that add noise add the same to all.
+        steps: of the sampler.
+        eta: of the sampler.
         batch_size: images at a time.
 
     Returns:
         `(L, F, 3, H, W)` in [-1, 1]: L legs of F frames, each from a sample to the next, both included.
     """
-    ends = pipe.noise(len(indices), generators(seed, indices))
-    parts = torch.linspace(0, 1, BETWEEN).tolist()
-    noise = torch.stack([slerp(a, b, part) for a, b in itertools.pairwise(ends) for part in parts])
-    images = []
-    for batch in noise.split(batch_size):
-        same = [randomness.generator(seed, "interpolation") for _ in batch]
-        images.append(pipe(len(batch), same, num_inference_steps=steps, output_type="pt", latents=batch).images.cpu())
-    return torch.cat(images).unflatten(0, (-1, BETWEEN)) * 2 - 1  # (L*F, 3, H, W) -> (L, F, 3, H, W)
+    frames = list(itertools.product(range(len(indices) - 1), torch.linspace(0, 1, BETWEEN).tolist()))
+    batches = [frames[first : first + batch_size] for first in range(0, len(frames), batch_size)]
+    images = torch.cat([_draw_frames(pipe, indices, batch, seed, steps, eta) for batch in batches])
+    return images.unflatten(0, (-1, BETWEEN))  # (L*F, 3, H, W) -> (L, F, 3, H, W)
+
+
+def _draw_frames(
+    pipe: LDMPipeline, indices: Sequence[int], frames: Sequence[tuple[int, float]], seed: int, steps: int, eta: float
+) -> Tensor:
+    """Frames of an interpolation, each a leg and a part of its way -> `(B, 3, H, W)` in [-1, 1], on the CPU."""
+    own = generators(seed, indices)  # new ones: each batch of frames draws the noise of all samples again
+
+    def between(ends: Tensor) -> Tensor:  # (L + 1, C, h, w) -> (B, C, h, w), on the CPU: no step waits for the device
+        return torch.stack([slerp(ends[leg], ends[leg + 1], part) for leg, part in frames])
+
+    start = pipe.noise(len(indices), own).cpu()
+    latents = between(start).to(pipe.device)
+    pipe.scheduler.set_timesteps(steps)
+    for _, output in denoise(
+        pipe.unet, pipe.scheduler, latents, eta=eta, noise=lambda: between(randn(start.shape, own))
+    ):
+        latents = output.prev_sample
+    return pipe.decode(latents).clamp(-1, 1).cpu()
 
 
 def slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
@@ -221,7 +241,7 @@ class Wanted:
             save_animation(list(frames), folder / "denoising.webp")
             written += ["denoising.png", "denoising.webp"]
         if self.interpolate:
-            legs = interpolation(pipe, self.interpolate, seed, steps)  # (L, F, 3, H, W)
+            legs = interpolation(pipe, self.interpolate, seed, steps, eta)  # (L, F, 3, H, W)
             save_sheet(legs.flatten(0, 1), folder / "interpolation.png", BETWEEN)
             save_animation([frame[None] for frame in legs.flatten(0, 1)], folder / "interpolation.webp")
             written += ["interpolation.png", "interpolation.webp"]

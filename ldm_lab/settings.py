@@ -19,11 +19,12 @@ SWITCHES = ("compile", "plan", "tiling", "slicing")
 CHOICES = {"data.latents": ("cached", "online"), "data.latents_dtype": ("float16", "bfloat16", "float32")}
 
 # What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
-# and of the data where it lies and how it is read. A schedule follows `max_images`; the first stage has its own check.
+# and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
+# its own check.
 HARMLESS_GROUPS = (
     "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
-    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "model.schedule", "plan",
-    "plugins", "optimized_metric", "model.gradient_checkpointing", "model.optimizer.fused",
+    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "plan", "plugins",
+    "optimized_metric", "model.schedule.max_images", "model.gradient_checkpointing", "model.optimizer.fused",
 )  # fmt: skip
 HARMLESS_IN_DATA = (
     "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +16,12 @@ from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.errors import STOPPING, status_of
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.settings import check_code, find
 from ldm_lab.training import batch_size, device, initial, preview, slurm
 from ldm_lab.training import plan as planning
 from ldm_lab.training.preflight import check_fit, check_order
 from ldm_lab.training.quiet import quiet
-from ldm_lab.training.run import RunFolder, essentials, first_stage, fit, is_first_process, say
+from ldm_lab.training.run import RunFolder, Schedule, essentials, first_stage, fit, is_first_process, say
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trial import Trial
 
@@ -60,6 +61,21 @@ def parts(
     module = build(config.model, "model", **networks(config, autoencoder))
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
     return module, data, functools.partial(build, config.trainer, "trainer", precision=precision)
+
+
+def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
+    """The schedule of the learning rate of a config out of a run's folder; None where it cannot be built any more.
+
+    Args:
+        config: as it was read: it may name classes of this package and of plugins alone.
+        plugins: packages that the user has named now.
+    """
+    node = find(config, "model.schedule") or {}
+    try:
+        check_code({"schedule": node, "plugins": list(plugins)})
+        return build(DictConfig(node), "model.schedule")
+    except ValueError:
+        return None
 
 
 def preflight(configs: list[DictConfig], command: str) -> None:
@@ -135,7 +151,8 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     trainer = make_trainer(**essentials(settings, callbacks, loggers))
     slurm.check_tasks(trainer.num_devices, trainer.num_nodes)
     say(f"{config.stage} on {device.describe(trainer)}")
-    if received := fit(module, data, trainer, folder, settings):
+    schedule_of = functools.partial(schedule, plugins=settings["plugins"])
+    if received := fit(module, data, trainer, folder, settings, schedule_of):
         end_by(received, f"stopped and saved at {module.images_seen:,} images; the same command continues")
     metrics = folder.status()
     say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))

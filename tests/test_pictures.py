@@ -45,6 +45,25 @@ def test_interpolations_go_from_sample_to_sample(pipe):
         assert torch.allclose(found, expected, atol=1e-4)
 
 
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta", "settings"),
+    [("ddim", 0.0, {}), ("ddim", 1.0, {}), ("ddpm", 0.0, {}), ("dpm_solver", 0.0, {}), ("dpm_solver", 0.0, SDE)],
+)
+def test_the_ends_of_an_interpolation_are_the_samples_also_where_steps_add_noise(pipe, sampler, eta, settings):
+    scheduler = samplers.choose(sampler, pipe.scheduler, eta)
+    other = LDMPipeline(pipe.vqvae, pipe.unet, type(scheduler).from_config(scheduler.config, **settings))
+    other.set_progress_bar_config(disable=True)
+    legs = pictures.interpolation(other, [4, 0, 2], seed=0, steps=5, eta=eta, batch_size=7)
+    four, zero, two = drawn(other, [4, 0, 2], 5, eta) * 2 - 1
+    for found, expected in ((legs[0, 0], four), (legs[0, -1], zero), (legs[1, 0], zero), (legs[1, -1], two)):
+        assert torch.allclose(found, expected, atol=1e-4)
+    ways = legs.diff(dim=1).flatten(2).norm(dim=2)  # from frame to frame
+    assert ways.max() < (four - two).norm()
+
+
 def test_slerp_stays_on_the_sphere_and_turns_evenly():
     a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0])
     third = slerp(a, b, 1 / 3)

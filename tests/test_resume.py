@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_lab.untrusted import LoadError
+from ldm_lab.training.schedules import CosineWithWarmup
+from ldm_lab.untrusted import LoadError, read_yaml
 from tests.data.pictures import save
 from tests.helpers import assert_close_relative
 from tests.runs import assert_equal, copy, final_weights, last_checkpoint, metrics, train
@@ -152,6 +153,20 @@ def test_accumulation_and_a_given_autoencoder_change_nothing(tiny_runs, tmp_path
         assert_close_relative(
             one["unet/diffusion_pytorch_model.safetensors"][key], value, 1e-3
         )  # Adam enlarges rounding
+
+
+def test_another_schedule_of_the_learning_rate_is_another_setting(tiny_runs, tmp_path, capsys):
+    """With `resume=force` the run says which rate it has had, by the schedule that it was started with."""
+    runs = copy(tiny_runs, tmp_path, "avatars")
+    longer, warmup = ("experiment=avatars/autoencoder", "max_images=72"), "model.schedule.warmup_images"
+    with pytest.raises(ValueError, match=rf"started with other settings: {warmup}: 640 -> 0\. Choose"):
+        train(runs, *longer, f"{warmup}=0")
+    capsys.readouterr()
+    train(runs, *longer, f"{warmup}=0", "resume=force", "+model.schedule.final=0.5")
+    rate = read_yaml(runs / "avatars/autoencoder/config.yaml")["model"]["optimizer"]["lr"]
+    was, now = (rate * schedule(64) for schedule in (CosineWithWarmup(640, 64), CosineWithWarmup(0, 72, final=0.5)))
+    change = f"{was:.2g} here before, goes on at {now:.2g} and ends at {rate / 2:.2g}"
+    assert f"max_images 64 -> 72: the learning rate, {change}" in capsys.readouterr().out
 
 
 def test_force_goes_on_with_the_new_settings(tiny_runs, tmp_path):

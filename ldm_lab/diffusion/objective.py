@@ -16,6 +16,7 @@ from ldm_lab.diffusion.checks import is_number, require
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified
+from ldm_lab.randomness import generator
 
 
 class L2Loss:
@@ -55,6 +56,10 @@ class MinSNRWeighting:
     In terms of what the network predicts: min(SNR, γ) for x0, min(SNR, γ) / SNR for the noise and
     min(SNR, γ) / (SNR + 1) for the velocity.
 
+    Where SNR is exactly 0, at the last timestep with zero terminal SNR, the weight is 1, as in the plain objective. The
+    formula gives 0 there (0/0 for the noise), and the first step of sampling, which starts at that timestep, would
+    never be trained. The target is x0 there, or -x0 for the velocity, and it is one timestep of T.
+
     >>> from ldm_lab.diffusion.parameterization import Epsilon
     >>> MinSNRWeighting(gamma=5.0)(torch.tensor([0.1, 50.0]), Epsilon())
     tensor([1.0000, 0.1000])
@@ -69,7 +74,8 @@ class MinSNRWeighting:
 
     def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
         """Weights `(B,)`."""
-        return snr.clamp(max=self.gamma) / parameterization.error_scale(snr)
+        weights = snr.clamp(max=self.gamma) / parameterization.error_scale(snr)
+        return weights.masked_fill(snr == 0, 1.0)
 
 
 class DenoisingObjective:
@@ -113,8 +119,13 @@ class DenoisingObjective:
         return self.timesteps(seed, positions, batch_size, len(self.scheduler))
 
     def validation_timesteps(self, count: int) -> Tensor:
-        """Fixed timesteps for `count` held-out images, spread evenly over the range, `(count,)`, int64."""
-        return self.at(stratified(count))
+        """Fixed timesteps for `count` held-out images, spread evenly over the range, `(count,)`, int64.
+
+        They come in a shuffled order, the same for all runs: held-out images are sorted by name, and often so by
+        class; with timesteps in order each part of the range would be measured on other classes.
+        """
+        order = torch.randperm(count, generator=generator(0, "order of validation timesteps"))
+        return self.at(stratified(count)[order])
 
     def at(self, fractions: Tensor) -> Tensor:
         """The timesteps at fractions of the range of time, in [0, 1): 0 is the least noise."""

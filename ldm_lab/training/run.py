@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.untrusted import LoadError
 
+Schedule = Callable[[int], float]  # images seen -> multiplier of the learning rate
+
 KEPT = ("val/", "codebook/")  # of the last metrics, in status.json
 
 
@@ -40,9 +41,23 @@ def is_first_process() -> bool:
 
 
 def fit(
-    module: StageModule, data: ImageDataModule, trainer: Trainer, run: RunFolder, config: dict[str, Any]
+    module: StageModule,
+    data: ImageDataModule,
+    trainer: Trainer,
+    run: RunFolder,
+    config: dict[str, Any],
+    schedule_of: Callable[[dict[str, Any]], Schedule | None],
 ) -> int | None:
     """Train one stage to `max_images`, from its newest state if there is one.
+
+    Args:
+        module: the stage.
+        data: its images.
+        trainer: trains it.
+        run: its folder.
+        config: of the stage, as plain data.
+        schedule_of: builds the schedule of the learning rate of another config, that the run was started with; None
+            where it cannot be built.
 
     Returns:
         The signal that has interrupted it, after everything was saved; None: it came to its end.
@@ -70,7 +85,8 @@ def fit(
         if start:
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
             if before and before["max_images"] < config["max_images"]:
-                print(lengthened(module, before, config["max_images"], data.images_seen), flush=True)
+                line = lengthened(module, before, schedule_of(before), config["max_images"], data.images_seen)
+                print(line, flush=True)
     if start and owes_validation(data, config):
         trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
     with contextlib.suppress(BrokenOff), memory.explained(module, data, trainer.world_size):
@@ -102,22 +118,23 @@ def owes_validation(data: ImageDataModule, config: dict[str, Any]) -> bool:
     return seen < config["max_images"] and seen // every > (seen - data.global_batch_size) // every
 
 
-def lengthened(module: StageModule, before: dict[str, Any], max_images: int, images_seen: int) -> str:
+def lengthened(
+    module: StageModule, before: dict[str, Any], schedule: Schedule | None, max_images: int, images_seen: int
+) -> str:
     """What a larger `max_images` does to the learning rate, in one line.
 
     Args:
-        module: with its schedule of now, which had another `max_images` before, if it has one.
+        module: with its optimizer and schedule of now.
         before: config that the stage was started with.
+        schedule: of that config; None where it cannot be built.
         max_images: of now.
         images_seen: where the stage stands.
     """
     rate = module.make_optimizer(module.parameter_groups()).param_groups[0]["lr"]
-    old = new = module.schedule
-    if dataclasses.is_dataclass(new) and hasattr(new, "max_images"):
-        old = dataclasses.replace(new, max_images=find(before, "model.schedule.max_images") or new.max_images)
-    was, goes_on, ends = (f"{rate * m:.2g}" for m in (old(images_seen), new(images_seen), new(max_images)))
-    change = f", {was} here before, goes on at {goes_on} and ends at {ends}"
-    change = f" stays at {was}" if was == goes_on == ends else change
+    goes_on, ends = (f"{rate * module.schedule(images):.2g}" for images in (images_seen, max_images))
+    was = schedule and f"{(find(before, 'model.optimizer.lr') or rate) * schedule(images_seen):.2g}"
+    known = f", {was} here before" if was else ""
+    change = f" stays at {was}" if was == goes_on == ends else f"{known}, goes on at {goes_on} and ends at {ends}"
     return f"max_images {before['max_images']:,} -> {max_images:,}: the learning rate{change}"
 
 

@@ -4,7 +4,7 @@ import torch
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.objective import DenoisingObjective, L1Loss, L2Loss, MinSNRWeighting, PlainWeighting
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS
-from ldm_lab.diffusion.timesteps import LowDiscrepancyTimesteps, UniformTimesteps
+from ldm_lab.diffusion.timesteps import LowDiscrepancyTimesteps, UniformTimesteps, stratified
 
 
 def objective(loss=None, weighting=None, timesteps=None, **scheduler):
@@ -65,6 +65,30 @@ def test_min_snr_weights_of_the_paper():
             MinSNRWeighting(gamma)
 
 
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_min_snr_trains_the_first_step_of_sampling_too(prediction_type):
+    """With zero terminal SNR the last timestep counts as in the plain objective, all others as in the paper."""
+    settings = {"rescale_betas_zero_snr": True, "prediction_type": prediction_type}
+    weighted, plain = objective(weighting=MinSNRWeighting(), **settings), objective(**settings)
+    snr, parameterization = weighted.scheduler.snr(torch.arange(1000)), weighted.scheduler.parameterization
+    weights = weighted.weighting(snr, parameterization)
+    assert snr[-1] == 0
+    assert weights[-1] == 1
+    torch.testing.assert_close(weights[:-1], (snr.clamp(max=5) / parameterization.error_scale(snr))[:-1])
+
+    x0, noise = torch.randn(2, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    scale = torch.tensor(0.5, requires_grad=True)
+    losses = [each(lambda x_t, _: scale * x_t, x0, noise, torch.tensor([999])).sum() for each in (weighted, plain)]
+    gradients = [torch.autograd.grad(loss, scale)[0] for loss in losses]
+    assert gradients[0] == gradients[1] != 0
+
+
+@pytest.mark.parametrize("prediction_type", PARAMETERIZATIONS)
+def test_min_snr_has_no_weight_that_is_no_number(prediction_type):
+    weights = MinSNRWeighting()(torch.tensor([0.0, 1e-30]), PARAMETERIZATIONS[prediction_type])
+    assert weights.isfinite().all()
+
+
 def test_losses_are_means_over_each_sample():
     prediction, target = torch.zeros(2, 3, 2, 2), torch.stack([torch.full((3, 2, 2), 2.0), torch.full((3, 2, 2), -3.0)])
     assert L2Loss()(prediction, target).tolist() == [4.0, 9.0]
@@ -101,6 +125,19 @@ def test_validation_timesteps_are_fixed_and_even():
     assert timesteps.double().mean() == pytest.approx(499.5, abs=1)
     assert (timesteps * 8 // 1000).bincount().tolist() == [64] * 8
     assert denoising.at(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
+
+
+@pytest.mark.parametrize("count", [100, 512, 10_000])
+def test_validation_timesteps_have_nothing_to_do_with_the_order_of_the_images(count):
+    """Which is that of their names, and so often of their classes."""
+    denoising = objective()
+    timesteps = denoising.validation_timesteps(count)
+    assert torch.equal(timesteps.sort().values, denoising.at(stratified(count)))
+    ranks = timesteps.argsort(stable=True).argsort().double()
+    correlation = torch.corrcoef(torch.stack([torch.arange(count).double(), ranks]))[0, 1]
+    assert abs(correlation) < 3 / count**0.5
+    torch.manual_seed(1)
+    assert torch.equal(objective().validation_timesteps(count), timesteps)
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ldm_lab.data.sampler import StreamBatchSampler
 from ldm_lab.diffusion.timesteps import LowDiscrepancyTimesteps, UniformTimesteps, discretize, stratified
 
 BOTH = pytest.mark.parametrize("draw", [UniformTimesteps(), LowDiscrepancyTimesteps()], ids=["uniform", "low"])
@@ -41,6 +42,29 @@ def test_low_discrepancy_covers_every_stratum_once_over_all_ranks(batch_size, ra
         parts = [draw(0, positions[rank::ranks], batch_size, 96 * 1000) for rank in range(ranks)]
         strata = torch.cat(parts) * batch_size // (96 * 1000)
         assert strata.sort().values.tolist() == list(range(batch_size))
+
+
+def dealt(draw, rank, ranks, micro_batch, batches):
+    """Timesteps of one device in `batches` global batches of 64, `(batches, 64 / ranks)`, as training deals them."""
+    sampler = StreamBatchSampler(1000, 64, micro_batch, 0, rank, ranks, stop=64 * batches)
+    drawn = [draw(0, [position for _, position in batch], 64, 1000) for batch in sampler]
+    return torch.cat(drawn).view(batches, -1)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(8, 8), (8, 2), (1, 8), (2, 16)])
+def test_low_discrepancy_gives_each_device_and_micro_batch_the_whole_range(ranks, micro_batch):
+    """A block of neighbouring strata has a mean that varies 2.5 times as much: 250 of 1000 against 101."""
+    draw, batches = LowDiscrepancyTimesteps(), 200
+    found = [dealt(draw, rank, ranks, micro_batch, batches) for rank in range(ranks)]
+    whole = torch.cat(found, dim=1)
+    assert torch.equal(whole.sort().values, dealt(draw, 0, 1, 64, batches).sort().values)
+    gaps = whole.sort().values.diff()  # one timestep in each 64th of the range
+    assert gaps.min() >= 1000 // 64
+    assert gaps.max() <= 1000 // 64 + 1
+    for share in found:
+        means = share.view(-1, micro_batch).double().mean(1)
+        independent = 1000 / 12**0.5 / micro_batch**0.5
+        assert means.std() < 1.15 * independent  # of 200 means and more: three standard errors
 
 
 def test_low_discrepancy_moves_from_batch_to_batch():

@@ -21,7 +21,11 @@ CONFIG = {
     "max_images": 64,
     "seed": 0,
     "data": {"image_size": [64, 32], "module": {"num_workers": 0, "train_set": {"root": "/a", "num_train": 5}}},
-    "model": {"optimizer": {"lr": 1e-3}, "schedule": {"max_images": 64}, "autoencoder": {"dropout": 0.0}},
+    "model": {
+        "optimizer": {"lr": 1e-3},
+        "schedule": {"_target_": "a.Cosine", "max_images": 64, "warmup_images": 8},
+        "autoencoder": {"dropout": 0.0},
+    },
     "trainer": {"devices": 1, "gradient_clip_val": None},
     "callbacks": {},
     "autoencoder": "/runs/x",
@@ -65,6 +69,8 @@ def test_flatten_names_every_leaf():
         ({"data__image_size": 64}, ["data.image_size: [64, 32] -> 64"]),
         ({"data__module__train_set__num_train": 6}, ["data.module.train_set.num_train: 5 -> 6"]),
         ({"trainer__gradient_clip_val": 1.0}, ["trainer.gradient_clip_val: None -> 1.0"]),
+        ({"model__schedule___target_": "a.Constant"}, ["model.schedule._target_: a.Cosine -> a.Constant"]),
+        ({"model__schedule__warmup_images": 16}, ["model.schedule.warmup_images: 8 -> 16"]),
         ({"model__autoencoder__dropout": 0.1}, ["model.autoencoder.dropout: 0.0 -> 0.1"]),
         # what changes neither data, model nor objective
         ({"data__module__num_workers": 4, "data__module__train_set__root": "/b", "trainer__devices": 8}, []),
@@ -184,26 +190,37 @@ def test_a_folder_knows_the_settings_of_what_was_trained_there(folder):
     assert folder.started_with() is None
 
 
+COSINE, CONSTANT, RISING = CosineWithWarmup(0, 100), ConstantWithWarmup(), ConstantWithWarmup(150)
+
+
 @pytest.mark.parametrize(
-    ("schedule", "images", "change"),
+    ("old", "new", "images", "change"),
     [
-        (CosineWithWarmup(0, 200), 100, ", 0 here before, goes on at 0.0005 and ends at 0"),
-        (CosineWithWarmup(0, 200), 50, ", 0.0005 here before, goes on at 0.00085 and ends at 0"),
-        (CosineWithWarmup(0, 200, final=0.1), 100, ", 0.0001 here before, goes on at 0.00055 and ends at 0.0001"),
-        (ConstantWithWarmup(), 100, " stays at 0.001"),
-        (ConstantWithWarmup(150), 75, ", 0.0005 here before, goes on at 0.0005 and ends at 0.001"),
-        (lambda images_seen: 0.5, 100, " stays at 0.0005"),
+        (COSINE, CosineWithWarmup(0, 200), 100, ", 0 here before, goes on at 0.0005 and ends at 0"),
+        (COSINE, CosineWithWarmup(0, 200), 50, ", 0.0005 here before, goes on at 0.00085 and ends at 0"),
+        (CONSTANT, CONSTANT, 100, " stays at 0.001"),
+        (RISING, RISING, 75, ", 0.0005 here before, goes on at 0.0005 and ends at 0.001"),
+        (lambda images_seen: 0.5, lambda images_seen: 0.5, 100, " stays at 0.0005"),
+        # with resume=force
+        (CONSTANT, CosineWithWarmup(0, 200), 100, ", 0.001 here before, goes on at 0.0005 and ends at 0"),
+        (COSINE, CosineWithWarmup(0, 200, final=0.1), 100, ", 0 here before, goes on at 0.00055 and ends at 0.0001"),
+        (None, CONSTANT, 100, ", goes on at 0.001 and ends at 0.001"),
     ],
-)
-def test_a_longer_run_says_what_the_learning_rate_will_do(schedule, images, change):
+)  # fmt: skip
+@pytest.mark.parametrize("old_rate", [1e-3, 4e-3])
+def test_a_longer_run_says_what_the_learning_rate_will_do(old, new, images, change, old_rate):
     parameters = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
     module = SimpleNamespace(
-        schedule=schedule,
+        schedule=new,
         parameter_groups=lambda: parameters,
         make_optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
     )
-    before = {"max_images": 100, "model": {"schedule": {"max_images": 100}}}
-    assert lengthened(module, before, 200, images) == f"max_images 100 -> 200: the learning rate{change}"
+    before = {"max_images": 100, "model": {"optimizer": {"lr": old_rate}}}
+    line = lengthened(module, before, old, 200, images)
+    if old_rate == 1e-3:
+        assert line == f"max_images 100 -> 200: the learning rate{change}"
+    elif old:
+        assert f"the learning rate, {old_rate * old(images):.2g} here before, goes on at" in line
 
 
 @pytest.mark.parametrize("source", [None, "", "/nowhere"])
