@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ldm_lab import float32
 from ldm_lab.training import memory
 
 aten = torch.ops.aten
@@ -57,7 +58,7 @@ class Timing:
         flops: floating-point operations of one run, two to a multiply-add, of products and convolutions.
         peak: bytes in use at most, by this process on a CPU (the other contestants' networks included).
         grown: bytes that the first run took beside what was in use before it.
-        output: of the last run.
+        output: of the last run; on CUDA of one more, without TF32.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -95,6 +96,10 @@ def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device
     for _ in range(rounds):
         for contestant, timing in zip(contestants, timings, strict=True):
             _run_once(contestant, timing, device)
+    for contestant, timing in zip(contestants, timings, strict=True):
+        if device.type == "cuda" and timing.output is not None:  # TF32 is for the clock, not for the comparison
+            with float32.exact():
+                timing.output = contestant.run()
     return timings
 
 

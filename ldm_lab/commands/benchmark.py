@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ldm_lab import float32
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, matmul_peak, measure, row
 from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> None:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         print(f"skipped: --device {options.device}, but there is no GPU that this torch can use")
         return
+    if options.device.type == "cuda":
+        float32.allow("high")  # as training and sampling have it
     with tempfile.TemporaryDirectory() as folder:
         made = contestants(options, Path(folder))
         timings = measure(made, options.rounds, options.device, options.compile)
