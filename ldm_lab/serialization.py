@@ -155,8 +155,8 @@ def _is_ours(kind: type) -> bool:
 class PretrainedModel(Configurable, nn.Module):
     """A network with a config: `from_pretrained`, `save_pretrained`, `device`, `dtype`.
 
-    In those of this package the weights of convolutions lie with their channels innermost (`torch.channels_last`),
-    and the feature maps follow them: kernels are fastest so. Shapes, and the files that are written, are as always.
+    The order in which weights lie in memory is for the network to choose (see `models.layout`): files do not show it,
+    and `load_weights` keeps it.
     """
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ldm_lab.training.schedules import CosineWithWarmup
 from ldm_lab.untrusted import LoadError, read_yaml
@@ -102,6 +103,30 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_no_more_than_an_interval(tiny_r
     assert "at 32 of 64 images" in capsys.readouterr().out
     assert not stale.exists()
     assert_same_training(runs / "celebahq/diffusion", tiny_runs / "celebahq/diffusion")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_whose_tensors_lie_otherwise_goes_on_alike(tiny_runs, tmp_path, stage):
+    """As one from a device on which channels lie outermost: fused optimizers would mix numbers up, silently."""
+    runs = without_stage_2(tiny_runs, tmp_path)
+    if stage == "autoencoder":
+        shutil.rmtree(runs / "celebahq")
+    recipe = f"experiment=celebahq/{stage}"
+    with pytest.raises(SystemExit):
+        train(runs, recipe, *interrupt(stage, 24))
+    path, turned = runs / "celebahq" / stage / "checkpoints/last.ckpt", []
+
+    def outermost(tensor):
+        turned.append(not tensor.is_contiguous())
+        return tensor.contiguous()
+
+    state = torch.load(path, weights_only=True)
+    for part in ("state_dict", "optimizer_states"):
+        state[part] = tree_map_only(torch.Tensor, outermost, state[part])
+    assert sum(turned) > 10
+    torch.save(state, path)
+    train(runs, recipe)
+    assert_same_training(runs / "celebahq" / stage, tiny_runs / "celebahq" / stage)
 
 
 def test_more_images_continue_even_over_a_power_cut_at_the_end(tiny_runs, tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ldm_lab import float32
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, is_emulated, matmul_peak, measure, row
 from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> None:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         print(f"skipped: --device {options.device}, but there is no GPU that this torch can use")
         return
+    if options.device.type == "cuda":
+        float32.allow("high")  # as training and sampling have it
     with tempfile.TemporaryDirectory() as folder:
         made = contestants(options, Path(folder))
         timings = measure(made, options.rounds, options.device, options.compile)
@@ -105,7 +108,8 @@ def contestants(options: argparse.Namespace, folder: Path) -> list[Contestant]:
     pipe, config = subjects.load(options.experiment, options.overrides, options.ckpt, options.device)
     if options.layout:
         for network in (pipe.vqvae, pipe.unet):
-            network.to(memory_format=LAYOUTS[options.layout])
+            network.layout = LAYOUTS[options.layout]
+            network.lay_out()
     dtypes = (getattr(torch, dtype) for dtype in (options.dtype, options.peer_dtype))
     subject = subjects.Subject(pipe, config, options.batch_size, options.steps, *dtypes, against, folder)
     return growth.contestants(subject) if options.kind == "growth" else getattr(subjects, options.kind)(subject)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
+from ldm_lab.models.layout import LaidOut
+
 _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the features of VGG16
 _READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
 
@@ -88,8 +90,7 @@ class LPIPS(PerceptualDistance):
         if not self._networks:
             statistics = nn.ParameterList(torch.tensor(values).view(1, 3, 1, 1) for values in (self.shift, self.scale))
             parts = {"statistics": statistics, "features": _vgg16_features(self.weights), "heads": _linear_heads()}
-            network = nn.ModuleDict(parts)
-            self._networks = (network.to(memory_format=torch.channels_last).eval().requires_grad_(False),)
+            self._networks = (_Networks(parts).eval().requires_grad_(False),)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, 3, H, W)` twice, in [-1, 1], sides of at least 16 -> `(B,)`, float32."""
@@ -116,6 +117,10 @@ class LPIPS(PerceptualDistance):
             if i in _TAPS:
                 taps.append(hidden)
         return taps
+
+
+class _Networks(LaidOut, nn.ModuleDict):
+    """What LPIPS is made of."""
 
 
 def _unit_length(features: Tensor) -> Tensor:

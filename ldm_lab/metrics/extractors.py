@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm_lab import float32
 from ldm_lab.checkpoint import fingerprint
 from ldm_lab.untrusted import LoadError, first_line, read_torch
 
@@ -99,6 +100,6 @@ def had(url: str, weights: str | Path | None, features: str) -> Iterator[None]:
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Full float32, and the same numbers each time, whatever training and sampling compute in."""
-    exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(**exact):
+    same = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), same, float32.exact():
         yield

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from ldm_lab import float32
+
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio: the mean over images of 10 log10(1 / MSE), images scaled to [0, 1].
@@ -35,7 +37,7 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
         0-dim, float32; 1 for equal images.
     """
     # The variances are small differences of large numbers: reduced precision would leave nothing of them.
-    with torch.autocast(target.device.type, enabled=False):
+    with torch.autocast(target.device.type, enabled=False), float32.exact():
         return structural_similarity_index_measure(_unit_range(reconstruction), _unit_range(target), data_range=1.0)
 
 

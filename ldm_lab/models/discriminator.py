@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from ldm_lab.models.layout import LaidOut
 
-class PatchDiscriminator(nn.Module):
+
+class PatchDiscriminator(LaidOut):
     """PatchGAN: a small convolutional network that calls each patch of an image real or generated.
 
     The layers, their names (`main.0.weight`, ...) and initialisation are those of the discriminator that
@@ -34,7 +35,7 @@ class PatchDiscriminator(nn.Module):
         layers.append(nn.Conv2d(widths[-1], 1, kernel_size=4, padding=1))
         self.main = nn.Sequential(*layers)
         self.apply(_initialise)
-        self.to(memory_format=torch.channels_last)
+        self.lay_out()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, positive for real: `(B, C, H, W)` in [-1, 1] -> `(B, 1, h, w)`, 30 × 30 of them for 256 × 256."""

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ldm_lab.models.arguments import require, require_input
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.gaussian import DiagonalGaussian
+from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import AutoencoderKLOutput, DecoderOutput
 from ldm_lab.serialization import register_to_config
 
 
-class AutoencoderKL(FirstStage):
+class AutoencoderKL(LaidOut, FirstStage):
     """Encoder, Gaussian and decoder, with the arguments and state dict of `diffusers.AutoencoderKL`.
 
     Diffusion learns latents drawn from the Gaussian that an image is encoded to; a weak KL term kept them near
@@ -79,7 +80,7 @@ class AutoencoderKL(FirstStage):
         self.decoder = self._make_decoder()
         self.quant_conv = nn.Conv2d(moments, moments, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
-        self.to(memory_format=torch.channels_last)
+        self.lay_out()
 
     @property
     def embed_dim(self) -> int:

@@ -21,6 +21,7 @@ from ldm_lab.models.arguments import (
     require_sample_size,
     require_widths,
 )
+from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.blocks import DownBlock, MidBlock, UpBlock
@@ -34,7 +35,7 @@ from ldm_lab.untrusted import MAX_LAYERS
 DEFAULT_HEAD_DIM = 8  # the namesake's
 
 
-class UNet2DModel(GradientCheckpointing, PretrainedModel):
+class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
     """A UNet that knows the timestep, with the arguments and state dict of `diffusers.UNet2DModel`.
 
     The last argument is ours: the namesake cannot express a number of heads that is the same at every width. A
@@ -134,7 +135,7 @@ class UNet2DModel(GradientCheckpointing, PretrainedModel):
         self.up_blocks = self._up_blocks(resnet, attention)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
+        self.lay_out()
 
     @property
     def library(self) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ldm_lab.models.arguments import require, require_input, require_positive
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import DecoderOutput, EncoderOutput
 from ldm_lab.models.quantizer import VectorQuantizer
 from ldm_lab.serialization import register_to_config
 from ldm_lab.untrusted import MAX_CODES
 
 
-class VQModel(FirstStage):
+class VQModel(LaidOut, FirstStage):
     """Encoder, codebook and decoder, with the arguments and state dict of `diffusers.VQModel`.
 
     Images are `(B, in_channels, H, W)` in [-1, 1], H and W multiples of `downsample_factor`. Latents are the
@@ -83,7 +83,7 @@ class VQModel(FirstStage):
         self.quantize = VectorQuantizer(num_vq_embeddings, vq_embed_dim)
         self.post_quant_conv = nn.Conv2d(vq_embed_dim, latent_channels, 1)
         self.decoder = self._make_decoder()
-        self.to(memory_format=torch.channels_last)
+        self.lay_out()
 
     @property
     def embed_dim(self) -> int:

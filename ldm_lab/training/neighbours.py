@@ -9,6 +9,7 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ldm_lab import float32
 from ldm_lab.data.datamodule import Chosen, Loader, spread
 from ldm_lab.training.callbacks.pictures import shared
 
@@ -50,7 +51,8 @@ class Neighbours:
             self._searched = shared(trainer, len(indices), lambda places: self._read(trainer, indices, places))
         views = [self._searched, self._searched.flip(-1)][: 2 if data.train_set.flip else 1]
         small = adaptive_avg_pool2d(samples, self.side).flatten(1)  # (n, 3, H, W) -> (n, 3 S S)
-        distances = torch.stack([torch.cdist(small, view.flatten(1)) for view in views])  # (V, n, N)
+        with float32.exact():  # near images differ by less than TF32 rounds their product
+            distances = torch.stack([torch.cdist(small, view.flatten(1)) for view in views])  # (V, n, N)
         closest, view = distances.min(0)  # (n, N)
         places = closest.topk(min(self.nearest, len(indices)), largest=False).indices  # (n, k)
         mirrored = view.gather(1, places).bool().tolist()

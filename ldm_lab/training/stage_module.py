@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm_lab import checkpoint, randomness
+from ldm_lab.models.layout import follow_parameters
 from ldm_lab.serialization import PretrainedModel
 from ldm_lab.untrusted import LoadError
 from ldm_lab.version import __version__
@@ -67,6 +68,7 @@ class StageModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer; its learning rate follows the images of the steps taken."""
         optimizer = self.make_optimizer(self.parameter_groups())
+        optimizer.register_load_state_dict_post_hook(follow_parameters)
         # A fused one could undo the scaling of float16 itself; left to Lightning, gradients can be clipped before it.
         optimizer._step_supports_amp_scaling = False
         images_per_step = self.trainer.datamodule.global_batch_size

@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from ldm_lab import float32
 from ldm_lab.training.launcher import Launcher
 
 
@@ -14,18 +15,25 @@ class Trainer(lightning.Trainer):
     """`lightning.Trainer`, whose processes end together (see `Launcher`), whatever the strategy.
 
     Args:
+        float32_matmul_precision: how a CUDA device multiplies float32 numbers, in matrix products and convolutions:
+            "highest" with all their bits, "high" and "medium" in TF32 (see `float32.allow`). CPUs do as ever.
         on_nan: what to do where a loss or gradient is not finite, "stop" or "skip" (see `NotFinite`).
         **settings: see `lightning.Trainer`.
 
     Raises:
-        ValueError: `on_nan` is something else.
+        ValueError: `on_nan` or `float32_matmul_precision` is something else.
     """
 
-    def __init__(self, on_nan: str = "stop", **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, on_nan: str = "stop", float32_matmul_precision: str = "high", **settings: Any) -> None:  # noqa: ANN401
         if on_nan not in ("stop", "skip"):
             raise ValueError(f"trainer.on_nan={on_nan}: must be stop or skip")
+        if float32_matmul_precision not in float32.PRECISIONS:
+            choices = ", ".join(float32.PRECISIONS)
+            raise ValueError(f"trainer.float32_matmul_precision={float32_matmul_precision}: must be one of {choices}")
         self.on_nan = on_nan
         super().__init__(**settings)
+        if self.strategy.root_device.type == "cuda":
+            float32.allow(float32_matmul_precision)
         given = self.strategy.launcher
         if isinstance(given, _SubprocessScriptLauncher):
             self.strategy._launcher = Launcher(given.cluster_environment, given.num_processes, given.num_nodes)

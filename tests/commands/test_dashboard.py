@@ -26,14 +26,8 @@ STAGES = ("autoencoder", "diffusion")
 def run(tmp_path_factory):
     """Both stages of celebahq with W&B, offline, as `debug=tiny` has it."""
     runs = tmp_path_factory.mktemp("dashboard")
-<<<<<<< HEAD
     own_cache = f"paths.cache={runs / 'cache'}"  # another test may have cached the latents elsewhere
     train(runs, "experiment=celebahq", "logger=many", own_cache)
-=======
-    train(
-        runs, "experiment=celebahq", "logger=many", f"paths.cache={runs / 'cache'}"
-    )  # or another test made the latents
->>>>>>> numbers
     wandb.teardown()  # or the processes of other tests would join this one's service
     return runs / "celebahq"
 
