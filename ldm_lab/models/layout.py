@@ -67,5 +67,7 @@ def follow_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _lay(tensor: Tensor, layout: torch.memory_format) -> None:
-    if not tensor.is_contiguous(memory_format=layout):
-        tensor.data = tensor.data.contiguous(memory_format=layout)
+    # Not `contiguous`: for it a 1x1 kernel lies in both orders, but what decides over feature maps are its strides.
+    laid = tensor.data.to(memory_format=layout)
+    if laid.stride() != tensor.stride():
+        tensor.data = laid

@@ -155,6 +155,17 @@ def test_what_is_built_or_loaded_lies_as_its_device_wants(turn, tmp_path):
     assert lies(loaded.to("meta"), OUTERMOST)
 
 
+@pytest.mark.parametrize("name", ["vq", "kl"])
+def test_latents_are_turned_by_the_first_layer_that_sees_them(name, turn):
+    """A 1x1 kernel lies in both orders at once; its strides say which is meant."""
+    network = NETWORKS[name]()
+    latents = torch.rand(2, network.embed_dim, 8, 8)
+    assert latents.is_contiguous()
+    assert channels_innermost(network.post_quant_conv(latents))
+    turn(lambda device: OUTERMOST)
+    assert network.to("cpu").post_quant_conv(latents).is_contiguous()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizer_goes_on_bit_for_bit_in_another_layout(fused, turn):
     def steps(network, optimizer, numbers):
