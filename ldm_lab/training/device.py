@@ -12,11 +12,24 @@ def resolve_precision(precision: str | int, accelerator: str) -> str | int:
     """`auto` -> bf16-mixed where the device is fast at bfloat16, else 32-true; anything else stays."""
     if precision != "auto":
         return precision
-    if accelerator != "cpu" and torch.cuda.is_available():
+    kind = device_type(accelerator)
+    if kind == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast = kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16-mixed" if fast else "32-true"
+
+
+def device_type(accelerator: str) -> str:
+    """What `trainer.accelerator` stands for on this machine: `auto` is a GPU where there is one, Apple's too.
+
+    `tests/rehearsal` checks that Apple's has a kernel for all that training and sampling do.
+    """
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def describe(trainer: Trainer) -> str:
@@ -25,7 +38,8 @@ def describe(trainer: Trainer) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+        names = {"cpu": f"{torch.get_num_threads()} CPU threads", "mps": "Apple GPU (mps)"}
+        name = names.get(device.type, device.type)
     line = f"{trainer.world_size} x {name}, {trainer.precision}"
     if device.type == "cpu" and shutil.which("nvidia-smi"):
         line += f". There is an NVIDIA card that is not used: {_why_no_cuda()}"
