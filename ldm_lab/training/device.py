@@ -38,8 +38,7 @@ def describe(trainer: Trainer) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        names = {"cpu": f"{torch.get_num_threads()} CPU threads", "mps": "Apple GPU (mps)"}
-        name = names.get(device.type, device.type)
+        name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
     line = f"{trainer.world_size} x {name}, {trainer.precision}"
     if device.type == "cpu" and shutil.which("nvidia-smi"):
         line += f". There is an NVIDIA card that is not used: {_why_no_cuda()}"

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from tests.rehearsal import rules
 
 NAME = "rehearsal"
-SETUP = "_setup_privateuseone_for_python_backend"  # of torch 2.10 and newer
+SETUP = "_setup_privateuseone_for_python_backend"  # not every torch has it
 AVAILABLE = hasattr(backend_registration, SETUP)
 
 

@@ -1,5 +1,6 @@
 """What `trainer.accelerator=auto` is on Apple silicon. That all operations are there, each rehearsal checks itself."""
 
+import lightning
 import pytest
 import torch
 from lightning import Trainer
@@ -30,8 +31,9 @@ def test_the_cpu_is_the_cpu(mac):
 
 
 def test_lightning_takes_it_too(mac, monkeypatch):
-    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
-    trainer = Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False, barebones=False)
+    for kind in (MPSAccelerator, lightning.fabric.accelerators.MPSAccelerator):
+        monkeypatch.setattr(kind, "is_available", staticmethod(lambda: True))
+    trainer = Trainer(accelerator="auto", devices=1, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.accelerator, MPSAccelerator)
     assert trainer.strategy.root_device.type == "mps"
 
