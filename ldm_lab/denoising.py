@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
+from ldm_lab.transfer import to_device
 
 
 class UNet(Protocol):
@@ -49,7 +50,7 @@ def denoise(
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")
     options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
-    on_device = scheduler.timesteps.to(latents.device)  # all at once; the scheduler's own stay on the CPU
+    on_device = to_device(scheduler.timesteps, latents.device)  # all at once; the scheduler's own stay on the CPU
     latents = latents.float()  # (B, C, h, w)
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)

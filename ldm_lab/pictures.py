@@ -106,13 +106,15 @@ def slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
     """Spherical interpolation (Shoemake 1985, section 3.3): on the arc from `a` to `b`, of any equal shape.
 
     Between two draws of normal noise it stays as far from the origin as noise lies; a straight line does not.
+    In float64, on the host: not every device has that.
     """
-    cosine = torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).clamp(-1, 1)
+    one, other = a.cpu().double(), b.cpu().double()
+    cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
     if angle.sin().abs() < 1e-6:  # one and the same direction, or opposite ones, between which any arc is as good
         return torch.lerp(a, b, part)
-    mixed = (torch.sin((1 - part) * angle) * a.double() + torch.sin(part * angle) * b.double()) / angle.sin()
-    return mixed.to(a.dtype)
+    mixed = (torch.sin((1 - part) * angle) * one + torch.sin(part * angle) * other) / angle.sin()
+    return mixed.to(a)
 
 
 @torch.no_grad()

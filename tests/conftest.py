@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import pytest
+import torch
 
 from ldm_lab.threads import wait_asleep
 
@@ -28,3 +29,23 @@ def tiny_runs(tmp_path_factory):
             "+callbacks.journal.folder=${paths.stage}",
         )
     return runs
+
+
+@pytest.fixture
+def rehearsal(monkeypatch):
+    """A device that is not the CPU: `.device`, and `.log` of what has happened there. See `tests.rehearsal`."""
+    from tests.rehearsal import Rehearsal, accelerator, device, rules
+
+    if not device.AVAILABLE:
+        pytest.skip(f"torch {torch.__version__} has no torch.utils.backend_registration.{device.SETUP}")
+    found = Rehearsal(device.register(), rules.LOG)
+    accelerator.register()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: found.log.pin(tensor))
+    found.log.clear()
+    yield found
+    found.log.clear()
+
+
+def pytest_collection_modifyitems(items):
+    """The rehearsal comes last: torch then has another device, for as long as the process lives."""
+    items.sort(key=lambda item: "rehearsal" in getattr(item, "fixturenames", ()))

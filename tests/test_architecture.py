@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ldm_lab"
 # The leaves: torch (and the standard library) alone.
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
-    "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32",
+    "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.

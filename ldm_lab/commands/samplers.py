@@ -141,4 +141,4 @@ def latents(pipe: LDMPipeline, scheduler: Scheduler, steps: int, seeds: int) -> 
     pipe = LDMPipeline(pipe.vqvae, pipe.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     generators = [randomness.generator(0, "sample", index) for index in range(seeds)]
-    return pipe(seeds, generators, num_inference_steps=steps, output_type="latent").images.double().cpu()
+    return pipe(seeds, generators, num_inference_steps=steps, output_type="latent").images.cpu().double()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm_lab.transfer import to_device
+
 
 def randn(
     shape: Sequence[int],
@@ -37,10 +39,11 @@ def randn(
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
     if isinstance(generator, torch.Generator):
-        return torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype).to(device)
+        return to_device(torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype), device)
     if len(generator) != shape[0]:
         raise ValueError(f"generator: {len(generator)} given for a batch of {shape[0]}; give one for each sample")
-    return torch.cat([randn((1, *shape[1:]), own, device, dtype) for own in generator])
+    drawn = [randn((1, *shape[1:]), own, own.device, dtype) for own in generator]
+    return to_device(torch.cat(drawn), device)  # all at once
 
 
 def step_noise(

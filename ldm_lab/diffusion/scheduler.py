@@ -25,6 +25,7 @@ from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.diffusion.thresholding import dynamic_threshold
 from ldm_lab.serialization import Configurable
+from ldm_lab.transfer import to_device
 from ldm_lab.untrusted import blaming
 
 END = -1  # the "timestep" after the last one: a clean sample
@@ -138,10 +139,10 @@ class Scheduler(Configurable):
             low, high = int(timesteps.min()), int(timesteps.max())
             require(low >= 0 and high < len(self), "timesteps", [low, high], f"within 0..{len(self) - 1}")
         if batch.device not in self._rates:
-            self._rates[batch.device] = self._rates[torch.device("cpu")].to(batch.device)
+            self._rates[batch.device] = to_device(self._rates[torch.device("cpu")], batch.device)
         # With a 0-dimensional index this would be a view: a GPU is then waited for, and a table that validation
         # copied in inference mode could not serve training.
-        alpha, sigma = self._rates[batch.device][:, torch.atleast_1d(timesteps).to(batch.device)]
+        alpha, sigma = self._rates[batch.device][:, to_device(torch.atleast_1d(timesteps), batch.device)]
         return per_sample(alpha, batch), per_sample(sigma, batch)
 
     def snr(self, timesteps: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import DataPixels, Pixels, spread
 from ldm_lab.randomness import generator
 from ldm_lab.saving import replacing
+from ldm_lab.transfer import to_device
 from ldm_lab.untrusted import LoadError, first_line
 
 REVISION = 1  # to be raised with every change that trains another network
@@ -175,11 +176,11 @@ def trained(name: str, images: Tensor, targets: Targets, seed: int) -> Own:
         for step in tqdm(range(STEPS), desc=f"learning features of {name}", unit="step"):
             rng = generator(seed, "extractor", step)
             chosen = torch.randperm(len(images), generator=rng)[:BATCH]
-            batch = seen(images[chosen.to(images.device)])
+            batch = seen(images[to_device(chosen, images.device)])
             if targets is None:
                 loss = instance_loss(network, batch, rng)
             else:
-                loss = label_loss(network, cropped(batch, rng), targets[chosen].to(images.device), classes)
+                loss = label_loss(network, cropped(batch, rng), to_device(targets[chosen], images.device), classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -190,7 +191,7 @@ def trained(name: str, images: Tensor, targets: Targets, seed: int) -> Own:
 @torch.no_grad()
 def standardized(network: Own, images: Tensor) -> Own:
     """Scale its features so that those of `images` have mean 0 and variance 1: each counts alike."""
-    features = torch.cat([network(part) for part in images.split(BATCH)]).double()
+    features = torch.cat([network(part) for part in images.split(BATCH)]).cpu().double()
     network.mean.copy_(features.mean(0))
     network.std.copy_(features.std(0).clamp(min=1e-6))
     return network
@@ -219,5 +220,5 @@ def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
     room = 1 - scale
     zero = torch.zeros_like(scale)
     rows = [torch.stack([scale, zero, room * (2 * right - 1)], 1), torch.stack([zero, scale, room * (2 * down - 1)], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1).to(images.device), list(images.shape), align_corners=False)
+    grid = F.affine_grid(to_device(torch.stack(rows, 1), images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm_lab.models.quantizer import VectorQuantizer, code_counts, perplexity
 from ldm_lab.randomness import generator
+from ldm_lab.transfer import to_device
 
 JITTER = 0.01  # standard deviations of the latents
 
@@ -121,9 +122,9 @@ def draw_latents(rows: Tensor, count: int, step: int, seed: int) -> Tensor:
     random = generator(seed, "codebook", step, rank)
     part = -(-count // world_size)  # rounded up
     order = torch.randperm(len(rows), generator=random)[torch.arange(part) % len(rows)]
-    drawn = rows[order.to(rows.device)]
+    drawn = rows[to_device(order, rows.device)]
     if part > len(rows):
-        noise = torch.randn(drawn.shape, generator=random).to(drawn)
+        noise = to_device(torch.randn(drawn.shape, generator=random), drawn.device)
         drawn = drawn + JITTER * rows.std(0, unbiased=False) * noise
     return _gather_over_ranks(drawn)[:count]
 

@@ -14,11 +14,24 @@ def resolve_precision(precision: str | int, accelerator: str) -> str | int:
     """`auto` -> bf16-mixed where the device is fast at bfloat16, else 32-true; anything else stays."""
     if precision != "auto":
         return precision
-    if accelerator != "cpu" and torch.cuda.is_available():
+    kind = device_type(accelerator)
+    if kind == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = has_bfloat16()
+        fast = kind == "cpu" and has_bfloat16()
     return "bf16-mixed" if fast else "32-true"
+
+
+def device_type(accelerator: str) -> str:
+    """What `trainer.accelerator` stands for on this machine: `auto` is a GPU where there is one, Apple's too.
+
+    `tests/rehearsal` checks that Apple's has a kernel for all that training and sampling do.
+    """
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def describe(trainer: Trainer) -> str:

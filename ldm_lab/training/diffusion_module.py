@@ -20,6 +20,7 @@ from ldm_lab.serialization import PretrainedModel
 from ldm_lab.training.ema import EMA
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
+from ldm_lab.training.statistics import moments, of_all_ranks, pooled
 
 
 class DiffusionModule(StageModule):
@@ -100,10 +101,12 @@ class DiffusionModule(StageModule):
 
         Of cached `moments` `(B, M, h, w)` where it has them, else of `image` `(B, 3, H, W)` in [-1, 1].
         """
+        return self._unscaled(batch) * self.autoencoder.config.scaling_factor
+
+    def _unscaled(self, batch: dict[str, Tensor]) -> Tensor:
         known = "moments" in batch
-        moments = batch["moments"].float() if known else self.autoencoder.moments(batch["image"])
-        latents = self.autoencoder.from_moments(moments, batch["posterior_noise"])
-        return latents.float() * self.autoencoder.config.scaling_factor
+        found = batch["moments"].float() if known else self.autoencoder.moments(batch["image"])
+        return self.autoencoder.from_moments(found, batch["posterior_noise"]).float()
 
     def setup(self, stage: str) -> None:
         """Write the size of the latents into the UNet's config: sampling starts from noise of that size."""
@@ -112,21 +115,20 @@ class DiffusionModule(StageModule):
         for network in (self.unet, self.ema.model):
             network.register_to_config(sample_size=size)
 
+    @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measure the latents' scale, unless a checkpoint brought it along."""
+        """Measure the latents' scale, whatever the first stage's is, unless a checkpoint brought it along."""
         if not self.measures_scale:
             return
         shape = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
         places = count(self.global_rank, self.trainer.world_size)  # of this rank's images among those measured
-        sums = torch.zeros(3, dtype=torch.float64)  # number, sum, sum of squares
+        found = []
         for batch in self.trainer.datamodule.training_sample(self.MEASURED_IMAGES):
             mine = islice(places, len(batch["index"]))
             batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, mine, shape, stream="scale")
-            latents = self.encode(move_data_to_device(batch, self.device)).double()
-            sums += torch.stack([torch.tensor(float(latents.numel())), latents.sum(), latents.square().sum()]).cpu()
-        number, total, squares = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").tolist()
-        scale = (squares / number - (total / number) ** 2) ** -0.5
-        self.autoencoder.register_to_config(scaling_factor=scale)
+            found.append(moments(self._unscaled(move_data_to_device(batch, self.device))))
+        _, std = pooled(of_all_ranks(self.trainer, found))
+        self.autoencoder.register_to_config(scaling_factor=1 / std)
         self.measures_scale = False
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:

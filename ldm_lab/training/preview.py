@@ -79,7 +79,7 @@ def show_reconstructions(autoencoder: FirstStage, data: ImageDataModule, device:
         if time.monotonic() - start > SECONDS:
             break
     autoencoder.cpu()
-    quality, std = float(psnr(torch.cat(copies), torch.cat(originals))), float(torch.cat(latents).double().std())
+    quality, std = float(psnr(torch.cat(copies), torch.cat(originals))), float(torch.cat(latents).cpu().double().std())
     print(f"autoencoder: {type(autoencoder).__name__}, on {len(originals)} held-out image(s)")
     print(f"  quality     {quality:.1f} dB PSNR: {judge(quality)}")
     print(f"  latents     of standard deviation {std:.3g}; model.scaling_factor=measure gives {1 / std:.4g}")

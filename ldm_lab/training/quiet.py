@@ -9,6 +9,7 @@ import warnings
 _EXPECTED = (
     r".*isinstance\(treespec, LeafSpec\).*",  # inside Lightning
     r".*module\(s\) in eval mode at the start of training.*",  # the frozen first stage and the average
+    r".*recommended to use `self\.log\('(images_seen|eval/\w+)', .*",  # they are the same on all ranks
     r".*have overridden `(on_before_batch_transfer|transfer_batch_to_device)`.*",
     r".*does not have many workers.*",  # data.num_workers is the user's choice
     r".*DataLoader will create \d+ worker processes.*",  # the same

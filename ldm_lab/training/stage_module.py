@@ -9,10 +9,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ldm_lab import checkpoint, randomness
 from ldm_lab.models.layout import follow_parameters
 from ldm_lab.serialization import PretrainedModel
+from ldm_lab.transfer import to_device
 from ldm_lab.untrusted import LoadError
 from ldm_lab.version import __version__
 
@@ -65,9 +67,17 @@ class StageModule(LightningModule):
         """Compile what is called in a step, in place: the keys of checkpoints stay as they are."""
         raise NotImplementedError
 
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """As the settings have it, but that `fused` holds only where the device has such kernels."""
+        optimizer = self.make_optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            if group.get("fused") and self.device.type not in _get_fused_kernels_supported_devices():
+                group["fused"] = False
+        return optimizer
+
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer; its learning rate follows the images of the steps taken."""
-        optimizer = self.make_optimizer(self.parameter_groups())
+        optimizer = self.new_optimizer()
         optimizer.register_load_state_dict_post_hook(follow_parameters)
         # A fused one could undo the scaling of float16 itself; left to Lightning, gradients can be clipped before it.
         optimizer._step_supports_amp_scaling = False
@@ -78,7 +88,7 @@ class StageModule(LightningModule):
     def on_train_start(self) -> None:
         """Let rates follow the settings, also where a checkpoint brought those of an earlier start (`resume=force`)."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        fresh = self.make_optimizer(self.parameter_groups())
+        fresh = self.new_optimizer()
         scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
         for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
             group.update({key: value for key, value in new.items() if key != "params"})
@@ -87,8 +97,7 @@ class StageModule(LightningModule):
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict:
         """Copy from pinned memory, also what was drawn here: for other memory the host would wait."""
-        if device.type == "cuda":
-            batch = {key: part.pin_memory() if isinstance(part, Tensor) else part for key, part in batch.items()}
+        batch = {key: to_device(part, device) if isinstance(part, Tensor) else part for key, part in batch.items()}
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -130,9 +139,8 @@ class StageModule(LightningModule):
         self._log_images_seen()
 
     def _log_images_seen(self) -> None:
-        # float64: Lightning's default float32 cannot count past 16.7 million images.
-        seen = torch.tensor(self.images_seen, dtype=torch.float64)
-        self.log("images_seen", seen, batch_size=1, sync_dist=not self.training)
+        # float64: Lightning's default float32 cannot count past 16.7 million images. It is the same on all ranks.
+        self.log("images_seen", torch.tensor(self.images_seen, dtype=torch.float64), batch_size=1)
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the entry that makes the file explain itself (see `ldm_lab.checkpoint`)."""

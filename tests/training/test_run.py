@@ -246,6 +246,7 @@ def machine(monkeypatch, gpu=False, gpu_bf16=False, cpu_bf16=False, amx=False, c
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)  # see tests/rehearsal/test_macs.py
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.version, "cuda", cuda_build)

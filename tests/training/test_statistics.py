@@ -22,7 +22,7 @@ GAN = {"discriminator", "generator", "d_weight", "factor", "logits_real", "logit
 
 def validate(callback, losses, timesteps, latents, sizes, ranks=1):
     """What a callback logs of held-out images that come in batches of such sizes, dealt to so many ranks."""
-    logged, sums = {}, []
+    logged, rows = {}, []
     module = SimpleNamespace(
         device="cpu", scheduler=range(1000), log=lambda name, value, **_: logged.update({name: value})
     )
@@ -36,8 +36,8 @@ def validate(callback, losses, timesteps, latents, sizes, ranks=1):
             other = {"losses": losses[mine] + 7, "latents": latents[mine] + 7}
             callback.on_validation_batch_end(None, module, other, {"timestep": timesteps[mine]}, 0, 1)
             start += size
-        sums.append(callback._sums)
-    strategy = SimpleNamespace(reduce=lambda _, reduce_op: sum(sums))
+        rows.append(torch.stack(callback.rows))
+    strategy = SimpleNamespace(all_gather=lambda own: torch.stack(rows) if ranks > 1 else own)
     callback.on_validation_epoch_end(SimpleNamespace(strategy=strategy), module)
     return logged
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ldm_lab.training.autoencoder_module import FirstStageModule
 from ldm_lab.training.callbacks.episode import Episode
+from ldm_lab.transfer import to_device
 
 TERMS = ("discriminator", "logits_real", "logits_fake")
 
@@ -49,7 +50,7 @@ class DiscriminatorHealth(Callback):
         if not whole or module.loss.discriminator is None or module.step_left_out:
             return
         if module.loss.adversarial.discriminator_factor(module.images_seen - size):
-            self._sums = self._sums.to(module.device) + torch.stack([module.terms[name] for name in TERMS])
+            self._sums = to_device(self._sums, module.device) + torch.stack([module.terms[name] for name in TERMS])
             self._steps += 1
 
     def on_validation_epoch_end(self, trainer: Trainer, module: FirstStageModule) -> None:

@@ -94,8 +94,8 @@ class EvaluateSamples(Callback):
         scores = distribution.manifold(generated, self.real, draws=0)
         scores["kid"] = distribution.kid(generated, self.real, draws=0)
         scores[extractor.distance] = distribution.frechet(generated, distribution.gaussian(self.real), draws=0)
-        values = {f"eval/{name}": torch.tensor(one.value, dtype=torch.float64) for name, one in scores.items()}
-        module.log_dict(values, batch_size=1, sync_dist=True)
+        for name, one in scores.items():
+            module.log(f"eval/{name}", one.value, batch_size=1)  # the same on all ranks, and on their hosts
 
     def shared(self, trainer: Trainer, count: int, make: Callable[[range], Tensor]) -> Tensor:
         """Features of `count` images `(count, D)`, on every rank's host; each has computed its share.

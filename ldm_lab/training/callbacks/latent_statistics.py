@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.training.statistics import moments, of_all_ranks, pooled
 
 
 class LatentStatistics(Callback):
@@ -18,7 +18,7 @@ class LatentStatistics(Callback):
 
     def on_validation_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Begin at zero."""
-        self._sums = torch.zeros(3, dtype=torch.float64, device=module.device)  # entries, their sum, that of squares
+        self.rows: list[Tensor] = []  # number, mean and variance of the entries of each batch, (3,)
 
     def on_validation_batch_end(
         self,
@@ -29,15 +29,12 @@ class LatentStatistics(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the latents of a batch up, on the device."""
+        """Look at the latents of a batch, on the device."""
         if dataloader_idx == 0:
-            latents = outputs["latents"].double()  # (B, C, h, w)
-            ones = latents.new_full((), latents.numel())
-            self._sums += torch.stack([ones, latents.sum(), latents.square().sum()])
+            self.rows.append(moments(outputs["latents"]))  # of (B, C, h, w)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Log over all ranks."""
-        number, total, squares = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
-        mean = total / number
+        mean, std = pooled(of_all_ranks(trainer, self.rows))
         module.log("val/latent_mean", mean, batch_size=1, sync_dist=True)
-        module.log("val/latent_std", max(0.0, squares / number - mean**2) ** 0.5, batch_size=1, sync_dist=True)
+        module.log("val/latent_std", std, batch_size=1, sync_dist=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.training.statistics import of_all_ranks
 
 PARTS = 10  # of the range of time
 
@@ -22,7 +21,7 @@ class LossByTimestep(Callback):
 
     def on_validation_start(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Begin at zero."""
-        self._sums = torch.zeros(2, PARTS, dtype=torch.float64, device=module.device)  # losses, images
+        self.rows: list[Tensor] = []  # of each batch, losses and images by parts, (2, PARTS)
 
     def on_validation_batch_end(
         self,
@@ -35,13 +34,14 @@ class LossByTimestep(Callback):
     ) -> None:
         """Add the losses of a batch up, on the device."""
         if dataloader_idx == 0:
-            losses = outputs["losses"].double()  # (B,)
-            parts = batch["timestep"].to(losses.device) * PARTS // len(module.scheduler)  # (B,)
-            self._sums.index_add_(1, parts, torch.stack([losses, torch.ones_like(losses)]))
+            losses = outputs["losses"].float()  # (B,)
+            parts = batch["timestep"] * PARTS // len(module.scheduler)  # (B,)
+            both = torch.stack([losses, torch.ones_like(losses)])
+            self.rows.append(both.new_zeros(2, PARTS).index_add_(1, parts, both))
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Log the means over all ranks."""
-        sums: Any = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        sums = of_all_ranks(trainer, self.rows).sum(0)  # (n, 2, PARTS) -> (2, PARTS)
         for part, (total, images) in enumerate(sums.T.tolist()):
             if images:
                 module.log(f"val/loss_t{part}", total / images, batch_size=1, sync_dist=True)

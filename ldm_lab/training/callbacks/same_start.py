@@ -19,7 +19,7 @@ class SameStart(Callback):
         """Raise `LoadError`, in all processes, where they differ: they see different files."""
         if trainer.world_size == 1:
             return
-        seen = torch.tensor([module.images_seen, -module.images_seen], dtype=torch.float64)
+        seen = torch.tensor([module.images_seen, -module.images_seen])
         bounds = trainer.strategy.reduce(seen.to(trainer.strategy.root_device), reduce_op="max")
         most, least = int(bounds[0]), -int(bounds[1])
         if most != least:
