@@ -1,0 +1,37 @@
+"""Distances of pixels that look at colour apart from brightness."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Luma and the two differences of colour, of a difference in RGB: ITU-R BT.601-7 (2011), section 2.5.
+_LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+class ColourMSE(nn.Module):
+    """Squared error of luma and chroma: d = mean(ΔY² + chroma · (ΔCb² + ΔCr²)) over the pixels.
+
+    In a mean over RGB colour counts little: a grey error e costs e² here and there, while an error of colour alone,
+    which leaves the luma as it is, costs more here, the more the larger `chroma` is. A short training learns brightness
+    first and ends before it has learnt hues, unless they count.
+
+    Args:
+        chroma: weight of the differences of colour, at least 0.
+
+    Raises:
+        ValueError: it is negative.
+    """
+
+    def __init__(self, chroma: float = 4.0) -> None:
+        super().__init__()
+        if chroma < 0:
+            raise ValueError(f"model.loss.pixel.chroma={chroma}: must be at least 0")
+        matrix = torch.tensor(_LUMA_CHROMA) * torch.tensor([1.0, chroma, chroma]).sqrt()[:, None]
+        self.register_buffer("matrix", matrix[:, :, None, None], persistent=False)  # (3, 3, 1, 1)
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """`(B, 3, H, W)` twice, in [-1, 1] -> 0-dim."""
+        error = (reconstruction - target)[:, None]  # (B, 1, 3, H, W)
+        parts = (self.matrix * error).sum(2)  # -> (B, 3, H, W); as a product of matrices autocast would round it
+        return parts.square().sum(1).mean()
