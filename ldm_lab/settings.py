@@ -16,7 +16,11 @@ LOWEST = {
 }  # fmt: skip
 WORDS = {"data.batch_size": ("auto",)}  # instead of a number
 SWITCHES = ("compile", "plan", "tiling", "slicing")
-CHOICES = {"data.latents": ("cached", "online"), "data.latents_dtype": ("float16", "bfloat16", "float32")}
+CHOICES = {
+    "data.latents": ("cached", "online"),
+    "data.latents_dtype": ("float16", "bfloat16", "float32"),
+    "data.latents_precision": ("float32", "bfloat16"),
+}
 
 # What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
 # and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
@@ -28,6 +32,7 @@ HARMLESS_GROUPS = (
 )  # fmt: skip
 HARMLESS_IN_DATA = (
     "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",
+    "latents_precision",
 )  # fmt: skip
 
 PACKAGE = Path(__file__).resolve().parent

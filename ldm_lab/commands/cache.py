@@ -22,6 +22,7 @@ import filelock
 from ldm_lab.data.latents import KEY, META, OWN_FILE, is_intact
 from ldm_lab.untrusted import LoadError, read_json
 
+FLOAT32 = "32-true"  # the precision of a key, see `ldm_lab.training.latents`
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -112,7 +113,9 @@ def _what(folder: Path) -> str:
         mirrored = ", mirrored too" if meta["shape"][0] == 2 else ""
         kind, images = (str(meta[part]["class"]) for part in ("autoencoder", "images"))
         weights = str(meta["autoencoder"]["weights"])
-        words = f"{int(meta['count']):,} {images} of {size}{mirrored}, {meta['dtype']}, by {kind} {weights}"
+        precision = meta.get("precision", FLOAT32)
+        encoded = "" if precision == FLOAT32 else f" encoded in {precision}"
+        words = f"{int(meta['count']):,} {images} of {size}{mirrored}, {meta['dtype']}{encoded}, by {kind} {weights}"
     except (LoadError, LookupError, TypeError, ValueError):
         return f"damaged: no {META} that says what it is"
     return "".join(letter for letter in words if letter.isprintable())[:200]

@@ -40,6 +40,7 @@ class ImageDataModule(lightning.LightningDataModule):
         seed: of the order of the training images.
         latents: of stage 2: "cached", where each training image is encoded once, or "online", in every step.
         latents_dtype: in which they are kept, see `ldm_lab.data.latents.DTYPES`.
+        latents_precision: in which the first stage encodes for the cache, "float32" or "bfloat16".
         cache_dir: below it they are kept.
 
     Attributes:
@@ -61,6 +62,7 @@ class ImageDataModule(lightning.LightningDataModule):
         seed: int = 0,
         latents: str = "online",
         latents_dtype: str = "float16",
+        latents_precision: str = "float32",
         cache_dir: str | Path = ".",
     ) -> None:
         super().__init__()
@@ -76,7 +78,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self.images_seen = 0
         self.stop: int | None = None
         self.compare_with_training = False
-        self.latents, self.latents_dtype, self.cache_dir = latents, latents_dtype, cache_dir
+        self.latents, self.latents_dtype, self.latents_precision = latents, latents_dtype, latents_precision
+        self.cache_dir = cache_dir
         self.cached: CachedLatents | None = None
 
     @property

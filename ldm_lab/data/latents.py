@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import torch
@@ -40,6 +41,23 @@ MOST, LEAST, PARTS = 512, 16, 32  # images of a shard at most and at least; shar
 META, TENSOR = "meta.json", "moments"
 KEY = re.compile(r"[0-9a-f]{16}")
 OWN_FILE = re.compile(r"meta\.json|\d{5,}\.(safetensors|lock)|\.(meta\.json|\d{5,}\.safetensors)\.\d+\.tmp")
+
+
+class Error(NamedTuple):
+    """What lies between latents that are kept and those of float32, on some images of a shard.
+
+    Attributes:
+        relative_rms: of the moments.
+        codes: part of the codes that are others.
+
+    Both are NaN where they were not measured; the second also where the first stage has no codebook.
+    """
+
+    relative_rms: float = math.nan
+    codes: float = math.nan
+
+
+UNKNOWN = Error()
 
 
 class LatentCache:
@@ -131,13 +149,14 @@ class LatentCache:
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
-    def write(self, shard: int, moments: Tensor, skipped: dict[int, str]) -> None:
+    def write(self, shard: int, moments: Tensor, skipped: dict[int, str], error: Error = UNKNOWN) -> None:
         """Write a shard.
 
         Args:
             shard: its number; claimed.
             moments: `(n, views, M, h, w)`, float32, on the CPU.
             skipped: image -> the errors of the files that another one took the place of, a line each.
+            error: of what is kept.
 
         Raises:
             ValueError: a number is too large for the dtype, or not finite at all.
@@ -149,9 +168,9 @@ class LatentCache:
                 raise ValueError("the autoencoder makes latents that are not finite: it, or an image, is damaged")
             largest = f"{moments.abs().max().item():.3g}"
             raise ValueError(f"data.latents_dtype={self.dtype}: latents of up to {largest} do not fit: use float32")
-        error = ((kept.float() - moments).square().mean() / moments.square().mean()).sqrt().nan_to_num().item()
         kept = kept.contiguous()
-        notes = {"rounding": f"{error:.2e}", "skipped": json.dumps(skipped), "crc32": checksum(kept)}
+        notes = {"rounding": f"{relative_rms(kept, moments):.2e}", "skipped": json.dumps(skipped)}
+        notes |= {"crc32": checksum(kept), **{name: f"{value:.3e}" for name, value in error._asdict().items()}}
         with replacing(self.path(shard)) as temporary:
             save_file({TENSOR: kept}, temporary, metadata=notes)
 
@@ -177,6 +196,11 @@ class LatentCache:
         return f"python -m ldm_lab cache --prune {self.key} removes it, and the same command encodes again"
 
 
+def relative_rms(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖, in float32; 0 where nothing is expected."""
+    return ((found.float() - expected).square().mean() / expected.square().mean()).sqrt().nan_to_num().item()
+
+
 def checksum(moments: Tensor) -> str:
     """CRC-32 of a contiguous tensor's bytes, in hexadecimal digits."""
     return f"{zlib.crc32(moments.view(torch.uint8).numpy()):08x}"
@@ -200,12 +224,14 @@ class Shard:
 
     Attributes:
         rounding: relative RMS error of the dtype.
+        error: of precision and dtype together, where it was measured.
         skipped: image -> the errors of files that it took the place of, a line each.
     """
 
     def __init__(self, moments: Any, notes: dict[str, str]) -> None:  # noqa: ANN401
         self.moments = moments
         self.rounding = float(notes.get("rounding", "nan"))
+        self.error = Error(*(float(notes.get(name, "nan")) for name in Error._fields))
         skipped = check_plain(json.loads(notes.get("skipped", "{}")), "skipped")
         self.skipped = {int(index): str(errors) for index, errors in skipped.items()}
 

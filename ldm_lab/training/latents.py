@@ -13,6 +13,7 @@ from ldm_lab.data.latents import LatentCache
 from ldm_lab.models.first_stage import FirstStage
 
 Shape = tuple[int, int, int]
+PRECISIONS = {"float32": "32-true", "bfloat16": "bfloat16"}  # `data.latents_precision`, as it stands in a cache's key
 
 
 def latent_shape(autoencoder: FirstStage, image_size: Sequence[int]) -> Shape:
@@ -32,20 +33,19 @@ def are_cached(stage: str, data: ImageDataModule) -> bool:
     return stage == "diffusion" and data.latents == "cached"
 
 
-def latent_cache(autoencoder: FirstStage, data: ImageDataModule, precision: str | int) -> LatentCache:
+def latent_cache(autoencoder: FirstStage, data: ImageDataModule) -> LatentCache:
     """The cache of a data module's training images.
 
     Args:
         autoencoder: encodes them.
-        data: says which they are, and where caches lie.
-        precision: of `lightning.Trainer`, in which they are encoded.
+        data: says which they are, in which precision they are encoded, and where caches lie.
     """
     config = {key: value for key, value in autoencoder.config.items() if key not in ("scaling_factor", "sample_size")}
     what = {
         "autoencoder": {"class": autoencoder.class_name(), "weights": fingerprint(autoencoder), "config": config},
         "images": {"class": type(data.train_set).__name__, "fingerprint": data.train_set.fingerprint()},
         "transform": data.train_set.transform(),
-        "precision": str(precision),
+        "precision": PRECISIONS[data.latents_precision],
     }
     shape = (2 if data.train_set.flip else 1, *moments_shape(autoencoder, data.image_size))
     return LatentCache(f"{data.cache_dir}/latents", what, data.num_train, shape, data.latents_dtype)

@@ -14,7 +14,7 @@ from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training import device as devices
 from ldm_lab.training import memory
-from ldm_lab.training.callbacks.encode import check_room, encoder
+from ldm_lab.training.callbacks.encode import Encoder, check_room
 from ldm_lab.training.latents import latent_cache, latent_shape, moments_shape
 from ldm_lab.training.memory import readable
 from ldm_lab.training.trial import Measured, Trial
@@ -107,13 +107,13 @@ def encoding_line(trial: Trial) -> str:
         ValueError: there is no room for their latents.
     """
     data, autoencoder = trial.data, trial.module.autoencoder
-    cache = latent_cache(autoencoder, data, trial.trainer.precision)
+    cache = latent_cache(autoencoder, data)
     count = sum(len(cache.indices(shard)) for shard in cache.missing())
     if not count:
         return f"done, by an earlier run: {cache.folder}"
     check_room(cache, data.cache_dir)
     autoencoder.to(trial.device)
-    encode, ends, images = encoder(autoencoder, cache, trial.trainer), [], []
+    encode, ends, images = Encoder(autoencoder, cache, data.latents_precision), [], []
     for batch in data.training_sample(data.num_train):
         encode(batch["image"])  # and waits for it
         ends.append(time.perf_counter())
@@ -124,6 +124,7 @@ def encoding_line(trial: Trial) -> str:
     # The first batch starts loaders and chooses kernels. Where there is no other, nothing is known of the time.
     seconds = (ends[-1] - ends[0]) / max(1, sum(images[1:])) * count / trial.world_size
     size = f"{readable(cache.num_bytes(count))} of {cache.dtype} in {cache.folder.parent}"
+    size += f", encoded in {data.latents_precision}"
     return f"once, {count:,} images{f' in {duration(seconds)}' if seconds else ''}, {size}"
 
 

@@ -85,6 +85,19 @@ class StageModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step * images_per_step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each network by the norm of its own gradient: the players of stage 1 have losses of different sizes."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            for group in optimizer.param_groups:  # one a network, see `trainable`
+                nn.utils.clip_grad_norm_(group["params"], gradient_clip_val)
+
     def on_train_start(self) -> None:
         """Let rates follow the settings, also where a checkpoint brought those of an earlier start (`resume=force`)."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler

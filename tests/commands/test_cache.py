@@ -16,8 +16,8 @@ WHAT = {
 }
 
 
-def make(root, count):
-    made = LatentCache(root / "latents", WHAT, count, (2, 3, 4, 4), "float16")
+def make(root, count, **more):
+    made = LatentCache(root / "latents", {**WHAT, **more}, count, (2, 3, 4, 4), "float16")
     made.open_folder()
     for shard in made.shards:
         made.write(shard, torch.zeros(len(made.indices(shard)), *made.shape), {})
@@ -36,6 +36,15 @@ def test_caches_are_listed_with_what_they_are(tmp_path, capsys):
     assert title.startswith(f"{tmp_path}/latents: 2 cache(s)")
     assert [line.split()[0] for line in lines] == [new.key, old.key]
     assert lines[1].endswith("used  40 day(s) ago  40 FolderImages of 16 x 16, mirrored too, float16, by VQModel abcd")
+    lower = make(tmp_path, 30, precision="bfloat16")
+    assert f"{lower.key} " in (line := run(tmp_path, capsys).splitlines()[1])
+    assert line.endswith("30 FolderImages of 16 x 16, mirrored too, float16 encoded in bfloat16, by VQModel abcd")
+    make(tmp_path, 50, precision="32-true")
+    assert (
+        run(tmp_path, capsys)
+        .splitlines()[1]
+        .endswith("50 FolderImages of 16 x 16, mirrored too, float16, by VQModel abcd")
+    )
     assert "removed" in run(tmp_path, capsys, "--older-than", "30d")
     assert not old.folder.exists()
     assert new.missing() == []

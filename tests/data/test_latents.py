@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -99,6 +100,16 @@ def test_rounding_is_measured_and_what_does_not_fit_is_refused(tmp_path):
             made.write(0, torch.full((16, *SHAPE), value), {})
 
 
+def test_an_error_that_was_measured_is_kept(tmp_path):
+    made = cache(tmp_path)
+    made.open_folder()
+    made.write(0, moments(made, 0), {}, latents.Error(7.71e-3, 0.11))
+    made.write(1, moments(made, 1), {}, latents.Error(7.71e-3))
+    made.write(2, moments(made, 2), {})
+    assert made.open(0).error == (7.71e-3, 0.11)
+    assert [math.isnan(value) for number in (1, 2) for value in made.open(number).error] == [False, True, True, True]
+
+
 def test_skipped_files_are_reported_by_the_item_and_refused_where_none_may_be_skipped(tmp_path):
     made = cache(tmp_path)
     fill(made)
@@ -181,6 +192,7 @@ def test_other_damage_is_refused_too(filled):
         lambda: save_file({"x": torch.zeros(16, *SHAPE)}, path),
         lambda: save_file({"moments": torch.zeros(16, *SHAPE)}, path, metadata={"skipped": "[1]"}),
         lambda: save_file({"moments": torch.zeros(16, *SHAPE)}, path, metadata={"rounding": "no number"}),
+        lambda: save_file({"moments": torch.zeros(16, *SHAPE)}, path, metadata={"codes": "[0.1]"}),
         lambda: (path.unlink(), os.mkfifo(path)),
     ]
     for damage in damages:

@@ -1,6 +1,7 @@
 """Stage 2 on cached latents: the same training as on images, encoded once, whoever is interrupted."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_lab.checkpoint import load_autoencoder
+from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.data.images import FolderImages
 from ldm_lab.data.latents import LatentCache
 from ldm_lab.models.kl_model import AutoencoderKL
@@ -17,6 +19,7 @@ from ldm_lab.training.callbacks import encode as encoding
 from ldm_lab.training.estimate import estimate
 from ldm_lab.training.latents import latent_cache
 from ldm_lab.training.trial import Trial
+from ldm_lab.untrusted import read_json
 from tests.reliability import kills
 from tests.runs import metrics, train, undisturbed
 from tests.training.stages import tiny
@@ -95,6 +98,66 @@ def test_moments_are_those_of_images_mirrored_or_not_bit_for_bit(experiment, pho
         assert torch.equal(kept[:8, 1], autoencoder.moments(first.flip(-1)))
 
 
+def encoded(autoencoder, images, views, precision):
+    """Moments of images, `(B, views, M, h, w)`, computed here."""
+    both = (images, images.flip(-1))[:views]
+    with undisturbed(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        return torch.stack([autoencoder.moments(view).float() for view in both], dim=1)
+
+
+def drawn_batches(paths, size=8):
+    """The images of each shard, as many at a time as were encoded, with what is kept of them."""
+    images = [image["image"] for image in DrawnImages("train", 32)]
+    for number, path in enumerate(paths):
+        kept = load_file(path)["moments"]
+        own = torch.stack(images[number * 16 : number * 16 + len(kept)])
+        yield own.split(size), kept.split(size)
+
+
+@pytest.mark.parametrize("experiment", ["celebahq", "lsun_churches"])
+def test_latents_are_encoded_in_float32_whatever_the_training_computes_in(experiment, tiny_runs, tmp_path, cached):
+    """And so they are the ones that a training in float32 has cached."""
+    stage_2(tmp_path, tiny_runs, experiment, "trainer.precision=bf16-mixed", "max_images=8")
+    autoencoder = load_autoencoder(tiny_runs / experiment)
+    for images, kept in drawn_batches(cached()):
+        exact = [encoded(autoencoder, batch, 1, "float32") for batch in images]
+        assert all(torch.equal(*pair) for pair in zip(kept, [moments.half() for moments in exact], strict=True))
+        if experiment == "celebahq":
+            codes = [autoencoder.quantize(torch.cat(m).flatten(0, 1).float()).info.indices for m in (kept, exact)]
+            assert (codes[0] == codes[1]).float().mean() > 0.999
+    assert read_json(cached()[0].with_name("meta.json"))["precision"] == "32-true"  # and so their key is as it was
+    made = {path: path.stat().st_mtime_ns for path in cached()}
+    stage_2(tmp_path / "float32", tiny_runs, experiment, "trainer.precision=32-true", "max_images=8")
+    assert {path: path.stat().st_mtime_ns for path in cached()} == made
+
+
+@pytest.mark.parametrize("experiment", ["celebahq", "lsun_churches"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_error_of_encoding_in_bfloat16_is_measured_and_said(experiment, dtype, tiny_runs, tmp_path, cached, capsys):
+    """Also by a run that finds them encoded. That of float16 alone is thirty times smaller."""
+    settings = ("data.latents_precision=bfloat16", f"data.latents_dtype={dtype}", "max_images=8")
+    said = []
+    for runs in ("one", "two"):
+        stage_2(tmp_path / runs, tiny_runs, experiment, *settings)
+        said += [line for line in capsys.readouterr().out.splitlines() if "rounds the latents by" in line]
+    assert said[0] == said[1]
+    autoencoder = load_autoencoder(tiny_runs / experiment)
+    squares, changed = torch.zeros(2), []
+    for images, kept in drawn_batches(cached()):
+        exact, rounded = (encoded(autoencoder, images[0], 1, name) for name in ("float32", "bfloat16"))
+        assert torch.equal(kept[0], rounded.to(kept[0].dtype))
+        squares += torch.stack([(kept[0].float() - exact).square().sum(), exact.square().sum()])
+        if experiment == "celebahq":
+            codes = [autoencoder.quantize(moments.flatten(0, 1).float()).info.indices for moments in (kept[0], exact)]
+            changed.append((codes[0] != codes[1]).float().mean().item())
+    words = rf"encoding in bfloat16, kept in {dtype}, rounds the latents by ([\d.e-]+) \(relative RMS\)"
+    found = re.match(words + (r", ([\d.]+)% of the codes change: " if changed else ": "), said[0])
+    assert float(found[1]) == pytest.approx((squares[0] / squares[1]).sqrt().item(), rel=0.03)  # of two digits
+    assert float(found[1]) > 2e-3
+    if changed:
+        assert float(found[2]) == pytest.approx(100 * sum(changed) / len(changed), abs=0.01)
+
+
 def test_an_interrupted_encode_continues_and_later_runs_find_it_done(tiny_runs, tmp_path, cached, monkeypatch):
     write, written = LatentCache.write, []
 
@@ -141,8 +204,8 @@ def test_a_plan_counts_the_encoding_and_no_encoder_in_the_steps(tmp_path, capsys
     with undisturbed():
         line = plan.encoding_line(tried)
     assert line.startswith("once, 64 images in ")
-    cache = latent_cache(module.autoencoder, data, "32-true")
-    assert f"{plan.readable(cache.num_bytes(64))} of float16 in {tmp_path}/cache/latents" in line
+    cache = latent_cache(module.autoencoder, data)
+    assert f"{plan.readable(cache.num_bytes(64))} of float16 in {tmp_path}/cache/latents, encoded in float32" in line
     cache.open_folder()
     for shard in cache.shards:
         cache.write(shard, torch.zeros(16, *cache.shape), {})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.data.datamodule import ImageDataModule, Loader
-from ldm_lab.data.latents import CachedLatents, LatentCache
+from ldm_lab.data.datamodule import ImageDataModule, Loader, spread
+from ldm_lab.data.latents import DTYPES, UNKNOWN, CachedLatents, Error, LatentCache, Shard, relative_rms
+from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.latents import are_cached, latent_cache
 from ldm_lab.training.memory import readable
 from ldm_lab.training.stage_module import StageModule
@@ -31,7 +34,8 @@ class Encode(Callback):
     """Gives stage 2 its training images as latents, with `data.latents=cached`.
 
     What is missing in the cache is encoded shard by shard, by all ranks and by whatever other runs are there at the
-    same time; each goes on when all is there. The batches and the precision are those of validation.
+    same time; each goes on when all is there. The batches are those of validation; the precision is
+    `data.latents_precision`, whatever the trainer's is: what is cached is used by many runs.
     """
 
     def on_fit_start(self, trainer: Trainer, module: StageModule) -> None:
@@ -44,7 +48,8 @@ class Encode(Callback):
         data = trainer.datamodule
         if not are_cached(module.stage, data):
             return
-        cache = latent_cache(module.autoencoder, data, trainer.precision)
+        cache = latent_cache(module.autoencoder, data)
+        encode = Encoder(module.autoencoder, cache, data.latents_precision)
         check_room(cache, data.cache_dir)
         cache.open_folder()
         share = len(cache.shards) * trainer.global_rank // trainer.world_size  # each rank begins at another place
@@ -52,13 +57,13 @@ class Encode(Callback):
         with Bar(cache, missing, shown=trainer.is_global_zero and bool(missing)) as bar:
             while missing := cache.missing():
                 order = [n for n in missing if n >= share] + [n for n in missing if n < share]
-                if not encode_free(cache, order, data, encoder(module.autoencoder, cache, trainer), bar):
+                if not encode_free(cache, order, data, encode, bar):
                     time.sleep(WAIT)
                 bar.update()
         data.cached = CachedLatents(cache, data.train_set)
-        rounding = max(data.cached.shard(number).rounding for number in cache.shards)  # and all of them are checked
-        if bar.shown:
-            tqdm.write(f"{cache.dtype} rounds the latents by {rounding:.2g} (relative RMS): {cache.folder}")
+        shards = [data.cached.shard(number) for number in cache.shards]  # all of them are checked
+        if trainer.is_global_zero:
+            tqdm.write(f"{rounding(cache, shards, data.latents_precision)}: {cache.folder}")
         for logger in trainer.loggers:
             if hasattr(logger, "log_artifact"):
                 tell(logger, cache, bool(new))
@@ -83,23 +88,61 @@ def check_room(cache: LatentCache, cache_dir: object) -> None:
         )
 
 
-def encoder(autoencoder: FirstStage, cache: LatentCache, trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """Images `(B, 3, H, W)` -> moments `(B, views, M, h, w)`, float32, on the CPU; in the trainer's precision."""
+def rounding(cache: LatentCache, shards: Sequence[Shard], precision: str) -> str:
+    """How far cached latents lie from those of float32, in words."""
+    errors = [shard.error for shard in shards if not math.isnan(shard.error.relative_rms)]
+    if not errors:
+        return f"{cache.dtype} rounds the latents by {max(shard.rounding for shard in shards):.2g} (relative RMS)"
+    rms = (sum(error.relative_rms**2 for error in errors) / len(errors)) ** 0.5
+    codes = sum(error.codes for error in errors) / len(errors)  # NaN without a codebook
+    change = "" if math.isnan(codes) else f", {codes:.2%} of the codes change"
+    return f"encoding in {precision}, kept in {cache.dtype}, rounds the latents by {rms:.2g} (relative RMS){change}"
 
-    @torch.no_grad()
-    def encode(images: Tensor) -> Tensor:
+
+class Encoder:
+    """Images `(B, 3, H, W)` -> moments `(B, views, M, h, w)`, float32, on the CPU.
+
+    Args:
+        autoencoder: the first stage.
+        cache: what they are for.
+        precision: in which it encodes: "float32", with all bits, or "bfloat16", by autocast.
+    """
+
+    MEASURED = 4  # shards on whose first batch bfloat16 is compared with float32
+
+    def __init__(self, autoencoder: FirstStage, cache: LatentCache, precision: str) -> None:
+        self.autoencoder, self.cache, self.precision = autoencoder, cache, precision
+        self.measured = set() if precision == "float32" else set(spread(self.MEASURED, len(cache.shards)))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode."""
+        return self._encode(images, self.precision)
+
+    def error(self, images: Tensor, moments: Tensor) -> Error:
+        """What lies between the moments of images as they are kept, and those of float32."""
+        exact = self._encode(images, "float32")
+        kept = moments.to(DTYPES[self.cache.dtype]).float()
+        error = Error(relative_rms(kept, exact))
+        if not isinstance(self.autoencoder, VQModel):
+            return error
+        return error._replace(codes=(self._codes(kept) != self._codes(exact)).float().mean().item())
+
+    def _encode(self, images: Tensor, precision: str) -> Tensor:
+        autoencoder = self.autoencoder
         images = images.to(autoencoder.device, autoencoder.dtype)
-        views = (images, images.flip(-1))[: cache.shape[0]]
-        with trainer.precision_plugin.forward_context():
+        views = (images, images.flip(-1))[: self.cache.shape[0]]
+        lower = torch.autocast(autoencoder.device.type, torch.bfloat16, enabled=precision == "bfloat16")
+        with exactly(autoencoder.device), lower:
             moments = [autoencoder.moments(view).float() for view in views]
         return torch.stack(moments, dim=1).cpu()
 
-    return encode
+    def _codes(self, moments: Tensor) -> Tensor:
+        latents = moments.flatten(0, 1).to(self.autoencoder.device)  # (B, views, C, h, w) -> (B * views, C, h, w)
+        with exactly(latents.device):
+            return self.autoencoder.quantize(latents).info.indices
 
 
-def encode_free(
-    cache: LatentCache, shards: list[int], data: ImageDataModule, encode: Callable[[Tensor], Tensor], bar: Bar
-) -> bool:
+def encode_free(cache: LatentCache, shards: list[int], data: ImageDataModule, encode: Encoder, bar: Bar) -> bool:
     """Encode those of `shards` that no other process has claimed; whether there were any."""
     claims: Claims = deque()
     batches = claimed_batches(cache, shards, data.val_size(data.trainer.world_size), claims)
@@ -109,15 +152,18 @@ def encode_free(
             return False
         parts: list[Tensor] = []
         skipped: dict[int, str] = {}
+        error = UNKNOWN
         for batch in Loader(data.train_set, batch_sampler=itertools.chain([first], batches), **data.loading()):
             parts.append(encode(batch["image"]))
+            if len(parts) == 1 and claims[0][0] in encode.measured:
+                error = encode.error(batch["image"], parts[0])
             errors = zip(batch["position"].tolist(), batch.get("skipped", ()), strict=False)
             skipped |= {index: lines for index, lines in errors if lines}
             bar.update(sum(map(len, parts)))
             if sum(map(len, parts)) == len(cache.indices(claims[0][0])):
-                cache.write(claims[0][0], torch.cat(parts), skipped)
+                cache.write(claims[0][0], torch.cat(parts), skipped, error)
                 claims.popleft()[1].close()
-                parts, skipped = [], {}
+                parts, skipped, error = [], {}, UNKNOWN
     return True
 
 
