@@ -34,6 +34,7 @@ def job(overrides: list[str]) -> None:
     from ldm_lab.training.watch import watched
 
     quiet()
+    device.check(plain(config.trainer))
     state = states.find(config.ckpt)
     if config.original_config:
         pipe = LDMPipeline.from_single_file(state.path, config.original_config)
@@ -41,18 +42,15 @@ def job(overrides: list[str]) -> None:
         pipe = LDMPipeline.from_pretrained(state.path, plugins=config.plugins)
     name, steps, eta = config.sampler.name, config.sampler.steps, config.sampler.eta or 0.0
     pipe.scheduler = samplers.choose(name, pipe.scheduler, eta)
-    trainer = build(
-        config.trainer,
-        "trainer",
-        precision=device.resolve_precision(config.trainer.precision, config.trainer.accelerator),
-        enable_progress_bar=True,
-        logger=False,
-    )
+    precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    rounded = device.ROUNDED.get(precision)  # by ourselves: Lightning would compute all else in that type too
+    computed = "32-true" if rounded else precision
+    trainer = build(config.trainer, "trainer", precision=computed, enable_progress_bar=True, logger=False)
     if config.tiling:
         pipe.vqvae.enable_tiling()
     if config.slicing:
         pipe.vqvae.enable_slicing()
-    settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": trainer.precision}
+    settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": precision}
     settings |= {"compile": config.compile, "tiling": config.tiling}
     names = ("denoising", "interpolate", "variation", "strength", "reconstruct")
     wanted = pictures.Wanted(**{name: plain(config)[name] for name in names})
@@ -66,6 +64,7 @@ def job(overrides: list[str]) -> None:
         print(f"{config.ckpt}: {stands}", flush=True)
         manifest = sampling.describe(pipe, config.ckpt, settings)
         sampling.claim(folder, manifest)
+    pipe.to(dtype=rounded)
     module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta, config.compile)
     samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size, full=config.compile)
     with watched():

@@ -214,7 +214,8 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
             raise ConfigError(
                 f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
             )
-        settings.check_code(plain(config))  # before an epoch is counted, for which data sets are built
+        for check_early in (settings.check_code, settings.check_choices):
+            check_early(plain(config))  # before an epoch is counted, for which data sets are built
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):
                 epoch = _epoch(config) if text.strip().endswith("ep") else None

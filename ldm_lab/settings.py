@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ LOWEST = {
     "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
     "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
     "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0,
+    "trainer.num_nodes": 1,
 }  # fmt: skip
 WORDS = {"data.batch_size": ("auto",)}  # instead of a number
 SWITCHES = ("compile", "plan", "tiling", "slicing")
@@ -21,6 +22,9 @@ CHOICES = {
     "data.latents_dtype": ("float16", "bfloat16", "float32"),
     "data.latents_precision": ("float32", "bfloat16"),
 }
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")  # of `trainer.precision`
+SAMPLING_PRECISIONS = ("bf16-true", "16-true")  # beside them: networks whose weights are rounded
+ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's
 
 # What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
 # and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
@@ -49,9 +53,7 @@ def check(config: dict[str, Any]) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             words = "".join(f" or {word}" for word in WORDS.get(key, ()))
             raise ValueError(f"{key}={value}: must be a whole number, at least {low}{words}")
-    for key, choices in CHOICES.items():
-        if (value := find(config, key)) is not None and value not in choices:
-            raise ValueError(f"{key}={value}: give {', '.join(choices[:-1])} or {choices[-1]}")
+    check_choices(config)
     for key in SWITCHES:
         if not isinstance(value := config.get(key, False), bool):
             raise ValueError(f"{key}={value}: must be true or false")
@@ -62,6 +64,23 @@ def check(config: dict[str, Any]) -> None:
     if rate is not None and (not isinstance(rate, (int, float)) or rate <= 0):
         raise ValueError(f"model.optimizer.lr={rate}: must be a number above 0")
     check_code(config)
+
+
+def check_choices(config: dict[str, Any]) -> None:
+    """Refuse words that a setting does not know. Raises `ValueError`."""
+    for key, choices in CHOICES.items():
+        if (value := find(config, key)) is not None and value not in choices:
+            raise ValueError(f"{key}={value}: give {one_of(choices)}")
+    known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
+    value = find(config, "trainer.precision")
+    if value is not None and str(value) not in (*known, *ALIASES):
+        why = "training keeps its weights in float32: " if value in SAMPLING_PRECISIONS else ""
+        raise ValueError(f"trainer.precision={value}: {why}give {one_of(known)}")
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def check_code(config: dict[str, Any]) -> None:

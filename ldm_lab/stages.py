@@ -80,6 +80,8 @@ def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
 
 def preflight(configs: list[DictConfig], command: str) -> None:
     """Say what each stage will train; what cannot be is refused before the first of them is trained."""
+    for config in configs:
+        device.check(plain(config.trainer))
     folders = [RunFolder(Path(config.paths.stage)) for config in configs]
     if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
         for folder, config in zip(folders, configs, strict=True):

@@ -1,5 +1,6 @@
 """`python sample.py`: from the command line to files, in one process and in two."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from torch._dynamo.utils import counters
 import sample
 from ldm_lab.config import ConfigError
 from ldm_lab.models.tiling import Tiles
+from ldm_lab.pictures import Wanted
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.randomness import generator
 from ldm_lab.sampling import image_path
 from tests.helpers import GOLDEN, contents
 
@@ -25,6 +28,44 @@ MODEL = GOLDEN / "diffusers" / "ldm_tiny"
 def command(output, **settings):
     settings = {"num_samples": 3, "batch_size": 1, "sampler.steps": 2, "trainer": "cpu", **settings}
     return [f"ckpt={MODEL}", f"output={output}", *(f"{key}={value}" for key, value in settings.items())]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
+def test_networks_are_rounded_where_it_is_asked_for_and_nothing_else_is(tmp_path, precision, dtype):
+    """The samples are those of a pipeline in that type, from the same noise; the model is known by its own weights."""
+    folders = [tmp_path / name for name in ("rounded", "full")]
+    for folder, name in zip(folders, (precision, "32-true"), strict=True):
+        sample.job(command(folder, num_samples=2, interpolate="[0,1]", **{"trainer.precision": name}))
+    pipe = LDMPipeline.from_pretrained(MODEL, torch_dtype=dtype)
+    for index in range(2):
+        drawn = pipe(1, [generator(0, "sample", index)], 0.0, 2).images[0]
+        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(image_path(folders[0], index))))
+    Wanted(interpolate=[0, 1]).write(pipe, tmp_path, seed=0, steps=2, eta=0.0)
+    name = "interpolation.png"
+    assert (tmp_path / name).read_bytes() == (folders[0] / name).read_bytes() != (folders[1] / name).read_bytes()
+    rounded, full = (json.loads((folder / "manifest.json").read_text()) for folder in folders)
+    assert (rounded.pop("precision"), full.pop("precision")) == (precision, "32-true")
+    assert rounded == full
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("64-true", "trainer.precision=64-true: give auto, 32-true, bf16-mixed, 16-mixed, bf16-true or 16-true"),
+        ("16-mixed", "trainer.precision=16-mixed: needs a GPU; use trainer.precision=bf16-mixed or 32-true on a CPU"),
+    ],
+)
+def test_other_precisions_are_refused(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        sample.job(command(tmp_path / "out", **{"trainer.precision": setting}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_model_is_looked_for(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^trainer\.accelerator=tpu: no such device here; use trainer\.accelerator=cpu$"
+    ):
+        sample.job(["ckpt=/nowhere", "trainer.accelerator=tpu"])
 
 
 def assert_array_holds_the_images(folder, count):

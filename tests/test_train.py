@@ -120,7 +120,7 @@ def test_a_second_run_trains_nothing_and_touches_nothing(tiny_runs, capsys):
         ([STAGE_1, "max_images=32"], "max_images=32, but .*/autoencoder is made for 64"),
         ([CELEBAHQ, "resume=never"], "resume=never, but .*/celebahq/autoencoder is not empty: choose another name="),
         ([CELEBAHQ, "resume=perhaps"], "resume=perhaps: must be auto, never or force"),
-        ([STAGE_2, "name=avatars"], "avatars/diffusion was started with 8 other settings, listed below"),
+        ([STAGE_2, "name=avatars"], "avatars/diffusion was started with 10 other settings, listed below"),
     ],
 )
 def test_a_run_of_other_settings_is_left_alone(tiny_runs, overrides, message):
@@ -150,7 +150,21 @@ def test_force_takes_other_settings_and_harmless_ones_need_none(tiny_runs, capsy
         (["data.image_size=36"], "data.image_size=36 does not fit the networks: .* multiples of 2, got 9x9"),
         (["model.scheduler.rescale_betas_zero_snr=true"], "'epsilon' cannot be trained with zero terminal SNR"),
         (["model.unet.norm_num_groups=7"], "model.unet: norm_num_groups=7 does not divide 16"),
-        (["trainer.accelerator=quantum"], "trainer: .*invalid accelerator"),
+        (["trainer.accelerator=quantum"], r"^trainer\.accelerator=quantum: there is no such kind of device; use"),
+        (["trainer.accelerator=tpu"], r"^trainer\.accelerator=tpu: no such device here; use trainer\.accelerator=cpu$"),
+        (["trainer.devices=0"], r"^trainer\.devices=0: use trainer\.devices=1"),
+        (["trainer.strategy=nonsense"], r"^trainer\.strategy=nonsense: .* use trainer\.strategy=auto or ddp"),
+        (["trainer.num_nodes=0"], r"^trainer\.num_nodes=0: must be a whole number, at least 1"),
+        (["trainer.precision=bf15"], r"^trainer\.precision=bf15: give auto, 32-true, bf16-mixed or 16-mixed$"),
+        (
+            ["trainer.precision=bf16-true"],
+            r"^trainer\.precision=bf16-true: training keeps its weights in float32: give",
+        ),
+        (["trainer.precision=64-true"], r"^trainer\.precision=64-true: give auto, 32-true, bf16-mixed or 16-mixed$"),
+        (
+            ["trainer.precision=16-mixed"],
+            r"^trainer\.precision=16-mixed: needs a GPU; use trainer\.precision=bf16-mixed",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_stage_1(tmp_path, overrides, message):

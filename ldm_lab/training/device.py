@@ -1,19 +1,34 @@
-"""Which device a training runs on, why, and in which precision."""
+"""Which device a training runs on, why, and in which precision; and what this machine does not have."""
 
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.accelerators import (
+    Accelerator,
+    AcceleratorRegistry,
+    CPUAccelerator,
+    CUDAAccelerator,
+    MPSAccelerator,
+)
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ldm_lab.nn.cpu import has_bfloat16
+from ldm_lab.settings import ALIASES
+
+ROUNDED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # precision of sampling -> type of the networks
 
 
-def resolve_precision(precision: str | int, accelerator: str) -> str | int:
-    """`auto` -> bf16-mixed where the device is fast at bfloat16, else 32-true; anything else stays."""
+def resolve_precision(precision: str | int | None, accelerator: str) -> str:
+    """`auto` -> bf16-mixed where the device is fast at bfloat16, else 32-true; others in Lightning's long form."""
+    if precision is None:
+        return "32-true"
     if precision != "auto":
-        return precision
+        return ALIASES.get(str(precision), str(precision))
     kind = device_type(accelerator)
     if kind == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -32,6 +47,61 @@ def device_type(accelerator: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check(settings: dict[str, Any]) -> None:
+    """Refuse what Lightning cannot make a trainer of on this machine, before anything is read.
+
+    Args:
+        settings: `trainer` of a config, as plain data; objects that it describes are left to themselves.
+
+    Raises:
+        ValueError: there is no such device, not so many of them, no such strategy, or the device lacks the precision.
+    """
+    accelerator, devices = settings.get("accelerator", "auto"), settings.get("devices", "auto")
+    strategy, precision = settings.get("strategy", "auto"), settings.get("precision", "auto")
+    if not isinstance(strategy, dict) and str(strategy).lower() not in ("auto", *StrategyRegistry):
+        raise ValueError(f"trainer.strategy={strategy}: there is no such strategy; use trainer.strategy=auto or ddp")
+    if isinstance(accelerator, dict):
+        return
+    kind = _kind(accelerator)
+    if not kind.is_available():
+        why = f" ({_why_no_cuda()})" if shutil.which("nvidia-smi") else ""
+        raise ValueError(f"trainer.accelerator={accelerator}: no such device here{why}; use trainer.accelerator=cpu")
+    if not _are_there(devices, kind):
+        raise ValueError(f"trainer.devices={devices}: {_how_many(kind)}")
+    if kind is CPUAccelerator and resolve_precision(precision, "cpu") == "16-mixed":
+        raise ValueError(
+            f"trainer.precision={precision}: needs a GPU; use trainer.precision=bf16-mixed or 32-true on a CPU"
+        )
+
+
+def _kind(accelerator: object) -> type[Accelerator]:
+    """The class of a kind of device; of `auto` and `gpu` as Lightning chooses. Raises `ValueError` for no kind."""
+    if str(accelerator) in AcceleratorRegistry.available_accelerators():
+        return AcceleratorRegistry[accelerator]["accelerator"]
+    if accelerator not in ("auto", "gpu"):
+        what = "there is no such kind of device; use trainer.accelerator=auto, cpu or gpu"
+        raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+    there = [kind for kind in (MPSAccelerator, CUDAAccelerator) if kind.is_available()]
+    return next(iter(there), CPUAccelerator if accelerator == "auto" else CUDAAccelerator)
+
+
+def _are_there(devices: object, kind: type[Accelerator]) -> bool:
+    """Whether `trainer.devices` names devices of this machine."""
+    if devices == "auto":
+        return True
+    try:
+        return devices not in (0, "0", []) and not isinstance(devices, bool) and bool(kind.parse_devices(devices))
+    except (MisconfigurationException, TypeError, ValueError):  # Lightning's ways to refuse
+        return False
+
+
+def _how_many(kind: type[Accelerator]) -> str:
+    if kind is CPUAccelerator:
+        return "use trainer.devices=1, or another number of processes, 1 or more"
+    count = kind.auto_device_count()
+    return f"this machine has {count}; use trainer.devices=auto, a number up to {count}, or a list such as [0]"
 
 
 def describe(trainer: Trainer) -> str:

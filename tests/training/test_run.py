@@ -268,7 +268,9 @@ def test_precision_follows_the_device(monkeypatch, has, accelerator, expected):
     machine(monkeypatch, **has)
     assert device.resolve_precision("auto", accelerator) == expected
     assert device.resolve_precision("16-mixed", accelerator) == "16-mixed"
-    assert device.resolve_precision(32, accelerator) == 32
+    assert [device.resolve_precision(short, accelerator) for short in (32, 16, "bf16", None)] == [
+        "32-true", "16-mixed", "bf16-mixed", "32-true",
+    ]  # fmt: skip
 
 
 def trainer(kind="cpu"):
