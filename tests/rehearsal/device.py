@@ -18,6 +18,7 @@ from tests.rehearsal import rules
 
 NAME = "rehearsal"
 SETUP = "_setup_privateuseone_for_python_backend"  # not every torch has it
+COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
 AVAILABLE = hasattr(backend_registration, SETUP)
 
 
@@ -70,6 +71,8 @@ class DeviceTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if composed(func):  # inference mode does not take these apart by itself
+            return func._op_dk(COMPOSED, *args, **(kwargs or {}))
         return execute(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
@@ -113,6 +116,12 @@ def wrapped(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return DeviceTensor(tree)
     return type(tree)(wrapped(part) for part in tree) if type(tree) in (tuple, list) else tree
+
+
+@functools.cache
+def composed(func: Any) -> bool:
+    """Whether an operation is made of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSED)
 
 
 @functools.cache

@@ -148,7 +148,7 @@ def _check_copy(name: str, args: tuple, kwargs: dict[str, Any], to_host: bool) -
 def _check_indices(name: str, args: tuple) -> None:
     """Masks have as many places as they have; indices of the CPU are copied."""
     indices = [index for index in args[1] if index is not None]
-    single = name != "index" and args[2].numel() == 1  # a masked fill
+    single = len(args) > 2 and args[2].numel() == 1  # a masked fill
     if any(index.dtype in (torch.bool, torch.uint8) for index in indices) and not single:
         LOG.wait("index by a mask")
     if any(index.device.type == "cpu" for index in indices):
