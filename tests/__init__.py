@@ -1,0 +1,9 @@
+"""Before any test loads torch: how its threads wait, as with every entry, and how many there are."""
+
+import os
+
+from ldm_lab.threads import wait_asleep
+
+wait_asleep()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core

@@ -6,10 +6,7 @@ import tempfile
 import pytest
 import torch
 
-from ldm_lab.threads import wait_asleep
-
-wait_asleep()  # as the entries do, before torch is loaded
-from tests.runs import EXPERIMENTS, train  # noqa: E402
+from tests.runs import EXPERIMENTS, train
 
 # What runs share is shared by the tests of one session alone.
 CACHE = tempfile.TemporaryDirectory(prefix="ldm_lab_cache")
