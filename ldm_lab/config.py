@@ -43,11 +43,7 @@ def stem(path: str | None) -> str:
     return path.name if path.is_dir() or not path.suffix else path.stem
 
 
-# Hydra 1.4, which comes with OmegaConf 2.4, warns of the argument and of the name that 1.3 needs.
-HYDRA_1_3 = hydra.__version__.startswith("1.3.")
-VERSION_BASE = {"version_base": "1.3"} if HYDRA_1_3 else {}
-register = OmegaConf.register_new_resolver if HYDRA_1_3 else OmegaConf.register_resolver
-register("stem", stem, replace=True)
+OmegaConf.register_new_resolver("stem", stem, replace=True)
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
     try:
         if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
             return compose(name, overrides)
-        with initialize_config_dir(str(CONFIGS), **VERSION_BASE):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
@@ -321,7 +317,7 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
     shared = [f"autoencoder='{configs[0].autoencoder}'"] if configs[0].autoencoder and not given else []
 
-    @hydra.main(config_path=str(CONFIGS), config_name="sweep", **VERSION_BASE)
+    @hydra.main(config_path=str(CONFIGS), config_name="sweep", version_base="1.3")
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
