@@ -6,8 +6,13 @@ import tempfile
 import lightning
 import pytest
 import torch
+from torch.utils import backend_registration
 
 from tests.runs import EXPERIMENTS, train
+
+# The engine of autograd counts devices once, at the first backward: that of `rehearsal` must be among them by then.
+if hasattr(backend_registration, "_DummyDeviceGuard"):
+    torch._C._acc.register_python_privateuseone_device_guard(backend_registration._DummyDeviceGuard())
 
 # What runs share is shared by the tests of one session alone.
 CACHE = tempfile.TemporaryDirectory(prefix="ldm_lab_cache")

@@ -90,7 +90,9 @@ class LPIPS(PerceptualDistance):
         if not self._networks:
             statistics = nn.ParameterList(torch.tensor(values).view(1, 3, 1, 1) for values in (self.shift, self.scale))
             parts = {"statistics": statistics, "features": _vgg16_features(self.weights), "heads": _linear_heads()}
-            self._networks = (_Networks(parts).eval().requires_grad_(False),)
+            network = _Networks(parts).eval().requires_grad_(False)
+            network.lay_out()  # now: what is estimated without numbers cannot do so later
+            self._networks = (network,)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, 3, H, W)` twice, in [-1, 1], sides of at least 16 -> `(B,)`, float32."""

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 VALUES = {  # results whose value, or whose size, the host must know
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "unique_consecutive", "_unique2", "_unique",
-    "unique_dim", "linalg_eigh", "_linalg_eigh", "is_nonzero", "_assert_async_msg",
+    "unique_dim", "linalg_eigh", "_linalg_eigh", "is_nonzero",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 COPIES = {"copy_", "_to_copy", "_copy_from"}

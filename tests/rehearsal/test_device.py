@@ -1,6 +1,8 @@
 """The rehearsal's device computes as the CPU does, and keeps its rules."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,6 +34,18 @@ def test_it_trains_as_the_cpu_does(rehearsal, settings):
     assert torch.allclose(*found, rtol=1e-5)
     for name, value in here.state_dict().items():
         assert torch.allclose(value, there.state_dict()[name].cpu(), atol=1e-5), name
+
+
+def test_it_need_not_come_before_the_first_backward_of_the_process():
+    """The tests that use it come last, and torch's engine has counted devices long before."""
+    code = (
+        "import torch; from tests import conftest; torch.ones(1, requires_grad=True).sum().backward()\n"
+        "assert not torch.accelerator.is_available()\n"
+        "from tests.rehearsal import device; there = torch.ones(1).to(device.register()).requires_grad_()\n"
+        "(there * 3).sum().backward(); print(there.grad.item())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout == "3.0\n", found.stderr
 
 
 MIXED = {
