@@ -27,6 +27,7 @@ def job(overrides: list[str]) -> None:
 
     from ldm_lab import pictures, sampling, states, tracking
     from ldm_lab.diffusion import samplers
+    from ldm_lab.errors import UserError
     from ldm_lab.pipeline import LDMPipeline
     from ldm_lab.training import device
     from ldm_lab.training.quiet import quiet
@@ -56,7 +57,7 @@ def job(overrides: list[str]) -> None:
     wanted = pictures.Wanted(**{name: plain(config)[name] for name in names})
     wanted.check(pipe)
     if not (config.num_samples or wanted):
-        raise ValueError("num_samples=0: name how many, or a picture: denoising, interpolate, variation, reconstruct")
+        raise UserError("num_samples=0: name how many, or a picture: denoising, interpolate, variation, reconstruct")
     folder = Path(config.output or sampling.default_folder(state, settings))
     if is_first_process():
         images = state.images_seen

@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
+from ldm_lab.errors import UserError
 from ldm_lab.sweep import search_lines
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STAGES = ("autoencoder", "diffusion")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """Something the user typed cannot be; the message is one line that says what to change."""
 
 

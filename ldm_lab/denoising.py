@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
+from ldm_lab.errors import UserError
 from ldm_lab.transfer import to_device
 
 
@@ -48,7 +49,7 @@ def denoise(
         ValueError: `eta` is not 0 and the scheduler has none.
     """
     if eta and not isinstance(scheduler, DDIMScheduler):
-        raise ValueError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")
+        raise UserError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")
     options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
     on_device = to_device(scheduler.timesteps, latents.device)  # all at once; the scheduler's own stay on the CPU
     latents = latents.float()  # (B, C, h, w)

@@ -15,6 +15,10 @@ from typing import NoReturn
 STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
+class UserError(ValueError):
+    """Something that the user can mend; the message is one line that names the key, the value found, and what to do."""
+
+
 class Interrupted(KeyboardInterrupt):
     """One of the signals that ask for an end has come in.
 

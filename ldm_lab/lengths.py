@@ -6,6 +6,8 @@ import math
 import re
 from decimal import Decimal
 
+from ldm_lab.errors import UserError
+
 UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*(k|M|ep|)")
 
@@ -25,11 +27,11 @@ def parse_images(text: str | int, key: str, epoch: int | None = None) -> int:
     unit = found[2] if found else ""
     if not found or (unit == "ep" and epoch is None):
         forms = "4000, 250k or 2M" + ("" if epoch is None else ", or 100ep for epochs")
-        raise ValueError(f"{key}={text}: must be a whole number of images, such as {forms}")
+        raise UserError(f"{key}={text}: must be a whole number of images, such as {forms}")
     # Decimal: 1.1 * 1_000_000 is no whole number in floating point.
     images = Decimal(found[1]) * (epoch if unit == "ep" else UNITS[unit])
     if unit != "ep" and images % 1:
-        raise ValueError(f"{key}={text}: is not a whole number of images")
+        raise UserError(f"{key}={text}: is not a whole number of images")
     return math.ceil(images)
 
 

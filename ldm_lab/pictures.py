@@ -16,6 +16,7 @@ from ldm_lab.data.images import EXTENSIONS, FORMATS
 from ldm_lab.data.transforms import center_crop, resize_to_cover, to_rgb, to_tensor
 from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
+from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png, to_uint8, to_unit
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
@@ -171,14 +172,14 @@ def read_images(source: str | Path, size: tuple[int, int], most: int, key: str) 
     source = Path(source)
     paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS)
     if not paths:
-        raise ValueError(f"{key}={source}: no image file, and no folder with images in it")
+        raise UserError(f"{key}={source}: no image file, and no folder with images in it")
     tensors = []
     for path in paths[:most]:
         try:
             with Image.open(path, formats=FORMATS) as image:
                 upright = to_rgb(image, (255, 255, 255))
         except Exception as error:  # decoders raise almost anything on damaged data
-            raise ValueError(f"{key}={source}: {path.name} is not an image that can be read: {error}") from error
+            raise UserError(f"{key}={source}: {path.name} is not an image that can be read: {error}") from error
         tensors.append(to_tensor(center_crop(resize_to_cover(upright, size), size)))
     return torch.stack(tensors)
 
@@ -225,9 +226,9 @@ class Wanted:
         given = self.interpolate
         indices = isinstance(given, Sequence) and all(type(index) is int and index >= 0 for index in given)
         if not indices or len(given) == 1:
-            raise ValueError(f"interpolate={given}: name two samples or more by their numbers, e.g. [3,17]")
+            raise UserError(f"interpolate={given}: name two samples or more by their numbers, e.g. [3,17]")
         if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
-            raise ValueError(f"strength={self.strength}: must lie in (0, 1], the part of the steps that are taken")
+            raise UserError(f"strength={self.strength}: must lie in (0, 1], the part of the steps that are taken")
         found, most = {}, {"variation": 1, "reconstruct": MOST_RECONSTRUCTED}
         for key, number in most.items():
             if source := getattr(self, key):

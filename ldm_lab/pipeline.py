@@ -18,6 +18,7 @@ from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.errors import UserError
 from ldm_lab.images import to_numpy, to_pil, to_unit
 from ldm_lab.interop import compvis
 from ldm_lab.models.first_stage import FirstStage
@@ -77,7 +78,7 @@ class LDMPipeline:
     def __init__(self, vqvae: FirstStage, unet: UNet2DModel, scheduler: Scheduler) -> None:
         channels = vqvae.embed_dim
         if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
-            raise ValueError(
+            raise UserError(
                 f"unet.in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}, but the"
                 f" latents of the autoencoder have {channels} channels: set both to {channels}, or take another one"
             )
@@ -162,18 +163,18 @@ class LDMPipeline:
 
     def _check(self, batch_size: int, output_type: str, latents: Tensor | None) -> None:
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}, must be one of {', '.join(OUTPUT_TYPES)}")
+            raise UserError(f"output_type is {output_type!r}, must be one of {', '.join(OUTPUT_TYPES)}")
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}, must be a positive integer")
+            raise UserError(f"batch_size is {batch_size!r}, must be a positive integer")
         channels = self.unet.config.in_channels
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
+            raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
     def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
         """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ValueError("the UNet's config has no sample_size: pass latents=")
+            raise UserError("the UNet's config has no sample_size: pass latents=")
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
         return randn(shape, generator=generator, device=self.device) * self.scheduler.init_noise_sigma
@@ -195,7 +196,7 @@ class LDMPipeline:
             return latents
         images = to_unit(self.decode(latents))
         if output_type in ("pil", "np") and not images.isfinite().all():
-            raise ValueError(f"the images are not finite: the networks overflow {self.dtype}, or their weights are bad")
+            raise UserError(f"the images are not finite: the networks overflow {self.dtype}, or their weights are bad")
         return {"pt": lambda x: x, "np": to_numpy, "pil": to_pil}[output_type](images)
 
     def decode(self, latents: Tensor) -> Tensor:

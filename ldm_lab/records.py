@@ -23,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError, first_line, read_json, read_yaml
 
 AXIS = "images_seen"
@@ -194,7 +195,7 @@ def read_metrics(path: Path) -> dict[int, Row]:
             for row in csv.DictReader(file, restval=""):
                 rows[int(row[AXIS])] = {key: value for key, value in row.items() if value}
                 if None in row:
-                    raise ValueError("a row has more entries than the first line has names")
+                    raise UserError("a row has more entries than the first line has names")
     except (ValueError, KeyError, OSError, csv.Error) as error:
         raise LoadError(f"{path}: not a table with a column {AXIS}: {error}; move it away to begin another") from error
     return rows
@@ -205,7 +206,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=("PNG",)) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{file.width} x {file.height} pixels are too many")
+                raise UserError(f"{file.width} x {file.height} pixels are too many")
             return file.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise LoadError(f"{path}: no picture that can be shown: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ldm_lab import checkpoint, randomness
+from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png, save_pngs
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.saving import replacing, write_json
@@ -161,7 +162,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / MANIFEST
     unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them
     if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - set(unfinished):
-        raise ValueError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
+        raise UserError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
     if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
         _remove(unfinished)
         write_json(path, manifest)
@@ -170,7 +171,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
     if changed:
         values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
-        raise ValueError(f"output={folder} holds samples of other settings ({values}): choose another output=")
+        raise UserError(f"output={folder} holds samples of other settings ({values}): choose another output=")
     _remove(unfinished)
 
 

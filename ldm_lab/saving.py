@@ -12,10 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import first_line
 
 
-class SaveError(ValueError):
+class SaveError(UserError):
     """A file cannot be written; the message is one line that says which, why, and what to do."""
 
 

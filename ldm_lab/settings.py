@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_lab.errors import UserError
+
 # Whole numbers, and the lowest that each may be.
 LOWEST = {
     "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
@@ -52,17 +54,17 @@ def check(config: dict[str, Any]) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             words = "".join(f" or {word}" for word in WORDS.get(key, ()))
-            raise ValueError(f"{key}={value}: must be a whole number, at least {low}{words}")
+            raise UserError(f"{key}={value}: must be a whole number, at least {low}{words}")
     check_choices(config)
     for key in SWITCHES:
         if not isinstance(value := config.get(key, False), bool):
-            raise ValueError(f"{key}={value}: must be true or false")
+            raise UserError(f"{key}={value}: must be true or false")
     cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
     if cached and find(config, "data.module.train_set.random_crop"):
-        raise ValueError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
+        raise UserError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
     rate = find(config, "model.optimizer.lr")
     if rate is not None and (not isinstance(rate, (int, float)) or rate <= 0):
-        raise ValueError(f"model.optimizer.lr={rate}: must be a number above 0")
+        raise UserError(f"model.optimizer.lr={rate}: must be a number above 0")
     check_code(config)
 
 
@@ -70,12 +72,12 @@ def check_choices(config: dict[str, Any]) -> None:
     """Refuse words that a setting does not know. Raises `ValueError`."""
     for key, choices in CHOICES.items():
         if (value := find(config, key)) is not None and value not in choices:
-            raise ValueError(f"{key}={value}: give {one_of(choices)}")
+            raise UserError(f"{key}={value}: give {one_of(choices)}")
     known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
     value = find(config, "trainer.precision")
     if value is not None and str(value) not in (*known, *ALIASES):
         why = "training keeps its weights in float32: " if value in SAMPLING_PRECISIONS else ""
-        raise ValueError(f"trainer.precision={value}: {why}give {one_of(known)}")
+        raise UserError(f"trainer.precision={value}: {why}give {one_of(known)}")
 
 
 def one_of(choices: Sequence[str]) -> str:
@@ -94,10 +96,10 @@ def check_code(config: dict[str, Any]) -> None:
 def check_plugins(plugins: Any) -> None:  # noqa: ANN401
     """Refuse what is not a list of packages that are there. Raises `ValueError`."""
     if not isinstance(plugins, list) or not all(isinstance(name, str) and name.isidentifier() for name in plugins):
-        raise ValueError(f"plugins={plugins}: must be a list of package names, such as plugins=[my_pkg]")
+        raise UserError(f"plugins={plugins}: must be a list of package names, such as plugins=[my_pkg]")
     for name in plugins:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"plugins=[{name}]: there is no such package; install it, or put {name}/ beside train.py")
+            raise UserError(f"plugins=[{name}]: there is no such package; install it, or put {name}/ beside train.py")
 
 
 def check_target(key: str, target: str, plugins: list[str]) -> None:
@@ -107,10 +109,10 @@ def check_target(key: str, target: str, plugins: list[str]) -> None:
     if package == PACKAGE.name:
         # A module, not what one has imported: ldm_lab.images.os.system would be a way to run anything.
         if not PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").is_file():
-            raise ValueError(f"{key}={target}: {module} is no module of {PACKAGE.name}")
+            raise UserError(f"{key}={target}: {module} is no module of {PACKAGE.name}")
     elif package not in plugins and not PUBLIC.fullmatch(target):
         advice = f"if you trust it, add plugins=[{package}]" if package else "give package.module.Class"
-        raise ValueError(f"{key}={target}: a config may name classes of {PACKAGE.name}; {advice}")
+        raise UserError(f"{key}={target}: a config may name classes of {PACKAGE.name}; {advice}")
 
 
 def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401

@@ -14,7 +14,7 @@ import torch
 from ldm_lab.checkpoint import fingerprint
 from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
-from ldm_lab.errors import STOPPING, status_of
+from ldm_lab.errors import STOPPING, UserError, status_of
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.settings import check_code, find
 from ldm_lab.training import batch_size, device, initial, preview, slurm
@@ -90,7 +90,7 @@ def preflight(configs: list[DictConfig], command: str) -> None:
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
         if config.model.get("train") == "decoder" and not config.init:
-            raise ValueError("model.train=decoder: of which autoencoder? Name it with init=")
+            raise UserError("model.train=decoder: of which autoencoder? Name it with init=")
         with torch.device("meta"):  # no memory for weights
             made = networks(config, autoencoder)
         network = made["unet" if config.stage == "diffusion" else "autoencoder"]
@@ -175,5 +175,5 @@ def optimized(metrics: dict[str, Any], name: str) -> float:
     """The metric that a sweep compares. Raises `ValueError` where the last stage has none of that name."""
     if name not in metrics:
         there = ", ".join(key for key in metrics if "/" in key)
-        raise ValueError(f"optimized_metric={name}: the last stage has {there}")
+        raise UserError(f"optimized_metric={name}: the last stage has {there}")
     return metrics[name]

@@ -19,6 +19,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldm_lab.errors import UserError
+
 # What a file may ask for, far above whatever was trained: networks are laid out before their weights are compared.
 MAX_WIDTH = 2**16  # channels of a layer, groups, heads
 MAX_CODES = 2**18  # of a codebook
@@ -44,7 +46,7 @@ LEGACY_PICKLES = 5  # one after another, in files older than torch 1.6
 Scalar = (str, int, float, type(None))
 
 
-class LoadError(ValueError):
+class LoadError(UserError):
     """A file cannot be used as what it was given for; the message is one line that says why.
 
     Whatever the file holds: line breaks and other unprintable characters are shown as spaces, what is long is cut.
@@ -114,7 +116,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise UserError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return value
 
 

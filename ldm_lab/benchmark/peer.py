@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from ldm_lab.errors import UserError
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import PretrainedModel
 
@@ -14,7 +15,7 @@ def library() -> ModuleType:
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError("--against diffusers: it is not installed; pip install 'ldm_lab[benchmark]'") from error
+        raise UserError("--against diffusers: it is not installed; pip install 'ldm_lab[benchmark]'") from error
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
 
@@ -27,7 +28,7 @@ def network(own: PretrainedModel) -> Any:  # noqa: ANN401
     """
     kind = getattr(library(), own.class_name(), None)
     if kind is None:
-        raise ValueError(f"--against diffusers: it has no {own.class_name()}")
+        raise UserError(f"--against diffusers: it has no {own.class_name()}")
     theirs = kind.from_config(dict(own.config))
     theirs.load_state_dict({key: value.contiguous() for key, value in own.exported_state_dict().items()})
     return theirs.to(device=own.device, dtype=own.dtype).eval()

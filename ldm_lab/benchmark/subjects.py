@@ -18,6 +18,7 @@ from ldm_lab.benchmark.contest import Contestant, synchronize
 from ldm_lab.compiled import compile_for_inference
 from ldm_lab.config import DictConfig, Recipe, build
 from ldm_lab.data.transforms import parse_size
+from ldm_lab.errors import UserError
 from ldm_lab.images import save_pngs, to_pil
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.training.callbacks.not_finite import gradient_norms
@@ -79,7 +80,7 @@ def load(
     configs = Recipe.parse([f"experiment={experiment}", *overrides]).compose()
     config = configs[-1]
     if config.stage != "diffusion" or (len(configs) < 2 and not ckpt):
-        raise ValueError(f"--experiment {experiment}: name one with both stages, e.g. celebahq")
+        raise UserError(f"--experiment {experiment}: name one with both stages, e.g. celebahq")
     torch.manual_seed(config.seed)
     if ckpt:
         return LDMPipeline.from_pretrained(ckpt).to(device), config

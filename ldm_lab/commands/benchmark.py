@@ -21,6 +21,7 @@ import torch
 
 from ldm_lab import float32
 from ldm_lab.benchmark.contest import Contestant, Timing, compare, is_emulated, matmul_peak, measure, row
+from ldm_lab.errors import UserError
 from ldm_lab.saving import replacing
 from ldm_lab.version import __version__
 
@@ -77,13 +78,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     for flag in ("batch_size", "steps", "rounds"):
         if getattr(options, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
     if options.output and (options.output.exists() or not options.output.parent.is_dir()):
-        raise ValueError(f"--output {options.output}: must be a new file in a folder that is there")
+        raise UserError(f"--output {options.output}: must be a new file in a folder that is there")
     if options.kind not in MODELS:
         options.device = torch.device("cpu")
     if options.kind == "growth" and options.against:
-        raise ValueError("--against diffusers: growth shows our own cost alone")
+        raise UserError("--against diffusers: growth shows our own cost alone")
     options.experiment = options.experiment or ("avatars" if options.kind == "growth" else "celebahq")
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return options

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import filelock
 
 from ldm_lab.data.latents import KEY, META, OWN_FILE, is_intact
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError, read_json
 
 FLOAT32 = "32-true"  # the precision of a key, see `ldm_lab.training.latents`
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     if options.verify:
         verify(found)
     if unknown := sorted(set(options.prune) - {entry.folder.name for entry in found}):
-        raise ValueError(f"--prune {unknown[0]}: {options.folder / 'latents'} has no cache of this key")
+        raise UserError(f"--prune {unknown[0]}: {options.folder / 'latents'} has no cache of this key")
     latest = time.time() - options.older_than if options.older_than else None
     chosen = [
         entry
@@ -78,7 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.older_than is not None:
         if not (age := re.fullmatch(r"(\d+)([hdw])", options.older_than)):
-            raise ValueError(f"--older-than {options.older_than}: give hours, days or weeks, such as 12h, 30d or 8w")
+            raise UserError(f"--older-than {options.older_than}: give hours, days or weeks, such as 12h, 30d or 8w")
         options.older_than = max(1, int(age[1])) * UNITS[age[2]]
     return options
 
@@ -138,7 +139,7 @@ def verify(found: list[Entry]) -> None:
     if damaged:
         names = ", ".join(str(path) for path in damaged[:3])
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        raise ValueError(f"damaged: {names}{more}; remove these files, and the next training encodes them again")
+        raise UserError(f"damaged: {names}{more}; remove these files, and the next training encodes them again")
 
 
 def remove(entry: Entry) -> bool:

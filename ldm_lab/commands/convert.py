@@ -9,6 +9,7 @@ import torch
 
 from ldm_lab.checkpoint import load_autoencoder
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     arguments = parser().parse_args(argv)
     source, target = arguments.source, arguments.target
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already: name a folder that is not, or is empty")
+        raise UserError(f"{target} is there already: name a folder that is not, or is empty")
     model = load(arguments)
     if arguments.dtype:
         model.to(dtype=getattr(torch, arguments.dtype))
@@ -50,7 +51,7 @@ def load(arguments: argparse.Namespace) -> LDMPipeline | FirstStage:
     """The model that the arguments name."""
     of_compvis = arguments.original_config or arguments.raw
     if arguments.first_stage and of_compvis:
-        raise ValueError("--first-stage needs neither --original-config nor --raw: its tensors tell all there is")
+        raise UserError("--first-stage needs neither --original-config nor --raw: its tensors tell all there is")
     if arguments.first_stage:
         return load_autoencoder(arguments.source, arguments.plugins)
     if of_compvis:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ldm_lab.dashboard import layout
 from ldm_lab.dashboard.runs import differing, logged, unused, wandb_id
-from ldm_lab.errors import one_line
+from ldm_lab.errors import UserError, one_line
 from ldm_lab.records import STAGES, RunRecord, read_run
 from ldm_lab.saving import write_json
 
@@ -81,7 +81,7 @@ def tools() -> Any:  # noqa: ANN401
     try:
         return importlib.import_module("ldm_lab.dashboard.views")
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'ldm_lab[dashboards]'") from error
+        raise UserError(f"{error.name} is not installed: pip install 'ldm_lab[dashboards]'") from error
 
 
 def away() -> str | None:

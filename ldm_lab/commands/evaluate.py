@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from ldm_lab.commands.cache import default_folder
+from ldm_lab.errors import UserError
 
 FEATURES = {
     "own": "a small network trained here on the data set itself",
@@ -57,19 +58,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     lowest = {"num_samples": 2, "steps": 1, "seed": 0, "batch_size": 1, "num_reference": 2, "bootstrap": 0}
     for name, low in {**lowest, "devices": 1, "num_workers": 0}.items():
         if (value := getattr(options, name)) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
     sides = options.image_size
     if sides and (len(sides) > 2 or min(sides) < 1):
-        raise ValueError(f"--image-size {' '.join(map(str, sides))}: give one or two positive numbers of pixels")
+        raise UserError(f"--image-size {' '.join(map(str, sides))}: give one or two positive numbers of pixels")
     options.image_size = sides and (sides[0], sides[-1])
     if options.autoencoder and options.snapshots:
-        raise ValueError("--autoencoder and --snapshots exclude each other: a run has one first stage")
+        raise UserError("--autoencoder and --snapshots exclude each other: a run has one first stage")
     if options.export_best and not options.snapshots:
-        raise ValueError("--export-best is for --snapshots")
+        raise UserError("--export-best is for --snapshots")
     if options.save_reference and options.autoencoder:
-        raise ValueError("--save-reference is for samples and images: --autoencoder keeps no statistics")
+        raise UserError("--save-reference is for samples and images: --autoencoder keeps no statistics")
     if options.save_reference and options.save_reference.exists():
-        raise ValueError(f"--save-reference {options.save_reference}: is there already; name a new file")
+        raise UserError(f"--save-reference {options.save_reference}: is there already; name a new file")
     return options
 
 

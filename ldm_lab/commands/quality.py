@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_lab.errors import UserError
 from ldm_lab.records import Evaluation, read_evaluation
 from ldm_lab.saving import replacing
 
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
     options = parser().parse_args(argv)
     for flag in ("seeds", "samples", "jobs"):
         if getattr(options, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(options, flag)}: must be at least 1")
+            raise UserError(f"--{flag} {getattr(options, flag)}: must be at least 1")
     text = Workshop(options).table()
     print(text)
     with replacing(options.runs / "quality.md") as temporary:
@@ -187,7 +188,7 @@ class Workshop:
         )
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it said nothing"]
-            raise ValueError(f"{' '.join(words)} failed: {said[-1]}")
+            raise UserError(f"{' '.join(words)} failed: {said[-1]}")
 
     def head(self, first: str, evaluation: Evaluation, names: Sequence[str]) -> list[str]:
         """The first two lines of a table; the distance is called what the evaluation calls it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm_lab.errors import UserError
 from ldm_lab.records import RunRecord, read_run
 from ldm_lab.report.page import page
 from ldm_lab.report.pictures import Budget
@@ -43,9 +44,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for flag, low, high in (("pictures", 0, 10_000), ("width", 16, 10_000), ("quality", 1, 100)):
         if not low <= (value := getattr(options, flag)) <= high:
-            raise ValueError(f"--{flag} {value}: must be from {low:,} to {high:,}")
+            raise UserError(f"--{flag} {value}: must be from {low:,} to {high:,}")
     if options.output.exists() or not options.output.parent.is_dir():
-        raise ValueError(f"--output {options.output}: must be a new file in a folder that is there")
+        raise UserError(f"--output {options.output}: must be a new file in a folder that is there")
     return options
 
 
@@ -55,5 +56,5 @@ def read(folders: list[Path]) -> list[RunRecord]:
     places = [run.folder.resolve() for run in runs]
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
-            raise ValueError(f"{folder}: is named twice; compare it with another run")
+            raise UserError(f"{folder}: is named twice; compare it with another run")
     return runs

@@ -22,6 +22,7 @@ from torch import Tensor
 from ldm_lab import float32, randomness
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.errors import UserError
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.saving import replacing
 
@@ -90,17 +91,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     numbers = options.steps.split(",")
     if not all(number.isdecimal() and int(number) for number in numbers):
-        raise ValueError(f"--steps {options.steps}: must be numbers of evaluations, such as 5,10,20")
+        raise UserError(f"--steps {options.steps}: must be numbers of evaluations, such as 5,10,20")
     options.steps, options.sampler = [int(number) for number in numbers], options.sampler.split(",")
     for name in options.sampler:
         if name not in VARIANTS:
             noisy = ": its steps draw noise, so that it has no one solution" if name == "ddpm" else ""
-            raise ValueError(f"--sampler {name}{noisy}; there are {', '.join(VARIANTS)}")
+            raise UserError(f"--sampler {name}{noisy}; there are {', '.join(VARIANTS)}")
     for flag in ("seeds", "reference"):
         if (value := getattr(options, flag)) is not None and value < 1:
-            raise ValueError(f"--{flag} {value}: must be at least 1")
+            raise UserError(f"--{flag} {value}: must be at least 1")
     if options.output and (options.output.exists() or not options.output.parent.is_dir()):
-        raise ValueError(f"--output {options.output}: must be a new file in a folder that is there")
+        raise UserError(f"--output {options.output}: must be a new file in a folder that is there")
     return options
 
 

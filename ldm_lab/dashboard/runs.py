@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_lab.dashboard.layout import PICTURES
+from ldm_lab.errors import UserError
 from ldm_lab.records import StageRecord
 from ldm_lab.settings import flatten
 
@@ -35,12 +36,12 @@ def wandb_id(record: StageRecord) -> str:
     path = record.folder / "wandb_id"
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     if not PLAIN_ID.fullmatch(text):
-        raise ValueError(f"--baseline {record.folder}: has no W&B run ({path.name} is missing): train with logger=many")
+        raise UserError(f"--baseline {record.folder}: has no W&B run ({path.name} is missing): train with logger=many")
     return text
 
 
 def unused(path: Path) -> Path:
     """`path`, where there is nothing yet. Raises `ValueError`."""
     if path.exists():
-        raise ValueError(f"--output {path}: is there already; name another file")
+        raise UserError(f"--output {path}: is there already; name another file")
     return path

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.drawing import REVISION
+from ldm_lab.errors import UserError
 from ldm_lab.saving import replacing
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class AvatarImages(ImageDataset):
             with replacing(self.file) as temporary, open(temporary, "wb") as file:
                 np.save(file, render(self.drawing_seed, count, size, processes=_usable_cores()))
         except OSError as error:
-            raise ValueError(f"paths.cache={self.file.parent}: the avatars cannot be kept there: {error}") from error
+            raise UserError(f"paths.cache={self.file.parent}: the avatars cannot be kept there: {error}") from error
 
     def _is_whole(self) -> bool:
         if not self.file.exists():

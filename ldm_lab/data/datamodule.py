@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
-from ldm_lab.errors import held
+from ldm_lab.errors import UserError, held
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -67,7 +67,7 @@ class ImageDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         if train_set.image_size != val_set.image_size:
-            raise ValueError(f"images of {train_set.image_size} for training but {val_set.image_size} held out")
+            raise UserError(f"images of {train_set.image_size} for training but {val_set.image_size} held out")
         self.train_set = train_set
         self.val_set = val_set
         self.global_batch_size = global_batch_size
@@ -127,9 +127,9 @@ class ImageDataModule(lightning.LightningDataModule):
         _, world_size = self._rank_and_world_size()
         self.accumulation(world_size)
         if self.num_train < 1:
-            raise ValueError("the training set is empty")
+            raise UserError("the training set is empty")
         if self.num_val < world_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.num_val} held-out images for {world_size} devices, but each needs one: "
                 "use fewer devices, or hold out more (data.val_fraction)"
             )

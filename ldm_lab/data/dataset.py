@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm_lab.data.transforms import center_crop, parse_size, random_crop, random_flip, resize_to_cover, to_tensor
+from ldm_lab.errors import UserError
 
 SPLITS = ("train", "val")
 
@@ -49,7 +50,7 @@ class ImageDataset(Dataset):
         seed: int = 0,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"split={split!r} of {type(self).__name__}: use one of {SPLITS}")
+            raise UserError(f"split={split!r} of {type(self).__name__}: use one of {SPLITS}")
         self.split = split
         self.image_size = parse_size(image_size)
         self.random_crop = random_crop

@@ -16,6 +16,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from ldm_lab.errors import UserError
+
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 AGAIN = "pack it again as a plain .tar or .zip"
@@ -84,7 +86,7 @@ class Folder(Files):
                         elif entry.is_file():
                             yield f"{folder}{entry.name}", ()
             except OSError as error:
-                raise ValueError(f"data.root: the folder {path} cannot be listed: {error.strerror}") from error
+                raise UserError(f"data.root: the folder {path} cannot be listed: {error.strerror}") from error
 
     def read(self, name: str, place: Place) -> bytes:
         """Read the file."""
@@ -115,7 +117,7 @@ class Archive(Files):
         try:
             shown = [entry for entry in self.entries() if not any(map(is_hidden, entry[0].split("/")))]
         except Exception as error:  # damage makes the readers fail in any way there is
-            raise ValueError(f"data.root={self.root}: this {self.kind} archive cannot be read: {error}") from error
+            raise UserError(f"data.root={self.root}: this {self.kind} archive cannot be read: {error}") from error
         tops = {name[: name.find("/") + 1] for name, _ in shown}
         top = tops.pop() if len(tops) == 1 else ""
         return [(name[len(top) :], place) for name, place in shown]
@@ -137,9 +139,9 @@ class ZipArchive(Archive):
                 if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
                     continue
                 if entry.flag_bits & 1:
-                    raise ValueError(f"{entry.filename} is encrypted; {AGAIN}")
+                    raise UserError(f"{entry.filename} is encrypted; {AGAIN}")
                 if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ValueError(f"{entry.filename} is compressed by method {entry.compress_type}; {AGAIN}")
+                    raise UserError(f"{entry.filename} is compressed by method {entry.compress_type}; {AGAIN}")
                 sizes = entry.compress_size, entry.file_size
                 yield entry.filename, (entry.header_offset, *sizes, entry.compress_type, entry.CRC)
 
@@ -155,7 +157,7 @@ class ZipArchive(Archive):
         if method == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
         if signature != b"PK\3\4" or len(content) != size or zlib.crc32(content) != checksum:
-            raise ValueError("damaged in the archive")
+            raise UserError("damaged in the archive")
         return content
 
     def size(self, name: str, place: Place) -> int:
@@ -174,7 +176,7 @@ class TarArchive(Archive):
             while (entry := archive.next()) is not None:
                 archive.members.clear()  # else all entries are kept
                 if entry.issparse():
-                    raise ValueError(f"{entry.name} is stored with holes (tar --sparse); {AGAIN}")
+                    raise UserError(f"{entry.name} is stored with holes (tar --sparse); {AGAIN}")
                 if entry.isreg():
                     yield entry.name, (entry.offset_data, entry.size)
             archive.fileobj.seek(archive.offset)
@@ -189,7 +191,7 @@ class TarArchive(Archive):
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
-            raise ValueError("cut short in the archive")
+            raise UserError("cut short in the archive")
         return content
 
     def size(self, name: str, place: Place) -> int:
@@ -200,16 +202,16 @@ class TarArchive(Archive):
 def open_root(root: str | Path | None) -> Files:
     """The files of `data.root`. Raises `ValueError` unless it is a folder or an archive that can be read."""
     if root is None or str(root) in ("", "???"):
-        raise ValueError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
+        raise UserError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
     path = Path(root).expanduser()
     if path.is_dir():
         return Folder(path)
     if not path.exists():
-        raise ValueError(f"data.root={root}: no such folder or archive; expected a folder of images")
+        raise UserError(f"data.root={root}: no such folder or archive; expected a folder of images")
     try:
         return _open_archive(path)
     except OSError as error:
-        raise ValueError(f"data.root={root}: cannot be read: {error.strerror}") from error
+        raise UserError(f"data.root={root}: cannot be read: {error.strerror}") from error
 
 
 def _open_archive(path: Path) -> Archive:
@@ -217,7 +219,7 @@ def _open_archive(path: Path) -> Archive:
         start = file.read(8)
     for magic, name in COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(
+            raise UserError(
                 f"data.root={path}: compressed with {name}, so that no image can be read without all before it; "
                 f"unpack it, or {AGAIN}"
             )
@@ -226,7 +228,7 @@ def _open_archive(path: Path) -> Archive:
         return TarArchive(path)
     if zipfile.is_zipfile(path):
         return ZipArchive(path)
-    raise ValueError(
+    raise UserError(
         f"data.root={path}: this is a file, and not a whole zip or tar archive; expected a folder of images"
     )
 
@@ -251,4 +253,4 @@ def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> 
 
 def _check_size(size: int) -> None:
     if size > LARGEST:
-        raise ValueError(f"{size:,} bytes, more than the {LARGEST:,} that an image may have")
+        raise UserError(f"{size:,} bytes, more than the {LARGEST:,} that an image may have")

@@ -17,12 +17,13 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.files import ARCHIVES, Files, Folder, open_root
 from ldm_lab.data.transforms import covering_size, to_rgb
+from ldm_lab.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever its name, a file is never handed to another decoder
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image cannot be used: one line, also after its way out of a loader's worker."""
 
     def __init__(self, message: str) -> None:
@@ -79,14 +80,14 @@ class FolderImages(ImageDataset):
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
         self.files = open_root(root)
         if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction={val_fraction}: give a part between 0 and 1, e.g. 0.05")
+            raise UserError(f"data.val_fraction={val_fraction}: give a part between 0 and 1, e.g. 0.05")
         self.val_fraction = val_fraction
         try:
             self.background = ImageColor.getrgb(str(background))[:3]
         except ValueError:
-            raise ValueError(f"data.background={background!r}: give a colour, e.g. white or #ffffff") from None
+            raise UserError(f"data.background={background!r}: give a colour, e.g. white or #ffffff") from None
         if on_error not in ("raise", "skip"):
-            raise ValueError(f"data.on_error={on_error}: give raise or skip")
+            raise UserError(f"data.on_error={on_error}: give raise or skip")
         self.on_error = on_error
 
     @functools.cached_property
@@ -96,7 +97,7 @@ class FolderImages(ImageDataset):
         if len(names) < 2:
             found = "one image in it" if len(names) else f"no images in it{_instead(self.files)}"
             wanted = ", ".join(extension[1:] for extension in EXTENSIONS)
-            raise ValueError(f"data.root={self.files.root}: {found}; expected two or more files of type {wanted}")
+            raise UserError(f"data.root={self.files.root}: {found}; expected two or more files of type {wanted}")
         held_out = is_held_out(names, self.val_fraction)
         mine = held_out if self.split == "val" else ~held_out
         return names[mine], places[mine]

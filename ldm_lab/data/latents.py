@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.transforms import is_flipped
+from ldm_lab.errors import UserError
 from ldm_lab.saving import replacing, write_json
 from ldm_lab.untrusted import LoadError, check_plain, first_line, read_json
 
@@ -165,9 +166,9 @@ class LatentCache:
         kept = moments.to(DTYPES[self.dtype])
         if not kept.isfinite().all():
             if not moments.isfinite().all():
-                raise ValueError("the autoencoder makes latents that are not finite: it, or an image, is damaged")
+                raise UserError("the autoencoder makes latents that are not finite: it, or an image, is damaged")
             largest = f"{moments.abs().max().item():.3g}"
-            raise ValueError(f"data.latents_dtype={self.dtype}: latents of up to {largest} do not fit: use float32")
+            raise UserError(f"data.latents_dtype={self.dtype}: latents of up to {largest} do not fit: use float32")
         kept = kept.contiguous()
         notes = {"rounding": f"{relative_rms(kept, moments):.2e}", "skipped": json.dumps(skipped)}
         notes |= {"crc32": checksum(kept), **{name: f"{value:.3e}" for name, value in error._asdict().items()}}
@@ -280,6 +281,6 @@ class CachedLatents(Dataset):
             shard = self.cache.open(number)
             if shard.skipped and not self.skips:
                 error = next(iter(shard.skipped.values())).splitlines()[0]
-                raise ValueError(f"{error}; data.on_error=skip passes over such files")
+                raise UserError(f"{error}; data.on_error=skip passes over such files")
             self._shards[number] = shard
         return self._shards[number]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ldm_lab.errors import UserError
 from ldm_lab.randomness import generator
 
 
@@ -48,12 +49,12 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         stop: int | None = None,
     ) -> None:
         if dataset_size < 1:
-            raise ValueError("the training set is empty: there is nothing to draw batches from")
+            raise UserError("the training set is empty: there is nothing to draw batches from")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size} devices: give a rank from 0 to {world_size - 1}")
+            raise UserError(f"rank {rank} of {world_size} devices: give a rank from 0 to {world_size - 1}")
         accumulation(global_batch_size, batch_size, world_size)  # refuses what does not divide
         if start < 0 or start % global_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"{start} images seen is not a whole number of global batches of {global_batch_size}: "
                 "continue with the data.global_batch_size that the run was started with"
             )
@@ -94,7 +95,7 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
         ValueError: that is not a whole number; the message names the nearest values that are possible.
     """
     if min(global_batch_size, batch_size) < 1:
-        raise ValueError(
+        raise UserError(
             f"data.global_batch_size={global_batch_size}, data.batch_size={batch_size}: both must be 1 or more"
         )
     at_a_time = batch_size * world_size
@@ -104,7 +105,7 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
     advice = f"data.global_batch_size={f'{below} or ' if below else ''}{below + at_a_time}"
     if global_batch_size % world_size == 0:
         advice += f", or data.batch_size={_nearest_divisor(global_batch_size // world_size, batch_size)}"
-    raise ValueError(
+    raise UserError(
         f"data.global_batch_size={global_batch_size} is not divisible by data.batch_size={batch_size} "
         f"on {world_size} device(s), {at_a_time} images at a time: use {advice}"
     )

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm_lab.errors import UserError
 from ldm_lab.randomness import generator
 
 RGB = tuple[int, int, int]
@@ -25,7 +26,7 @@ def parse_size(image_size: int | Sequence[int]) -> Size:
     """`data.image_size` as (height, width). Raises `ValueError` unless it is one or two positive whole numbers."""
     sides = [image_size] * 2 if isinstance(image_size, Integral) else image_size
     if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(_positive, sides)):
-        raise ValueError(f"data.image_size={image_size}: give a positive whole number of pixels or [height, width]")
+        raise UserError(f"data.image_size={image_size}: give a positive whole number of pixels or [height, width]")
     return int(sides[0]), int(sides[1])
 
 
@@ -44,7 +45,7 @@ def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "I"):
-        raise ValueError("floats or 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
+        raise UserError("floats or 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it at 255
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
@@ -64,7 +65,7 @@ def covering_size(image: Image.Image, size: Size) -> tuple[int, int]:
     scale = max(height / image.height, width / image.width)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     if covering[0] * covering[1] >= MOST_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are too narrow to be enlarged to {width}x{height}")
+        raise UserError(f"{image.width}x{image.height} pixels are too narrow to be enlarged to {width}x{height}")
     return covering
 
 

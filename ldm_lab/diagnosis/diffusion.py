@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_lab.diagnosis.finding import UNKNOWN, Finding, Healthy, Readings, in_range, missing, unless_learning
 from ldm_lab.diffusion import objective
 from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.errors import UserError
 from ldm_lab.settings import find
 
 # A measured scale gives 1 on training images; held-out ones differ by a few hundredths (demo: 1.0).
@@ -103,15 +104,15 @@ def _part(config: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:  # n
     target = find(config, f"{key}._target_")
     module, _, name = str(target).rpartition(".")
     if module != objective.__name__ or name not in known:
-        raise ValueError(f"{key}={target}")
+        raise UserError(f"{key}={target}")
     try:
         return getattr(objective, name)(**_arguments(config, key))
     except TypeError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def _arguments(config: dict[str, Any], key: str) -> dict[str, Any]:
     node = find(config, key)
     if not isinstance(node, dict):
-        raise ValueError(f"{key} is not in the config")
+        raise UserError(f"{key} is not in the config")
     return {name: value for name, value in node.items() if not name.startswith("_")}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm_lab.errors import UserError
+
 
 def per_sample(values: Tensor, batch: Tensor) -> Tensor:
     """Shape one number per sample, or one for all, such that it multiplies `batch`.
@@ -23,5 +25,5 @@ def per_sample(values: Tensor, batch: Tensor) -> Tensor:
         ValueError: the number of values is neither 1 nor B.
     """
     if values.ndim > 1 or values.numel() not in (1, len(batch)):
-        raise ValueError(f"shape {tuple(values.shape)} is not one value per sample of a batch of {len(batch)}")
+        raise UserError(f"shape {tuple(values.shape)} is not one value per sample of a batch of {len(batch)}")
     return values.reshape(-1, *[1] * (batch.ndim - 1))  # (B,) -> (B, 1, ..., 1)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 
+from ldm_lab.errors import UserError
+
 
 def require(condition: bool, key: str, value: object, wanted: str) -> None:
     """Raise a one-line `ValueError` about `key` unless `condition` holds.
@@ -16,7 +18,7 @@ def require(condition: bool, key: str, value: object, wanted: str) -> None:
     ValueError: eta=-1.0 is not allowed: it must be at least 0
     """
     if not condition:
-        raise ValueError(f"{key}={reprlib.repr(value)} is not allowed: it must be {wanted}")
+        raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {wanted}")
 
 
 def require_choice(key: str, value: object, choices: Collection[str]) -> None:

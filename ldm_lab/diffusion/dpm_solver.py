@@ -14,6 +14,7 @@ from ldm_lab.diffusion.checks import is_integer, require, require_choice
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32
 from ldm_lab.diffusion.spacing import evenly
+from ldm_lab.errors import UserError
 from ldm_lab.serialization import register_to_config
 from ldm_lab.untrusted import LoadError
 
@@ -215,7 +216,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         if t == int(self.timesteps[0]):
             self._history = []
         elif t != self._next:
-            raise ValueError(f"timestep={t}, but {self._next} is due: a multistep solver visits them in their order")
+            raise UserError(f"timestep={t}, but {self._next} is due: a multistep solver visits them in their order")
         self._next = earlier
 
     def _order(self, earlier: int) -> int:

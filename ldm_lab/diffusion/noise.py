@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldm_lab.errors import UserError
 from ldm_lab.transfer import to_device
 
 
@@ -41,7 +42,7 @@ def randn(
     if isinstance(generator, torch.Generator):
         return to_device(torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype), device)
     if len(generator) != shape[0]:
-        raise ValueError(f"generator: {len(generator)} given for a batch of {shape[0]}; give one for each sample")
+        raise UserError(f"generator: {len(generator)} given for a batch of {shape[0]}; give one for each sample")
     drawn = [randn((1, *shape[1:]), own, own.device, dtype) for own in generator]
     return to_device(torch.cat(drawn), device)  # all at once
 
@@ -57,7 +58,7 @@ def step_noise(
     if variance_noise is None:
         return randn(like.shape, generator, like.device, like.dtype)
     if generator is not None:
-        raise ValueError("generator and variance_noise exclude each other: pass one of them")
+        raise UserError("generator and variance_noise exclude each other: pass one of them")
     if variance_noise.shape != like.shape:
-        raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(like.shape)}")
+        raise UserError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(like.shape)}")
     return variance_noise.to(like)

@@ -16,6 +16,7 @@ from ldm_lab.diffusion.checks import is_number, require
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified
+from ldm_lab.errors import UserError
 from ldm_lab.randomness import generator
 
 
@@ -99,7 +100,7 @@ class DenoisingObjective:
         timesteps: DrawTimesteps,
     ) -> None:
         if scheduler.parameterization.needs_signal and scheduler.alphas_cumprod[-1] == 0:
-            raise ValueError(
+            raise UserError(
                 f"prediction_type={scheduler.config.prediction_type!r} cannot be trained with zero terminal SNR: "
                 "set prediction_type=v_prediction, or rescale_betas_zero_snr=false"
             )
@@ -150,10 +151,10 @@ class DenoisingObjective:
             ValueError: the shapes of x0, the noise and the prediction differ.
         """
         if noise.shape != x0.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, the samples {tuple(x0.shape)}")
+            raise UserError(f"noise has shape {tuple(noise.shape)}, the samples {tuple(x0.shape)}")
         timesteps = timesteps.to(x0.device)
         prediction = predict(self.scheduler.add_noise(x0, noise, timesteps), timesteps)
         if prediction.shape != x0.shape:
-            raise ValueError(f"the network predicts shape {tuple(prediction.shape)} for samples {tuple(x0.shape)}")
+            raise UserError(f"the network predicts shape {tuple(prediction.shape)} for samples {tuple(x0.shape)}")
         error = self.loss(prediction.float(), self.target(x0.float(), noise.float(), timesteps))
         return error * self.weighting(self.scheduler.snr(timesteps), self.scheduler.parameterization)

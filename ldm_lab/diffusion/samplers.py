@@ -8,6 +8,7 @@ from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.errors import UserError
 
 SAMPLERS: dict[str, type[Scheduler]] = {
     "ddim": DDIMScheduler,
@@ -22,7 +23,7 @@ GRID = ("timestep_spacing", "steps_offset")
 def named(name: str) -> type[Scheduler]:
     """The class of a sampler. Raises `ValueError` for a name that is not in `SAMPLERS`."""
     if name not in SAMPLERS:
-        raise ValueError(f"sampler={name}: there are {', '.join(SAMPLERS)}")
+        raise UserError(f"sampler={name}: there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
@@ -48,7 +49,7 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
     """
     kind = named(name)
     if eta and kind is not DDIMScheduler:
-        raise ValueError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
+        raise UserError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
     if isinstance(scheduler, kind):
         return type(scheduler).from_config(scheduler.config)
     return kind.from_config(_model_settings(scheduler))

@@ -24,6 +24,7 @@ from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterizati
 from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.diffusion.thresholding import dynamic_threshold
+from ldm_lab.errors import UserError
 from ldm_lab.serialization import Configurable
 from ldm_lab.transfer import to_device
 from ldm_lab.untrusted import blaming
@@ -210,7 +211,7 @@ class Scheduler(Configurable):
             ValueError: N, or a timestep, is out of range; the timesteps do not fall.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps needs either num_inference_steps or timesteps")
+            raise UserError("set_timesteps needs either num_inference_steps or timesteps")
         chosen = self._spaced(num_inference_steps) if timesteps is None else [_index(t) for t in timesteps]
         falls = all(later > earlier for later, earlier in itertools.pairwise(chosen))
         require(bool(chosen) and falls, "timesteps", chosen, "a falling sequence")
@@ -235,10 +236,10 @@ class Scheduler(Configurable):
             ValueError: before `set_timesteps`, or for a timestep that is not in the list.
         """
         if self._earlier is None:
-            raise ValueError("no timesteps yet: call set_timesteps(num_inference_steps) before step")
+            raise UserError("no timesteps yet: call set_timesteps(num_inference_steps) before step")
         t = _index(timestep)
         if t not in self._earlier:
-            raise ValueError(f"timestep={t} is not one of the {len(self._earlier)} in scheduler.timesteps")
+            raise UserError(f"timestep={t} is not one of the {len(self._earlier)} in scheduler.timesteps")
         return self._earlier[t]
 
     # What the steps of the subclasses are made of. A step has one timestep for the whole batch.
@@ -260,10 +261,10 @@ class Scheduler(Configurable):
     def _denoise(self, model_output: Tensor, t: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """x0, clipped or thresholded as configured, and ε; in the type of `x_t`."""
         if model_output.shape != x_t.shape:
-            raise ValueError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(x_t.shape)}")
+            raise UserError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(x_t.shape)}")
         alpha_bar = self._alpha_bar[t]
         if alpha_bar == 0 and self.parameterization.needs_signal:
-            raise ValueError(
+            raise UserError(
                 f"prediction_type={self.config.prediction_type!r} says nothing of x0 at timestep {t}, where "
                 "alphas_cumprod is 0 (zero terminal SNR): use 'v_prediction', or rescale_betas_zero_snr=False"
             )
@@ -291,4 +292,4 @@ def _index(timestep: SupportsIndex) -> int:
     try:
         return operator.index(timestep)
     except TypeError:
-        raise ValueError(f"timestep={timestep!r} is not one whole number: a step has one for the whole batch") from None
+        raise UserError(f"timestep={timestep!r} is not one whole number: a step has one for the whole batch") from None

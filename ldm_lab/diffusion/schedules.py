@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import MAX_TIMESTEPS
 
 MAX_COSINE_BETA = 0.999  # Nichol & Dhariwal 2021, below eq. 17: avoids a singularity near t = T
@@ -100,17 +101,17 @@ def cumulative_signal(betas: Tensor) -> Tensor:
     """
     alpha_bar = torch.cumprod(1 - betas, 0)
     if alpha_bar[0] == 1:
-        raise ValueError("beta_start or trained_betas[0] is so small that the first timestep has no noise: raise it")
+        raise UserError("beta_start or trained_betas[0] is so small that the first timestep has no noise: raise it")
     if (alpha_bar[:-1] == 0).any():
-        raise ValueError("beta_end or trained_betas are so large that no signal is left before the end: lower them")
+        raise UserError("beta_end or trained_betas are so large that no signal is left before the end: lower them")
     return alpha_bar
 
 
 def _checked_betas(trained_betas: Sequence[float], num_train_timesteps: int) -> Tensor:
     if not isinstance(trained_betas, Sequence) or not all(type(beta) in (int, float) for beta in trained_betas):
-        raise ValueError("trained_betas must be a list of numbers")
+        raise UserError("trained_betas must be a list of numbers")
     if len(trained_betas) != num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"trained_betas has {len(trained_betas)} values, num_train_timesteps={num_train_timesteps}: make them equal"
         )
     betas = torch.tensor(trained_betas, dtype=torch.float64, device="cpu")

@@ -9,6 +9,7 @@ from lightning import Trainer
 
 from ldm_lab import sampling
 from ldm_lab.diffusion import samplers
+from ldm_lab.errors import UserError
 from ldm_lab.metrics.images import FilePixels
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.records import read_run
@@ -47,7 +48,7 @@ def image_size(pipe: LDMPipeline) -> tuple[int, int]:
     """(height, width) of what a pipeline draws. Raises `ValueError` where its config does not say."""
     size = pipe.unet.config.sample_size
     if size is None:
-        raise ValueError("the UNet's config has no sample_size: sample with sample.py, and evaluate the folder")
+        raise UserError("the UNet's config has no sample_size: sample with sample.py, and evaluate the folder")
     height, width = (size, size) if isinstance(size, int) else size
     factor = pipe.vqvae.downsample_factor
     return height * factor, width * factor

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm_lab import card, hub, states, tracking
 from ldm_lab.checkpoint import fingerprint, load_autoencoder
+from ldm_lab.errors import UserError
 from ldm_lab.evaluation import autoencoder, drawn, results, sources
 from ldm_lab.evaluation.drawn import Sampling
 from ldm_lab.evaluation.evaluator import Evaluator
@@ -93,12 +94,12 @@ class Request:
         """
         found = sources.named_data(self.data, size, self.said_of(run), self.most) if self.data else self.run_data(run)
         if found is None:
-            raise ValueError(f"{self.source}: no run that says what it was trained on: add --data FOLDER or stats.npz")
+            raise UserError(f"{self.source}: no run that says what it was trained on: add --data FOLDER or stats.npz")
         if self.save_reference and found.images is None:
-            raise ValueError(f"--save-reference: --data {self.data} is statistics already, and the images are not here")
+            raise UserError(f"--save-reference: --data {self.data} is statistics already, and the images are not here")
         if found.images is not None and found.images.size != tuple(size):
             there, here = (" x ".join(map(str, sides)) for sides in (found.images.size, size))
-            raise ValueError(f"{found.images.source} has {there} pixels and {self.source} {here}: sizes must be equal")
+            raise UserError(f"{found.images.source} has {there} pixels and {self.source} {here}: sizes must be equal")
         return found
 
     def said_of(self, run: Path | None) -> Target | None:
@@ -194,12 +195,12 @@ def evaluate_snapshots(request: Request, export: Path | None = None) -> dict[int
         ValueError: the run has none, or `export` holds something.
     """
     if export and export.exists() and (not export.is_dir() or any(export.iterdir())):
-        raise ValueError(f"--export-best {export}: must not exist, or be an empty folder")
+        raise UserError(f"--export-best {export}: must not exist, or be an empty folder")
     run = Path(request.source)
     stage = run / "diffusion" if (run / "diffusion").is_dir() else run
     found = [State(run, path, seen) for seen, path in states.snapshots(stage / states.SNAPSHOTS).items()]
     if not found:
-        raise ValueError(f"{run}: has no snapshots; train.py snapshots=1M takes one every million images")
+        raise UserError(f"{run}: has no snapshots; train.py snapshots=1M takes one every million images")
     newest = states.find(run)
     if drawn.images_seen(newest) != found[-1].images_seen:
         found.append(newest)
@@ -227,11 +228,11 @@ def evaluate_autoencoder(request: Request) -> Scores:
     path = hub.local(request.source)
     model = load_autoencoder(path, request.plugins)
     if request.data and Path(request.data).suffix == ".npz":
-        raise ValueError(f"--data {request.data}: reconstructions need the images themselves: name a folder")
+        raise UserError(f"--data {request.data}: reconstructions need the images themselves: name a folder")
     of_run = request.said_of(path) if request.data else request.run_data(path)
     size = request.image_size or (of_run and of_run.images.size)
     if size is None:
-        raise ValueError(f"{request.source} does not say of which images it is: add --data FOLDER and --image-size")
+        raise UserError(f"{request.source} does not say of which images it is: add --data FOLDER and --image-size")
     target = request.target(size, path)
     images = target.images if request.data else target.held_out
     trainer, lpips = request.trainer(), autoencoder.perceptual(request.lpips_weights)

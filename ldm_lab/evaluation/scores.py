@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png
 from ldm_lab.metrics import distribution
 from ldm_lab.metrics.distribution import NEAREST_DENSITY, Estimate, Gaussian
@@ -45,7 +46,7 @@ def compare(features: Tensor, reference: Reference, distance: str, draws: int, s
 def require_two(images: int) -> None:
     """Raise `ValueError` for fewer images than have a distribution."""
     if images < 2:
-        raise ValueError(f"{images} image(s): a distribution needs two at the very least, and a good figure thousands")
+        raise UserError(f"{images} image(s): a distribution needs two at the very least, and a good figure thousands")
 
 
 def caution(images: int, dimension: int) -> str | None:

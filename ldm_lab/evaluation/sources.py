@@ -14,7 +14,7 @@ from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.drawn import DrawnImages, drawn_or_folder
 from ldm_lab.data.files import ARCHIVES
 from ldm_lab.data.images import FolderImages
-from ldm_lab.errors import one_line
+from ldm_lab.errors import UserError, one_line
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
 from ldm_lab.metrics.reference import names, read_header
 from ldm_lab.settings import find
@@ -88,7 +88,7 @@ class AsTheyAre(WholeFolder):
         image = super().read(index)
         if (image.height, image.width) != self.image_size:
             height, width = self.image_size
-            raise ValueError(
+            raise UserError(
                 f"{self.path(index)} has {image.width} x {image.height} pixels, the first image of the folder"
                 f" {width} x {height}: --image-size resizes all of them as the loader does"
             )

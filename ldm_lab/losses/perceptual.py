@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
+from ldm_lab.errors import UserError
 from ldm_lab.models.layout import LaidOut
 
 _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the features of VGG16
@@ -148,7 +149,7 @@ def _vgg16_features(path: str | Path | None) -> nn.Sequential:
     try:
         features.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"model.loss.perceptual.weights={path}: not a state dict of torchvision's VGG16 (expected "
             f"vgg16-397923af.pth, or its features alone): it holds {', '.join(sorted(state)[:2])}, ..."
         ) from error
@@ -159,7 +160,7 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (*_READ_ERRORS, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"model.loss.perceptual.weights={path}: cannot be read as a state dict of VGG16 (expected torchvision's "
             f"vgg16-397923af.pth): {_first_line(error)}"
         ) from error
@@ -170,7 +171,7 @@ def _downloaded() -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except _READ_ERRORS as error:
-        raise ValueError(
+        raise UserError(
             f"LPIPS needs torchvision's VGG16, and {weights.url} cannot be had ({_first_line(error)}): fetch the file "
             "elsewhere and set model.loss.perceptual.weights=/path/to/vgg16-397923af.pth"
         ) from error

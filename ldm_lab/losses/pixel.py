@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.errors import UserError
+
 # Luma and the two differences of colour, of a difference in RGB: ITU-R BT.601-7 (2011), section 2.5.
 _LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
@@ -26,7 +28,7 @@ class ColourMSE(nn.Module):
     def __init__(self, chroma: float = 4.0) -> None:
         super().__init__()
         if chroma < 0:
-            raise ValueError(f"model.loss.pixel.chroma={chroma}: must be at least 0")
+            raise UserError(f"model.loss.pixel.chroma={chroma}: must be at least 0")
         matrix = torch.tensor(_LUMA_CHROMA) * torch.tensor([1.0, chroma, chroma]).sqrt()[:, None]
         self.register_buffer("matrix", matrix[:, :, None, None], persistent=False)  # (3, 3, 1, 1)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab import randomness
+from ldm_lab.errors import UserError
 
 LEVEL = 0.95  # of intervals
 NEAREST = 3  # neighbours for precision and recall, as Kynkäänniemi et al. 2019 choose
@@ -37,7 +38,7 @@ class Gaussian(NamedTuple):
 def gaussian(features: Tensor) -> Gaussian:
     """Mean and unbiased covariance of features `(N, D)`. Raises `ValueError` for fewer than two."""
     if len(features) < 2:
-        raise ValueError(f"{len(features)} image(s) have no covariance: give two or more")
+        raise UserError(f"{len(features)} image(s) have no covariance: give two or more")
     features = features.double()
     return Gaussian(features.mean(0), features.T.cov())
 
@@ -154,7 +155,7 @@ def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 
     """
     fewest = min(len(features), len(reference))
     if fewest <= NEAREST_DENSITY:
-        raise ValueError(f"{fewest} images have not {NEAREST_DENSITY} neighbours: give more")
+        raise UserError(f"{fewest} images have not {NEAREST_DENSITY} neighbours: give more")
     x, y = features.double(), reference.double()
     own, (real, real_wide) = _radii(x)[0], _radii(y)
     precision, density = [], []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm_lab import float32
 from ldm_lab.checkpoint import fingerprint
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError, first_line, read_torch
 
 CHUNK = 32  # images at a time: a constant, so that features depend neither on batch size nor on number of devices
@@ -61,7 +62,7 @@ class Inception(Extractor):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as module
         except ImportError as error:
-            raise ValueError(f"--features inception is computed by torch-fidelity; {LACKING}") from error
+            raise UserError(f"--features inception is computed by torch-fidelity; {LACKING}") from error
         with had(module.URL_INCEPTION_V3, weights, "inception"):
             self.network = module.FeatureExtractorInceptionV3(
                 self.name, ["2048"], feature_extractor_weights_path=weights and read_again(Path(weights)), verbose=False
@@ -91,7 +92,7 @@ def had(url: str, weights: str | Path | None, features: str) -> Iterator[None]:
     except Exception as error:  # a damaged file, and the network, make the readers fail in any way there is
         if weights is not None:
             raise LoadError(f"--weights {weights}: holds no weights of {url}: {first_line(error)}") from error
-        raise ValueError(
+        raise UserError(
             f"--features {features} needs {url}, which cannot be had ({first_line(error)}): fetch the file elsewhere"
             " and give --weights FILE, or take --features own, which the project trains on the data set itself"
         ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ldm_lab.errors import UserError
 from ldm_lab.metrics.dinov2 import DINOv2
 from ldm_lab.metrics.extractors import Extractor, Inception
 from ldm_lab.metrics.images import Pixels
@@ -19,9 +20,9 @@ FEATURES = (OWN, *PRETRAINED)
 def check(kind: str, weights: str | None) -> None:
     """Raise `ValueError` where there are no such features, or they take no weights."""
     if kind not in FEATURES:
-        raise ValueError(f"features={kind}: there are {', '.join(FEATURES)}")
+        raise UserError(f"features={kind}: there are {', '.join(FEATURES)}")
     if kind == OWN and weights:
-        raise ValueError(f"weights={weights}: own features are trained here and take none; name inception or dinov2")
+        raise UserError(f"weights={weights}: own features are trained here and take none; name inception or dinov2")
 
 
 def make(kind: str, weights: str | None, images: Pixels, cache_dir: str | Path, device: torch.device) -> Extractor:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.images import EXTENSIONS, FolderImages
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError, first_line
 
 RESIZE = "bicubic with antialiasing (Pillow)"  # of `ldm_lab.data.transforms`
@@ -181,7 +182,7 @@ class WholeFolder(FolderImages):
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
         found = self.files.find(EXTENSIONS)
         if len(found[0]) < 2:
-            raise ValueError(f"{self.files.root}: {len(found[0])} image(s) in it: two are the least")
+            raise UserError(f"{self.files.root}: {len(found[0])} image(s) in it: two are the least")
         return found
 
 
@@ -211,7 +212,7 @@ def _mapped(path: Path, file: Any) -> np.ndarray:  # noqa: ANN401
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
-        raise ValueError("it holds objects, which could run code")
+        raise UserError("it holds objects, which could run code")
     if not np.prod(shape):
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import DataPixels, Pixels, spread
 from ldm_lab.randomness import generator
@@ -124,7 +125,7 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
     with filelock.FileLock(path.with_suffix(".lock")):  # one of several processes trains, the others take its result
         if not path.is_file():
             if len(images) < 2:
-                raise ValueError(f"{len(images)} image(s): an extractor cannot be trained on them; give more")
+                raise UserError(f"{len(images)} image(s): an extractor cannot be trained on them; give more")
             places = spread(min(MOST_IMAGES, len(images)), len(images))
             pixels = torch.stack([images[place] for place in tqdm(places, desc="reading", unit="image")])
             targets = None if labels is None else labels(images, places)

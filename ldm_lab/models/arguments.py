@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import MAX_LEVELS, MAX_SIDE, MAX_WIDTH
 
 T = TypeVar("T")
@@ -13,30 +14,30 @@ T = TypeVar("T")
 def require(key: str, value: Any, *supported: Any) -> None:  # noqa: ANN401
     """Raise `ValueError` unless `value` is one of `supported`."""
     if value not in supported:
-        raise ValueError(f"{key}={value!r} is not supported: use {' or '.join(map(repr, supported))}")
+        raise UserError(f"{key}={value!r} is not supported: use {' or '.join(map(repr, supported))}")
 
 
 def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
     """Raise `ValueError` unless every value is an integer in 1..`maximum`."""
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key}={value!r} is not a positive integer")
+            raise UserError(f"{key}={value!r} is not a positive integer")
         if value > maximum:
-            raise ValueError(f"{key}={value} is more than the {maximum} that are possible")
+            raise UserError(f"{key}={value} is more than the {maximum} that are possible")
 
 
 def require_bool(**values: bool) -> None:
     """Raise `ValueError` unless every value is True or False: the text "false" would count as true."""
     for key, value in values.items():
         if not isinstance(value, bool):
-            raise ValueError(f"{key}={value!r} must be true or false")
+            raise UserError(f"{key}={value!r} must be true or false")
 
 
 def require_number(low: float, high: float, **values: float) -> None:
     """Raise `ValueError` unless every value is a number in [low, high); not a number, NaN, is in no range."""
     for key, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < high:
-            raise ValueError(f"{key}={value!r} must be a number, at least {low:g} and below {high:g}")
+            raise UserError(f"{key}={value!r} must be a number, at least {low:g} and below {high:g}")
 
 
 def require_scale(scaling_factor: float) -> None:
@@ -48,7 +49,7 @@ def require_sample_size(sample_size: Any) -> None:  # noqa: ANN401
     """Raise `ValueError` unless it is None, a side, or height and width, in pixels or positions of latents."""
     sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
     if isinstance(sample_size, (list, tuple)) and len(sides) != 2:
-        raise ValueError(f"sample_size={sample_size!r} must be one number, or height and width")
+        raise UserError(f"sample_size={sample_size!r} must be one number, or height and width")
     for side in [] if sample_size is None else sides:
         require_positive(MAX_SIDE, sample_size=side)
 
@@ -56,7 +57,7 @@ def require_sample_size(sample_size: Any) -> None:  # noqa: ANN401
 def require_divides(key: str, value: int, width: int) -> None:
     """Raise `ValueError` unless `value` divides the width of a block."""
     if width % value:
-        raise ValueError(f"{key}={value} does not divide {width}, a width of block_out_channels")
+        raise UserError(f"{key}={value} does not divide {width}, a width of block_out_channels")
 
 
 def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
@@ -66,7 +67,7 @@ def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
     """
     for name in types:
         if not isinstance(name, str):
-            raise ValueError(f"{key} holds {name!r}, which is no name of a block")
+            raise UserError(f"{key} holds {name!r}, which is no name of a block")
     names = [name.removeprefix("UNetRes") for name in types]
     for name in names:
         require(key, name, *known)
@@ -77,13 +78,13 @@ def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **bl
     """Raise `ValueError` unless there is one width for each block, and `norm_num_groups` divides each."""
     for key, value in {"block_out_channels": block_out_channels, **block_types}.items():
         if not isinstance(value, (list, tuple)) or len(value) > MAX_LEVELS:
-            raise ValueError(f"{key}={value!r} must be a list of at most {MAX_LEVELS} entries")
+            raise UserError(f"{key}={value!r} must be a list of at most {MAX_LEVELS} entries")
     widths = list(block_out_channels)
     for key, types in block_types.items():
         if len(types) != len(widths):
-            raise ValueError(f"{key} has {len(types)} entries, block_out_channels={widths} has {len(widths)}")
+            raise UserError(f"{key} has {len(types)} entries, block_out_channels={widths} has {len(widths)}")
     if not widths:
-        raise ValueError("block_out_channels is empty: it needs the width of at least one block")
+        raise UserError("block_out_channels is empty: it needs the width of at least one block")
     require_positive(norm_num_groups=norm_num_groups)
     for width in widths:
         require_positive(block_out_channels=width)
@@ -93,7 +94,7 @@ def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **bl
 def require_input(shape: Sequence[int], channels: int, factor: int, owner: str) -> None:
     """Raise `ValueError` unless `shape` is `(B, channels, H, W)` with H and W multiples of `factor`."""
     if len(shape) != 4 or shape[1] != channels:
-        raise ValueError(f"{owner} takes (B, {channels}, H, W), got a tensor of shape {tuple(shape)}")
+        raise UserError(f"{owner} takes (B, {channels}, H, W), got a tensor of shape {tuple(shape)}")
     height, width = shape[2:]
     if height % factor or width % factor:
-        raise ValueError(f"{owner} takes heights and widths that are multiples of {factor}, got {height}x{width}")
+        raise UserError(f"{owner} takes heights and widths that are multiples of {factor}, got {height}x{width}")

@@ -9,6 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ldm_lab.errors import UserError
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -30,7 +32,7 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= 2 * self.overlap <= self.size:
-            raise ValueError(
+            raise UserError(
                 f"tiles of {self.size} positions that share {self.overlap}: size must be positive, and"
                 " overlap between 0 and half of it"
             )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_lab.errors import UserError
 from ldm_lab.models.arguments import (
     by_block,
     require,
@@ -157,7 +158,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         require_positive(**{key: config[key] for key in optional if config[key] is not None})
         if config.num_attention_heads is not None and config.attention_head_dim not in (None, DEFAULT_HEAD_DIM):
             both = f"num_attention_heads={config.num_attention_heads}, attention_head_dim={config.attention_head_dim}"
-            raise ValueError(f"{both}: only one of them can be given; set the other to null")
+            raise UserError(f"{both}: only one of them can be given; set the other to null")
         types = {key: config[key] for key in ("down_block_types", "up_block_types")}
         require_widths(config.block_out_channels, config.norm_num_groups, **types)
         require_divides("attn_norm_num_groups", config.attn_norm_num_groups or 1, config.block_out_channels[-1])
@@ -231,7 +232,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
             ValueError: class labels, or a shape that does not fit.
         """
         if class_labels is not None:
-            raise ValueError("class_labels were given, but this UNet2DModel is unconditional")
+            raise UserError("class_labels were given, but this UNet2DModel is unconditional")
         require_input(sample.shape, self.config.in_channels, self.downsample_factor, "UNet2DModel")
         time_embedding = self._embed_time(timestep, sample)
 
@@ -271,7 +272,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         if not isinstance(timestep, Tensor):
             timestep = torch.full((), timestep, device=sample.device)
         if timestep.shape not in ((), (1,), sample.shape[:1]):
-            raise ValueError(f"timestep has shape {tuple(timestep.shape)}, the batch has {len(sample)} samples")
+            raise UserError(f"timestep has shape {tuple(timestep.shape)}, the batch has {len(sample)} samples")
         timesteps = timestep.to(sample.device).expand(len(sample))
         config = self.config
         waves = sinusoid(timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)

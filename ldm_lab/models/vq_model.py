@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ldm_lab.errors import UserError
 from ldm_lab.models.arguments import require, require_input, require_positive
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.layout import LaidOut
@@ -97,7 +98,7 @@ class VQModel(LaidOut, FirstStage):
     def from_moments(self, moments: Tensor, noise: None = None) -> Tensor:
         """The latents as they are. Raises `ValueError` where noise is given."""
         if noise is not None:
-            raise ValueError("noise was given, but the latents of a VQModel are not drawn")
+            raise UserError("noise was given, but the latents of a VQModel are not drawn")
         return moments
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[Tensor]:

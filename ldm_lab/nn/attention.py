@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm_lab.errors import UserError
 from ldm_lab.nn.recomputed import Recomputed
 
 
@@ -33,7 +34,7 @@ class AttentionBlock(Recomputed):
         super().__init__()
         for key, value in (("attention_head_dim", dim_head), ("num_attention_heads", num_heads)):
             if value is not None and channels % value:
-                raise ValueError(f"{key}={value} does not divide the {channels} channels of a block")
+                raise UserError(f"{key}={value} does not divide the {channels} channels of a block")
         self.dim_head = channels // num_heads if num_heads else dim_head or channels
         self.group_norm = nn.Identity() if groups is None else nn.GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_lab.errors import UserError
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss, KLAutoencoderLoss
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.models.codebook import CodebookUsage
@@ -195,6 +196,6 @@ class KLAutoencoderModule(FirstStageModule):
 def choose_trained(autoencoder: FirstStage, train: str) -> None:
     """Let training change all parts of an autoencoder, or those of its decoder alone."""
     if train not in ("all", "decoder"):
-        raise ValueError(f"model.train={train}: must be all or decoder")
+        raise UserError(f"model.train={train}: must be all or decoder")
     for name, part in autoencoder.named_children():
         part.requires_grad_(train == "all" or name in DECODER)

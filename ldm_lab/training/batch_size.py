@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ldm_lab.data.sampler import divisors
+from ldm_lab.errors import UserError
 from ldm_lab.training import memory
 from ldm_lab.training.run import say
 from ldm_lab.training.trial import Trial
@@ -29,7 +30,7 @@ def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) ->
     allowed, needs = trial.portion(budget(trial.device)), functools.cache(trial.needs)
     found = largest(trial.share, needs, allowed)
     if found is None:
-        raise ValueError(trial.refusal(1))
+        raise UserError(trial.refusal(1))
     steps = trial.share // found
     used, there = memory.readable(needs(found)), memory.readable(memory.total(trial.device))
     say(f"data.batch_size=auto: {found} ({steps} micro-batch{'es' * (steps > 1)} a step, {used} of {there})")

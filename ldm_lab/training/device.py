@@ -17,6 +17,7 @@ from lightning.pytorch.accelerators import (
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from ldm_lab.errors import UserError
 from ldm_lab.nn.cpu import has_bfloat16
 from ldm_lab.settings import ALIASES
 
@@ -61,17 +62,17 @@ def check(settings: dict[str, Any]) -> None:
     accelerator, devices = settings.get("accelerator", "auto"), settings.get("devices", "auto")
     strategy, precision = settings.get("strategy", "auto"), settings.get("precision", "auto")
     if not isinstance(strategy, dict) and str(strategy).lower() not in ("auto", *StrategyRegistry):
-        raise ValueError(f"trainer.strategy={strategy}: there is no such strategy; use trainer.strategy=auto or ddp")
+        raise UserError(f"trainer.strategy={strategy}: there is no such strategy; use trainer.strategy=auto or ddp")
     if isinstance(accelerator, dict):
         return
     kind = _kind(accelerator)
     if not kind.is_available():
         why = f" ({_why_no_cuda()})" if shutil.which("nvidia-smi") else ""
-        raise ValueError(f"trainer.accelerator={accelerator}: no such device here{why}; use trainer.accelerator=cpu")
+        raise UserError(f"trainer.accelerator={accelerator}: no such device here{why}; use trainer.accelerator=cpu")
     if not _are_there(devices, kind):
-        raise ValueError(f"trainer.devices={devices}: {_how_many(kind)}")
+        raise UserError(f"trainer.devices={devices}: {_how_many(kind)}")
     if kind is CPUAccelerator and resolve_precision(precision, "cpu") == "16-mixed":
-        raise ValueError(
+        raise UserError(
             f"trainer.precision={precision}: needs a GPU; use trainer.precision=bf16-mixed or 32-true on a CPU"
         )
 
@@ -82,7 +83,7 @@ def _kind(accelerator: object) -> type[Accelerator]:
         return AcceleratorRegistry[accelerator]["accelerator"]
     if accelerator not in ("auto", "gpu"):
         what = "there is no such kind of device; use trainer.accelerator=auto, cpu or gpu"
-        raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+        raise UserError(f"trainer.accelerator={accelerator}: {what}")
     there = [kind for kind in (MPSAccelerator, CUDAAccelerator) if kind.is_available()]
     return next(iter(there), CPUAccelerator if accelerator == "auto" else CUDAAccelerator)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ldm_lab.errors import UserError
+
 
 class EMA(nn.Module):
     """A frozen float32 copy of one network that follows it: θ̄ ← θ̄ + (1 - decay(n)) (θ - θ̄) at update n = 1, 2, ...
@@ -28,7 +30,7 @@ class EMA(nn.Module):
     def __init__(self, network: nn.Module, decay: float = 0.9999) -> None:
         super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"model.ema.decay={decay}: must be at least 0 and less than 1")
+            raise UserError(f"model.ema.decay={decay}: must be at least 0 and less than 1")
         self.max_decay = decay
         self.model = copy.deepcopy(network).float().eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
@@ -73,5 +75,5 @@ def _aligned(
     """The tensors of both, in the same order. Raises `ValueError` where the names differ."""
     mine, theirs = dict(mine), dict(theirs)
     if difference := sorted(mine.keys() ^ theirs.keys()):
-        raise ValueError(f"the EMA follows another network: {difference[0]!r} is in one of the two alone")
+        raise UserError(f"the EMA follows another network: {difference[0]!r} is in one of the two alone")
     return list(mine.values()), [theirs[name] for name in mine]

@@ -19,6 +19,7 @@ from torch import nn
 from ldm_lab import checkpoint, hub
 from ldm_lab.checkpoint import class_of, fingerprint, load_autoencoder
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import Configurable, PretrainedModel
@@ -147,7 +148,7 @@ def _changes(
     if isinstance(theirs, PretrainedModel):
         keys = [key for key in theirs.config if key not in NOT_OF_WEIGHTS]
         if not f".{own['_target_']}".endswith(f".{theirs.class_name()}"):
-            raise ValueError(
+            raise UserError(
                 f"{node} is {own['_target_']}, but init={source.name} holds {theirs.class_name()}:"
                 " choose a model= of that kind, or other weights"
             )
@@ -160,7 +161,7 @@ def _changes(
             changes[name] = value
             continue
         if mine != value and _is_typed(name, typed):
-            raise ValueError(f"{name}={mine}, but init={source.name} was trained with {value}: leave {name} out")
+            raise UserError(f"{name}={mine}, but init={source.name} was trained with {value}: leave {name} out")
         if mine != value:
             say(f"init: {name} {mine} -> {value}, from {source.name}")
             changes[name] = value
@@ -205,7 +206,7 @@ def _take_scale(module: DiffusionModule, source: Source, is_typed: bool) -> None
         return
     scale = theirs.config.scaling_factor
     if mine != scale and is_typed:
-        raise ValueError(
+        raise UserError(
             f"model.scaling_factor={mine}, but the UNet of init={source.name} was trained with {scale}:"
             " leave model.scaling_factor out"
         )

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.sampler import divisors
-from ldm_lab.errors import one_line
+from ldm_lab.errors import UserError, one_line
 from ldm_lab.training.stage_module import StageModule
 
 UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}  # as GPUs are sold
@@ -101,7 +101,7 @@ def explained(module: StageModule, data: ImageDataModule, world_size: int) -> It
         if not is_out_of_memory(error):
             raise
         advice = _what_to_lower(module, data, world_size)
-        raise ValueError(f"out of memory in stage {module.stage}: {advice} ({one_line(error)[:120]} ...)") from error
+        raise UserError(f"out of memory in stage {module.stage}: {advice} ({one_line(error)[:120]} ...)") from error
 
 
 def _what_to_lower(module: StageModule, data: ImageDataModule, world_size: int) -> str:

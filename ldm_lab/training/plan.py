@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training import device as devices
 from ldm_lab.training import memory
@@ -70,7 +71,7 @@ def check_disk(needed: int, runs: str | Path) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"paths.runs={runs}: {readable(free)} are free, and the run will need {readable(needed)}:"
             " choose another place, or fewer snapshots"
         )

@@ -8,6 +8,7 @@ import torch
 
 from ldm_lab.data.transforms import parse_size
 from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
@@ -34,7 +35,7 @@ def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UN
             factor = autoencoder.downsample_factor * getattr(unet, "downsample_factor", 1)
             near = [max(factor, round(side / factor) * factor) for side in size]
             advice = f"sides must be multiples of {factor}, e.g. {near[0] if near[0] == near[1] else near}"
-            raise ValueError(f"data.image_size={image_size} does not fit the networks: {error}; {advice}") from error
+            raise UserError(f"data.image_size={image_size} does not fit the networks: {error}; {advice}") from error
 
 
 def check_order(stages: Sequence[RunFolder], lengths: Sequence[int]) -> None:
@@ -47,7 +48,7 @@ def check_order(stages: Sequence[RunFolder], lengths: Sequence[int]) -> None:
     for stage in later:
         state = first.status()
         if stage.has_state() and not (state.get("finished") and state["max_images"] == lengths[0]):
-            raise ValueError(
+            raise UserError(
                 f"max_images={lengths[0]} would train {first.folder} on from {state.get('max_images', 0)}, but"
                 f" {stage.folder} is trained on it as it is: lengthen stage 2 alone, experiment=.../diffusion,"
                 " or choose another name="

@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_lab.data.datamodule import ImageDataModule, spread
 from ldm_lab.data.images import ImageError
 from ldm_lab.data.sampler import StreamBatchSampler
+from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png, to_uint8, to_unit
 from ldm_lab.metrics.reconstruction import psnr
 from ldm_lab.models.first_stage import FirstStage
@@ -46,7 +47,7 @@ def source_sizes(data: ImageDataModule) -> list[tuple[int, int]]:
         except ImageError as error:
             print(f"  unreadable  {error}")
     if not sizes:
-        raise ValueError(f"data.root: of {SAMPLE} images none can be decoded")
+        raise UserError(f"data.root: of {SAMPLE} images none can be decoded")
     return sizes
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from ldm_lab import checkpoint
+from ldm_lab.errors import UserError
 from ldm_lab.saving import replacing, write_json
 from ldm_lab.settings import flatten, is_harmless
 from ldm_lab.untrusted import LoadError, read_json, read_yaml
@@ -90,21 +91,21 @@ class RunFolder:
         """
         resume, max_images = config["resume"], config["max_images"]
         if resume not in ("auto", "never", "force"):
-            raise ValueError(f"resume={resume}: must be auto, never or force")
+            raise UserError(f"resume={resume}: must be auto, never or force")
         if resume == "never" and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(f"resume=never, but {self.folder} is not empty: choose another name=")
+            raise UserError(f"resume=never, but {self.folder} is not empty: choose another name=")
         old = self.started_with()
         if old is None:
             return
         if max_images < old["max_images"]:
-            raise ValueError(
+            raise UserError(
                 f"max_images={max_images}, but {self.folder} is made for {old['max_images']}:"
                 " a run can be continued, not shortened; choose another name="
             )
         if resume == "auto" and (changed := differences(old, config)):
             many = len(changed) > SHOWN_IN_LINE
             what = f"{len(changed)} other settings, listed below" if many else f"other settings: {'; '.join(changed)}"
-            error = ValueError(
+            error = UserError(
                 f"{self.folder} was started with {what}. Choose another name=, or resume=force to go on with the new"
                 " ones"
             )
@@ -138,7 +139,7 @@ class RunFolder:
         if all(np.array_equal(before[name], now) for name, now in marks.items()):
             return
         old, new = (Counter((name, mark) for name in marks for mark in some[name].tolist()) for some in (before, marks))
-        raise ValueError(
+        raise UserError(
             f"{self.folder} was started with other images: {(new - old).total():,} added and"
             f" {(old - new).total():,} missing of {old.total():,} (one that has changed counts as both)."
             " Choose another name=, or resume=force to go on with these"
@@ -152,7 +153,7 @@ class RunFolder:
         """
         status = self.status()
         if self.has_state() and status.get("autoencoder", autoencoder) != autoencoder:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} was trained on another autoencoder ({status['autoencoder']}, now {autoencoder}):"
                 f" choose another name=, or go on with its own, autoencoder={self.last}"
             )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ldm_lab.errors import UserError
+
 WARMUP_START = 1e-6  # multiplier of the first step, that of latent diffusion's lsun_churches experiment
 
 
@@ -23,7 +25,7 @@ class ConstantWithWarmup:
 
     def __post_init__(self) -> None:
         if self.warmup_images < 0:
-            raise ValueError(f"warmup_images={self.warmup_images}: must not be negative")
+            raise UserError(f"warmup_images={self.warmup_images}: must not be negative")
 
     def __call__(self, images_seen: int) -> float:
         """The multiplier after `images_seen` images."""
@@ -44,7 +46,7 @@ class CosineWithWarmup:
 
     def __post_init__(self) -> None:
         if self.warmup_images < 0:
-            raise ValueError(f"warmup_images={self.warmup_images}: must not be negative")
+            raise UserError(f"warmup_images={self.warmup_images}: must not be negative")
 
     def __call__(self, images_seen: int) -> float:
         """The multiplier after `images_seen` images."""

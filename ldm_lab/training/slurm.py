@@ -7,6 +7,7 @@ import sys
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
+from ldm_lab.errors import UserError
 from ldm_lab.training.run import is_first_process
 
 
@@ -27,8 +28,8 @@ def check_tasks(devices: int, nodes: int) -> None:
     if not is_first_process():
         sys.exit(1)
     if tasks != devices * nodes:
-        raise ValueError(
+        raise UserError(
             f"Slurm has {tasks} task(s) (SLURM_NTASKS), but trainer.devices={devices} on trainer.num_nodes={nodes}"
             f" need {devices * nodes}, one for each device: change one or the other (see scripts/slurm.sh)"
         )
-    raise ValueError(f"Slurm has {tasks} tasks, but only one process: put srun before python (see scripts/slurm.sh)")
+    raise UserError(f"Slurm has {tasks} tasks, but only one process: put srun before python (see scripts/slurm.sh)")

@@ -8,6 +8,7 @@ import lightning
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ldm_lab import float32
+from ldm_lab.errors import UserError
 from ldm_lab.training.launcher import Launcher
 
 
@@ -26,10 +27,10 @@ class Trainer(lightning.Trainer):
 
     def __init__(self, on_nan: str = "stop", float32_matmul_precision: str = "high", **settings: Any) -> None:  # noqa: ANN401
         if on_nan not in ("stop", "skip"):
-            raise ValueError(f"trainer.on_nan={on_nan}: must be stop or skip")
+            raise UserError(f"trainer.on_nan={on_nan}: must be stop or skip")
         if float32_matmul_precision not in float32.PRECISIONS:
             choices = ", ".join(float32.PRECISIONS)
-            raise ValueError(f"trainer.float32_matmul_precision={float32_matmul_precision}: must be one of {choices}")
+            raise UserError(f"trainer.float32_matmul_precision={float32_matmul_precision}: must be one of {choices}")
         self.on_nan = on_nan
         super().__init__(**settings)
         if self.strategy.root_device.type == "cuda":

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.latents import DTYPES
+from ldm_lab.errors import UserError
 from ldm_lab.training import memory
 from ldm_lab.training.estimate import estimate
 from ldm_lab.training.latents import are_cached, moments_shape
@@ -210,7 +211,7 @@ class Trial:
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
-        raise ValueError(self.refusal(batch_size))
+        raise UserError(self.refusal(batch_size))
 
     def refusal(self, batch_size: int) -> str:
         """What to say where so many images at a time do not fit."""

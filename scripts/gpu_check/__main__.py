@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ldm_lab.errors import ended_by, listen
+from ldm_lab.errors import UserError, ended_by, listen
 from scripts.gpu_check import report
 from scripts.gpu_check.parts import parts
 from scripts.gpu_check.runner import SECONDS, Check, run_all
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     out = (options.out or Path("runs/gpu_check", time.strftime("%Y%m%d-%H%M%S"))).absolute()
     if (out / report.JSON).exists():
-        raise ValueError(f"--out {out}: holds the result of an earlier check: name another folder")
+        raise UserError(f"--out {out}: holds the result of an earlier check: name another folder")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     # A process that has forked cannot use CUDA if its parent has only looked for it, so children there start anew. On
     # the CPU they inherit the imports, which take longer than the small parts themselves.
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.seconds <= 0:
-        raise ValueError(f"--seconds {options.seconds:g}: must be more than 0")
+        raise UserError(f"--seconds {options.seconds:g}: must be more than 0")
     return options
 
 

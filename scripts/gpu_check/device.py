@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ldm_lab.errors import UserError
 from scripts.gpu_check.runner import Check
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def torch_device(check: Check) -> torch.device:
     import torch
 
     if check.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU that this torch can use; --device cpu --small tries the parts")
+        raise UserError("--device cuda: there is no GPU that this torch can use; --device cpu --small tries the parts")
     return torch.device(check.device)
 
 

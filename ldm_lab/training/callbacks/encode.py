@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ldm_lab.data.datamodule import ImageDataModule, Loader, spread
 from ldm_lab.data.latents import DTYPES, UNKNOWN, CachedLatents, Error, LatentCache, Shard, relative_rms
+from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.vq_model import VQModel
@@ -82,7 +83,7 @@ def check_room(cache: LatentCache, cache_dir: object) -> None:
     needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
     folder = next(path for path in cache.folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):
-        raise ValueError(
+        raise UserError(
             f"paths.cache={cache_dir}: {readable(free)} are free, and the latents need {readable(needed)}:"
             " choose another place, or data.latents=online; python -m ldm_lab cache shows what is kept"
         )

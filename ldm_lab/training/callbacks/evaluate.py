@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_lab import randomness
 from ldm_lab.diffusion import samplers
+from ldm_lab.errors import UserError
 from ldm_lab.metrics import distribution, features
 from ldm_lab.metrics.extractors import CHUNK, exactly
 from ldm_lab.metrics.images import DataPixels
@@ -53,7 +54,7 @@ class EvaluateSamples(Callback):
         seed: int = 0,
     ) -> None:
         if every_images is not None and every_images < 1:
-            raise ValueError(f"every_images={every_images}: must be at least 1, or null for none")
+            raise UserError(f"every_images={every_images}: must be at least 1, or null for none")
         self.every = Every(every_images or sys.maxsize)
         self.enabled = every_images is not None
         self.settings = (features, weights)
@@ -67,7 +68,7 @@ class EvaluateSamples(Callback):
         features.check(*self.settings)
         if self.num_samples <= distribution.NEAREST_DENSITY:
             least = distribution.NEAREST_DENSITY + 1
-            raise ValueError(f"num_samples={self.num_samples}: {least} are the least that have neighbours")
+            raise UserError(f"num_samples={self.num_samples}: {least} are the least that have neighbours")
 
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
         """Make the extractor, before any step: where it cannot be had, nothing is trained."""

@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from ldm_lab.errors import UserError
 from ldm_lab.saving import write_json
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trainer import Trainer
@@ -161,7 +162,7 @@ class NotFinite(Callback):
             write_json(path, {"stage": module.stage, "images_seen": seen, "not_finite": found, "batches": batches})
         if trainer.on_nan == "stop" or self.in_a_row >= self.MOST_IN_A_ROW:
             row = f" The last {self.in_a_row} steps were like this." if self.in_a_row > 1 else ""
-            raise ValueError(f"{line}{row} {ADVICE}") if trainer.is_global_zero else SystemExit
+            raise UserError(f"{line}{row} {ADVICE}") if trainer.is_global_zero else SystemExit
         if trainer.is_global_zero and self.in_a_row == 1:
             tqdm.write(f"skipped {line}")
 
