@@ -51,6 +51,15 @@ def rehearsal(monkeypatch):
     found.log.clear()
 
 
+def pytest_configure(config):
+    """Of several workers: files are dealt in the order below, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-    """The rehearsal comes last: torch then has another device, for as long as the process lives."""
-    items.sort(key=lambda item: "rehearsal" in getattr(item, "fixturenames", ()))
+    """Files with slow tests come first, so that workers end at about the same time.
+
+    The rehearsal comes last: torch then has another device, for as long as the process lives.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: ("rehearsal" in getattr(item, "fixturenames", ()), item.path not in slow))
