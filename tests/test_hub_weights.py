@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 from ldm_lab import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel, hub
 from ldm_lab.notices import say_once
@@ -27,8 +28,8 @@ def served(world):  # noqa: F811
     return of
 
 
-def saved(folder, **form):
-    LDMPipeline.from_pretrained(TINY).save_pretrained(folder, **form)
+def saved(folder, dtype=None, **form):
+    LDMPipeline.from_pretrained(TINY, dtype).save_pretrained(folder, **form)
     return contents(folder)
 
 
@@ -36,9 +37,9 @@ def saved(folder, **form):
 
 
 def test_of_two_variants_one_is_downloaded(world, served, tmp_path):  # noqa: F811
-    half = {path: body for path, body in saved(tmp_path / "half", variant="fp16").items() if "fp16" in path}
+    half = {path: body for path, body in saved(tmp_path / "half", "float16", variant="fp16").items() if "fp16" in path}
     world.add("owner/both", contents(TINY) | half)
-    LDMPipeline.from_pretrained("owner/both", variant="fp16")
+    assert LDMPipeline.from_pretrained("owner/both", variant="fp16").dtype == torch.float16
     assert served("owner/both") == sorted(CONFIGS | set(half))
     world.served.clear()
     LDMPipeline.from_pretrained("owner/both")

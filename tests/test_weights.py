@@ -50,7 +50,7 @@ def refusal(folder, **options):
 def said(caplog):
     say_once.cache_clear()
     caplog.set_level(logging.WARNING)
-    return caplog.messages
+    return lambda: caplog.messages
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -58,7 +58,7 @@ def test_there_and_back(form, tmp_path, said):
     network = model()
     network.save_pretrained(tmp_path, **form)
     assert_equal_weights(VQModel.from_pretrained(tmp_path, variant=form.get("variant")), network)
-    assert not said
+    assert not said()
 
 
 def test_shards_are_as_large_as_they_may_be(tmp_path):
@@ -154,7 +154,7 @@ def test_the_only_variant_is_taken_with_a_line(tmp_path, said):
     network = model()
     network.save_pretrained(tmp_path, variant="fp16")
     assert_equal_weights(VQModel.from_pretrained(tmp_path), network)
-    assert said == [
+    assert said() == [
         f"{tmp_path}: holds no other weights than those of diffusion_pytorch_model.fp16.safetensors, which are taken"
     ]
     network.save_pretrained(tmp_path, variant="ema")
@@ -173,7 +173,7 @@ def test_formats_can_be_demanded(tmp_path):
     pickled.save_pretrained(tmp_path, safe_serialization=False)
     assert_equal_weights(VQModel.from_pretrained(tmp_path), pickled)
     assert refusal(tmp_path, use_safetensors=True).endswith(": no diffusion_pytorch_model.safetensors is there")
-    save_file(safe.state_dict(), tmp_path / weights.WEIGHTS)
+    save_file({key: value.contiguous() for key, value in safe.state_dict().items()}, tmp_path / weights.WEIGHTS)
     assert_equal_weights(VQModel.from_pretrained(tmp_path), safe)
     assert_equal_weights(VQModel.from_pretrained(tmp_path, use_safetensors=True), safe)
     assert_equal_weights(VQModel.from_pretrained(tmp_path, use_safetensors=False), pickled)
