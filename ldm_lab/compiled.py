@@ -1,4 +1,4 @@
-"""Networks compiled in place for inference: their state dicts keep their keys."""
+"""Networks that are compiled: in place for inference, so that their state dicts keep their keys, or in a wrapper."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ def _freeze(network: nn.Module) -> None:
             return compiled(*args, **kwargs)
 
     network._compiled_call_impl = call
+
+
+def unwrapped(part: Any) -> Any:  # noqa: ANN401
+    """The network inside the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    while True:
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            part = part.module
+        elif hasattr(part, "_orig_mod"):
+            part = part._orig_mod
+        else:
+            return part

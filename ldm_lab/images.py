@@ -38,6 +38,16 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in to_uint8(images)]
 
 
+def array_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """`(B, H, W, C)` or `(H, W, C)` in [0, 1] -> B images; of one channel they are grey."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = (images[None] if images.ndim == 3 else images) * 255
+    pixels = pixels.round().astype(np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
 def grid(tiles: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) -> Image.Image:
     """One picture of equal images `(H, W, 3)` uint8, row by row, on white; as square as it goes."""
     from PIL import Image

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,29 +12,30 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab import checkpoint, states
+from ldm_lab import checkpoint, parts, states
 from ldm_lab.compiled import compile_for_inference
 from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.errors import UserError
-from ldm_lab.images import to_numpy, to_pil, to_unit
+from ldm_lab.images import array_to_pil, to_numpy, to_pil, to_unit
 from ldm_lab.interop import compvis
+from ldm_lab.memory import MemorySwitches
+from ldm_lab.models.arguments import whole
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.notices import say_once
-from ldm_lab.saving import write_json
-from ldm_lab.states import INDEX
-from ldm_lab.untrusted import LoadError, blaming, read_json
+from ldm_lab.randomness import seeded
+from ldm_lab.serialization import floating_type, one_device
+from ldm_lab.untrusted import blaming
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 
 
 @dataclass
@@ -56,7 +57,7 @@ class ImagePipelineOutput:
         return (self.images,)
 
 
-class LDMPipeline:
+class LDMPipeline(MemorySwitches):
     """Unconditional image generation: noise -> UNet and scheduler -> latents -> first stage -> images.
 
     Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". Diffusion runs on
@@ -116,13 +117,22 @@ class LDMPipeline:
             compile_for_inference(self.vqvae.decoder)
         return self
 
-    def progress_bar(self, total: int) -> tqdm:
+    def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
         """The bar over the steps; see `set_progress_bar_config`."""
-        return tqdm(total=total, **self._progress)
+        return tqdm(iterable, **{"total": total, **self._progress})
 
     def set_progress_bar_config(self, **settings: Any) -> None:  # noqa: ANN401
         """Settings of tqdm for the bar, e.g. `disable=True`."""
         self._progress = settings
+
+    def register_modules(self, **components: Any) -> None:  # noqa: ANN401
+        """Take other parts: `vqvae=`, `unet=`, `scheduler=`."""
+        for name, part in components.items():
+            if name not in self.classes:
+                raise TypeError(f"LDMPipeline has no part {name!r}; it has {', '.join(self.classes)}")
+            setattr(self, name, part)
+
+    numpy_to_pil = staticmethod(array_to_pil)
 
     @torch.no_grad()
     def __call__(
@@ -141,11 +151,11 @@ class LDMPipeline:
 
         Args:
             batch_size: how many.
-            generator: source of every random number, also of those that `eta` adds; a list holds one per
+            generator: source of every random number, also of those that `eta` adds, or its seed; a list holds one per
                 image, which makes each image independent of the batch it is drawn in.
             eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16).
             num_inference_steps: evaluations of the UNet.
-            output_type: "pil", "np", "pt" or "latent".
+            output_type: "pil", "np" (or "numpy"), "pt" or "latent".
             return_dict: `False` returns `(images,)`.
             latents: the starting noise `(B, C, h, w)`, scaled as the scheduler works on them.
             callback: called after each step with (step, timestep, latents).
@@ -154,18 +164,17 @@ class LDMPipeline:
             ValueError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
                 NaN or infinity.
         """
-        self._check(batch_size, output_type, latents)
+        self._check(output_type, latents)
+        generator, steps = seeded(generator), whole("num_inference_steps", num_inference_steps)
         if latents is None:
-            latents = self.noise(batch_size, generator)
-        latents = self._denoise(latents.to(self.device), generator, eta, num_inference_steps, callback)
+            latents = self.noise(whole("batch_size", batch_size), generator)
+        latents = self._denoise(latents.to(self.device), generator, eta, steps, callback)
         images = self._output(latents, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
-    def _check(self, batch_size: int, output_type: str, latents: Tensor | None) -> None:
+    def _check(self, output_type: str, latents: Tensor | None) -> None:
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}, must be one of {', '.join(OUTPUT_TYPES)}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size is {batch_size!r}, must be a positive integer")
         channels = self.unet.config.in_channels
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
@@ -177,7 +186,7 @@ class LDMPipeline:
             raise UserError("the UNet's config has no sample_size: pass latents=")
         height, width = (size, size) if isinstance(size, int) else size
         shape = (batch_size, self.unet.config.in_channels, height, width)
-        return randn(shape, generator=generator, device=self.device) * self.scheduler.init_noise_sigma
+        return randn(shape, generator=seeded(generator), device=self.device) * self.scheduler.init_noise_sigma
 
     def _denoise(
         self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None
@@ -195,59 +204,80 @@ class LDMPipeline:
         if output_type == "latent":
             return latents
         images = to_unit(self.decode(latents))
-        if output_type in ("pil", "np") and not images.isfinite().all():
+        if output_type != "pt" and not images.isfinite().all():
             raise UserError(f"the images are not finite: the networks overflow {self.dtype}, or their weights are bad")
-        return {"pt": lambda x: x, "np": to_numpy, "pil": to_pil}[output_type](images)
+        return {"pt": lambda x: x, "np": to_numpy, "numpy": to_numpy, "pil": to_pil}[output_type](images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents `(B, C, h, w)` -> images `(B, 3, H, W)`, about [-1, 1], float32."""
         latents = latents / self.vqvae.config.scaling_factor
         return self.vqvae.decode(latents.to(self.vqvae.dtype)).sample.float()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the folder that `from_pretrained`, ours or the namesake's, loads. The index is written last."""
-        folder = Path(folder)
-        for name, component in self.components.items():
-            component.save_pretrained(folder / name)
-            if component.library != "diffusers":
-                kind = f"{component.library}.{type(component).__name__}"
-                say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
-        index = {name: [part.library, type(part).__name__] for name, part in self.components.items()}
-        write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write the folder that `from_pretrained`, ours or the namesake's, loads. The index is written last.
+
+        The arguments are those of a network's `save_pretrained`; one that is compiled is written as it was before.
+        """
+        files = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        parts.write(Path(folder), self.components, **files)
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         *,
+        vqvae: FirstStage | None = None,
+        unet: UNet2DModel | None = None,
+        scheduler: Scheduler | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,  # noqa: ANN401
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         plugins: Sequence[str] = (),
     ) -> Self:
         """Load a pipeline folder, a run (also one that is not finished), its snapshot, a checkpoint or a hub name.
 
+        Arguments that are not listed here are those of a network's `from_pretrained`.
+
         Args:
             source: the folder or file; `runs/x@2M` is a snapshot (see `ldm_lab.states`); `owner/model`, where there is
                 no such folder, a model on the Hugging Face hub. Of a file of CompVis, see `from_single_file`.
-            torch_dtype: floating-point type of the networks; None keeps that of the file.
+            torch_dtype: floating-point type of the networks, or its name; None and "auto" keep that of the file.
             device: where the networks go; None leaves them on the CPU.
-            revision: branch, tag or commit on the hub.
-            cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
-            local_files_only: of a model on the hub, take what was downloaded before, or fail.
+            vqvae: a part that is taken as it is; that of the source is neither read nor downloaded.
+            unet: likewise.
+            scheduler: likewise.
+            variant: of the weights ("fp16"); a network that lacks it is taken as it is, but not all of them may.
             plugins: packages that may be imported: those whose classes the files may name beside ours.
 
         Raises:
             LoadError: nothing of the kind is there, or it is damaged; one line says what and where.
+            ValueError: an argument cannot be used; the message names it.
         """
-        path = states.find(source, revision, cache_dir, local_files_only).path
-        if path.is_dir():
-            pipe = cls._from_folder(path, plugins)
-        else:
-            pipe = cls._from_parts(path, checkpoint.parts(path), plugins)
-        return pipe.to(device=device, dtype=torch_dtype)
+        dtype, device = floating_type(dtype or torch_dtype), one_device(device_map) or device
+        given = {"vqvae": vqvae, "unet": unet, "scheduler": scheduler}
+        given = {name: part for name, part in given.items() if part is not None}
+        choice = {"variant": variant, "use_safetensors": use_safetensors}
+        download = {"token": token, "force_download": force_download, "without": tuple(given)}
+        path = states.find(source, revision, cache_dir, local_files_only, **download, **choice).path
+        found = parts.read(path, cls.classes, given, plugins, **choice)
+        with blaming(path):
+            pipe = cls(**found)
+        return pipe.to(device=device, dtype=dtype)
 
     @classmethod
     def from_single_file(
@@ -255,7 +285,7 @@ class LDMPipeline:
         path: str | Path,
         original_config: str | Path | None = None,
         use_ema: bool = True,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
         """Load a checkpoint of CompVis/latent-diffusion, with a scheduler that steps as the original's DDIM.
@@ -273,32 +303,7 @@ class LDMPipeline:
             LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
                 missing or left over; one line says which.
         """
-        return cls._from_parts(path, compvis.read(path, original_config, use_ema)).to(device=device, dtype=torch_dtype)
-
-    @classmethod
-    def _from_folder(cls, folder: Path, plugins: Sequence[str]) -> Self:
-        index = read_json(folder / INDEX)
-        if index.get("_class_name") != "LDMPipeline":
-            kind = index.get("_class_name")
-            raise LoadError(f"{folder / INDEX}: a {kind!r}, not an LDMPipeline: unconditional latent diffusion alone")
-        parts = {}
-        for name, kinds in cls.classes.items():
-            entry = index.get(name)
-            wanted = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
-            known = {f"{library}.{kind.__name__}": kind for library in checkpoint.LIBRARIES for kind in kinds}
-            kind = checkpoint.class_named(wanted, known, plugins, f"{folder / INDEX}: {name}")
-            parts[name] = kind.from_pretrained(folder, subfolder=name)
-        with blaming(folder):
-            return cls(**parts)
-
-    @classmethod
-    def _from_parts(cls, path: str | Path, parts: dict[str, checkpoint.Part], plugins: Sequence[str] = ()) -> Self:
-        built = {
-            name: checkpoint.network(parts, name, cls.classes[name], plugins, str(path)) for name in ("vqvae", "unet")
-        }
-        if "scheduler" not in parts:
-            raise LoadError(f"{path}: this checkpoint holds no scheduler, only {', '.join(parts)}")
-        config = parts["scheduler"].config
-        kind = checkpoint.class_of(config, cls.classes["scheduler"], plugins, f"{path}: scheduler")
+        found = parts.of_checkpoint(Path(path), compvis.read(path, original_config, use_ema), cls.classes, {}, ())
         with blaming(path):
-            return cls(**built, scheduler=kind.from_config(config))
+            pipe = cls(**found)
+        return pipe.to(device=device, dtype=floating_type(torch_dtype))

@@ -7,11 +7,15 @@ Everything is drawn on the CPU: the numbers do not depend on the device.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+
+from ldm_lab.errors import UserError
 
 
 def generator(seed: int, stream: str, *position: int) -> torch.Generator:
@@ -28,6 +32,24 @@ def generator(seed: int, stream: str, *position: int) -> torch.Generator:
     # of 50,000 samples would be the same; combined in this way no two positions share a seed.
     start = int.from_bytes(blake2b(key, digest_size=4).digest(), "little")
     return torch.Generator().manual_seed((start ^ inner) & 0xFFFFFFFF)
+
+
+def seeded(
+    generators: torch.Generator | SupportsIndex | Sequence[torch.Generator | SupportsIndex] | None,
+) -> torch.Generator | list[torch.Generator] | None:
+    """Generators as they are; a seed becomes one on the CPU, in a list too.
+
+    Raises:
+        UserError: it is neither a generator nor a seed.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        return generators
+    if isinstance(generators, (list, tuple)):
+        return [seeded(each) for each in generators]
+    try:
+        return torch.Generator().manual_seed(operator.index(generators))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"generator={generators!r}: give a torch.Generator or a seed below 2**64, or a list") from error
 
 
 def normal(seed: int, stream: str, positions: Iterable[int], shape: Sequence[int]) -> Tensor:

@@ -1,155 +1,61 @@
-"""How models and schedulers write and read their folders: a JSON config and safetensors weights.
+"""How networks write and read their folders: a JSON config and their weights (see `ldm_lab.weights`).
 
-The layout is the one of diffusers (`config.json` or `scheduler_config.json`, and
-`diffusion_pytorch_model.safetensors`), so that folders move between the two libraries unconverted.
+The layout is the one of diffusers (`config.json` and `diffusion_pytorch_model.safetensors`), so that folders move
+between the two libraries unconverted.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ldm_lab.saving import replacing, write_json
-from ldm_lab.untrusted import LoadError, blaming, check_plain, first_line, read_json, read_torch
-from ldm_lab.version import __version__
+from ldm_lab import hub, weights
+from ldm_lab.configurable import Configurable, FrozenConfig, register_to_config
+from ldm_lab.errors import UserError
+from ldm_lab.untrusted import LoadError, blaming, check_plain, first_line
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-LEGACY_WEIGHTS = "diffusion_pytorch_model.bin"  # folders of 2022; read with weights_only, never written
+__all__ = ["Configurable", "FrozenConfig", "PretrainedModel", "register_to_config"]
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that networks compute with
-OWN_WEIGHTS = "model.safetensors"  # of what diffusers does not have: there it finds no weights, and refuses
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # ways of accelerate to spread a network over devices
 
 
-class FrozenConfig(dict):
-    """A config: a plain `dict` whose keys are attributes too, and which cannot be changed in place."""
+def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """`torch_dtype=` as a type: torch's own, or its name. None and "auto" are None: as the file has it.
 
-    def __getattr__(self, key: str) -> Any:  # noqa: ANN401
-        try:
-            return self[key]
-        except KeyError:
-            raise AttributeError(f"config has no key {key!r}; it has {sorted(self)}") from None
-
-    def _refuse(self, *_: object, **__: object) -> NoReturn:
-        raise TypeError("a config is frozen: use register_to_config(key=value) instead")
-
-    __setattr__ = __setitem__ = __delattr__ = __delitem__ = __ior__ = _refuse
-    update = setdefault = pop = popitem = clear = _refuse
-
-    def __deepcopy__(self, memo: dict) -> FrozenConfig:
-        return FrozenConfig(self)
-
-    def __reduce__(self) -> tuple:
-        return FrozenConfig, (dict(self),)
-
-
-Init = TypeVar("Init", bound=Callable[..., None])
-
-
-def register_to_config(init: Init) -> Init:
-    """Decorate `__init__` so that its arguments, defaults included, are kept in `self.config`."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def wrapped(self: Configurable, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        values = {key: _plain(value) for key, value in list(bound.arguments.items())[1:]}
-        # A subclass that calls up registers its own, complete arguments first; the base must not overwrite them.
-        if "config" not in self.__dict__:
-            object.__setattr__(self, "config", FrozenConfig(values))
-        init(self, *args, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """What JSON gives back for `value`: tuples, arrays, tensors (and the lists of a config library) become lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        return value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value]
-
-
-class Configurable:
-    """A class that is rebuilt from the arguments of its constructor, kept as JSON.
-
-    Attributes:
-        config_name: the file that holds the config.
-        ignores_unknown: whether `from_config` drops keys it does not know (schedulers do, so that one
-            scheduler can be built from another's config) or refuses them (models do: an unknown key
-            may mean another architecture).
+    Raises:
+        UserError: it is another thing, or networks do not compute with it.
     """
-
-    config_name = "config.json"
-    ignores_unknown = False
-    config: FrozenConfig
-
-    def register_to_config(self, **values: Any) -> None:  # noqa: ANN401
-        """Change entries of the config, e.g. `vqvae.register_to_config(scaling_factor=1.0)`.
-
-        Raises:
-            TypeError: for a key that the constructor does not have.
-        """
-        for key in values:
-            if key not in self.config:
-                raise TypeError(f"{type(self).__name__} has no argument {key!r}; it has {sorted(self.config)}")
-        changed = {key: _plain(value) for key, value in values.items()}
-        object.__setattr__(self, "config", FrozenConfig({**self.config, **changed}))
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
-        """Build from a config (of ours or of the namesake); keyword arguments replace its entries.
-
-        Raises:
-            LoadError: a key, or the class named in it, is not one of this class.
-        """
-        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        if unknown := set(overrides) - known:
-            raise TypeError(f"{cls.__name__} has no argument {sorted(unknown)}; it has {sorted(known)}")
-        name = config.get("_class_name", cls.class_name())
-        if name != cls.class_name() and not cls.ignores_unknown:
-            raise LoadError(f"this config describes a {name!r}, not a {cls.__name__}")
-        values = {key: value for key, value in config.items() if not key.startswith("_")}
-        if (unknown := set(values) - known) and not cls.ignores_unknown:
-            raise LoadError(f"the config of this {cls.__name__} has keys that it does not know: {sorted(unknown)}")
-        return cls(**({key: value for key, value in values.items() if key in known} | overrides))
-
-    @classmethod
-    def class_name(cls) -> str:
-        """How configs name this class: with its module, unless it is one of this package."""
-        return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__name__}"
-
-    @property
-    def library(self) -> str:
-        """What an index names beside the class: `diffusers`, where its namesake computes the same, or the module."""
-        return "diffusers" if _is_ours(type(self)) else type(self).__module__
-
-    def to_json(self) -> dict[str, Any]:
-        """The config with the class name and version, as it is written to `config_name`."""
-        return {"_class_name": self.class_name(), "_ldm_lab_version": __version__, **self.config}
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write `folder/config_name`."""
-        write_json(Path(folder) / self.config_name, self.to_json())
-
-    @classmethod
-    def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
-        """Read `folder[/subfolder]/config_name` as plain data."""
-        return read_json(Path(folder, subfolder or "") / cls.config_name)
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if found not in FLOATS:
+        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)
+        raise UserError(f"torch_dtype={dtype!r}: give one of {known} or auto")
+    return found
 
 
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.split(".")[0] == __name__.split(".")[0]
+def one_device(device_map: Any) -> torch.device | None:  # noqa: ANN401
+    """`device_map=` as the device that holds everything: its name, index, or `{"": device}`; "auto" is the best here.
+
+    Raises:
+        UserError: it names no device that is here, or several.
+    """
+    if device_map is None:
+        return None
+    found = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    if found in SPREAD:
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        advice = "give one device for all, such as 'cuda', 'cpu' or 'auto'"
+        raise UserError(f"device_map={device_map!r}: {advice} ({first_line(error)})") from error
 
 
 class PretrainedModel(Configurable, nn.Module):
@@ -178,33 +84,88 @@ class PretrainedModel(Configurable, nn.Module):
         return self.state_dict()
 
     @property
-    def weights_name(self) -> str:
-        """The file that holds the weights. Only where its namesake computes the same does diffusers find them."""
-        return WEIGHTS if self.library == "diffusers" else OWN_WEIGHTS
+    def weights_stem(self) -> str:
+        """What the names of its files of weights begin with: where its namesake computes the same, as diffusers'."""
+        return weights.STEM if self.library == "diffusers" else weights.OWN_STEM
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and the weights (safetensors) into `folder`, each file whole or not at all."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write the weights and `config.json` into `folder`, each file whole or not at all.
+
+        Args:
+            folder: it is made where there is none; earlier weights of the same variant in it are replaced.
+            safe_serialization: False pickles the weights.
+            variant: a word in the names of the files, such as "fp16".
+            max_shard_size: bytes of a file, also as "5GB" (10 GB by default); more weights make several, and an index.
+
+        Raises:
+            SaveError: the disk refused.
+            ValueError: an argument cannot be used; the message names it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {key: value.detach().contiguous().cpu() for key, value in self.exported_state_dict().items()}
-        with replacing(folder / self.weights_name) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt"})
+        # A part of the network may have been compiled, which puts a word into the names of its tensors.
+        named = {key.replace("_orig_mod.", ""): value for key, value in self.exported_state_dict().items()}
+        tensors = {key: value.detach().contiguous().cpu() for key, value in named.items()}
+        weights.write(folder, tensors, self.weights_stem, variant, safe_serialization, max_shard_size)
         self.save_config(folder)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, subfolder: str | None = None, torch_dtype: torch.dtype | None = None
+        cls,
+        source: str | Path,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,  # noqa: ANN401
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **overrides: Any,  # noqa: ANN401
     ) -> Self:
         """Load a folder written by `save_pretrained`, ours or the namesake's, in evaluation mode.
+
+        Args:
+            source: the folder, or `owner/model` on the Hugging Face hub.
+            subfolder: the network's place in there, such as "unet" of a pipeline.
+            torch_dtype: floating-point type of the weights, or its name; None and "auto" keep that of the file.
+            dtype: the same.
+            device_map: the device where the network goes: "cuda", `{"": "cuda:1"}`, or "auto".
+            variant: load the weights of this variant ("fp16"); None: the plain ones, or the only ones.
+            use_safetensors: False loads pickled weights, True never does; None does for want of others.
+            low_cpu_mem_usage: has no effect, for a network is always made around the weights of its file.
+            revision: branch, tag or commit on the hub.
+            cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
+            token: of the hub; None: the one you have logged in with.
+            local_files_only: of a model on the hub, take what was downloaded before, or fail.
+            force_download: of a model on the hub, download it anew.
+            overrides: arguments of the constructor, in place of the config's.
 
         Raises:
             LoadError: the folder, its config or its weights are missing, damaged or of another
                 architecture. A tensor missing or left over is an error: nothing is initialised silently.
+            ValueError: an argument cannot be used; the message names it.
         """
-        folder = Path(folder, subfolder or "")
-        model = cls.skeleton(cls.load_config(folder), origin=str(folder / cls.config_name))
-        model.load_weights(read_weights(folder, model.weights_name), origin=str(folder), assign=True)
-        return model.to(dtype=torch_dtype).eval()
+        cls.check_arguments(overrides)
+        dtype, device = floating_type(dtype or torch_dtype), one_device(device_map)
+        download = {"token": token, "local_files_only": local_files_only, "force_download": force_download}
+        choice = {"variant": variant, "use_safetensors": use_safetensors}
+        folder = hub.local(source, subfolder or "", revision, cache_dir=cache_dir, **download, **choice)
+        model = cls.skeleton(cls.load_config(folder), str(folder / cls.config_name), **overrides)
+        model.load_weights(weights.read(folder, model.weights_stem, **choice), origin=str(folder), assign=True)
+        return model.to(device=device, dtype=dtype).eval()
 
     @classmethod
     def from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: str) -> Self:
@@ -218,10 +179,10 @@ class PretrainedModel(Configurable, nn.Module):
         return model.eval()
 
     @classmethod
-    def skeleton(cls, config: dict[str, Any], origin: str) -> Self:
+    def skeleton(cls, config: dict[str, Any], origin: str, **overrides: Any) -> Self:  # noqa: ANN401
         """The network of a config that a file holds, on the meta device. Raises `LoadError` where there is none."""
         with blaming(origin), torch.device("meta"):
-            return cls.from_config(check_plain(config, origin))
+            return cls.from_config(check_plain(config, origin), **overrides)
 
     def load_weights(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
         """Load `state` after checking that names and shapes are exactly those of this network.
@@ -275,24 +236,3 @@ def _laid_out(value: Tensor, stride: tuple[int, ...]) -> Tensor:
     if value.stride() == stride:
         return value
     return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
-
-
-def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
-    """The tensors of a model folder, on the CPU. Raises `LoadError` where there are none to be had safely."""
-    path, legacy = folder / name, folder / LEGACY_WEIGHTS
-    if path.is_file():
-        try:
-            # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
-            return {key: value.clone() for key, value in load_file(path).items()}
-        except Exception as error:  # a damaged file makes the reader fail in several ways
-            raise LoadError(f"{path}: cannot be read: {first_line(error)}") from error
-    if legacy.is_file():
-        state = read_torch(legacy)
-        if not isinstance(state, dict) or not all(_is_named_tensor(item) for item in state.items()):
-            raise LoadError(f"{legacy}: does not hold tensors by name")
-        return state
-    raise LoadError(f"{folder}: neither {name} nor {LEGACY_WEIGHTS} is there")
-
-
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm_lab import checkpoint, hub
+from ldm_lab.hub import INDEX
 from ldm_lab.lengths import parse_images, short
 from ldm_lab.notices import say_once
 from ldm_lab.untrusted import LoadError, read_json
 
-INDEX = "model_index.json"
 RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last: what makes a folder a stage's result
 SNAPSHOTS = "snapshots"
 TOLERANCE = 0.01  # of the images asked for: a step ends up to a global batch after the multiple it crosses
@@ -43,6 +44,7 @@ def find(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    **download: Any,  # noqa: ANN401
 ) -> State:
     """The state of a pipeline that `source` names.
 
@@ -51,13 +53,14 @@ def find(
         revision: branch, tag or commit of a model on the hub.
         cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
         local_files_only: take what was downloaded before, or fail.
+        download: see `hub.fetch`.
 
     Raises:
         LoadError: nothing of the kind is there; where a snapshot was asked for, the message lists those there are.
     """
     if hub.is_name(source):
         model = str(source).partition("@")[0].rpartition("/")[2]  # samples of it go beside that name, not into a cache
-        return State(Path(model), hub.fetch(str(source), revision, cache_dir, local_files_only))
+        return State(Path(model), hub.fetch(str(source), revision, cache_dir, local_files_only, **download))
     if revision:
         raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
     if state := search(source, "diffusion"):

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "ldm_lab"
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
     "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
+    "configurable", "weights", "hub", "memory",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -22,16 +23,16 @@ ROOMS = {
     "losses": {"models", "nn"},
     "metrics": {"data", "checkpoint"},  # of an extractor's own images, and what stands for its weights
     "data": {"models"},
-    "hub": set(),
     "interop": {"diffusion"},  # plain data in and out: it builds no network
-    "checkpoint": {"models", "interop", "hub"},
-    "states": {"checkpoint", "hub"},
-    "pipeline": {"models", "diffusion", "interop", "checkpoint", "states", "denoising"},
+    "checkpoint": {"models", "interop"},
+    "parts": {"checkpoint"},
+    "states": {"checkpoint"},
+    "pipeline": {"models", "diffusion", "interop", "checkpoint", "parts", "states", "denoising"},
     "denoising": {"diffusion"},
     "sampling": {"pipeline", "diffusion", "checkpoint", "states"},
     "pictures": {"pipeline", "denoising", "models", "diffusion", "data"},
     "training": {
-        "pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "hub", "denoising",
+        "pipeline", "models", "losses", "data", "diffusion", "metrics", "checkpoint", "states", "denoising",
         "diagnosis", "nn",
     },
     "config": set(),
@@ -39,7 +40,7 @@ ROOMS = {
     # It builds what training builds, of the same configs, or it would measure something else.
     "benchmark": {"config", "stages", "training", "pipeline", "data", "nn"},
     "evaluation": {
-        "sampling", "states", "pipeline", "checkpoint", "hub", "diffusion", "models", "losses", "data", "metrics",
+        "sampling", "states", "pipeline", "checkpoint", "diffusion", "models", "losses", "data", "metrics",
         "training",  # the trainer, and in which precision: as `sample.py` has them
     },
     "commands": {
@@ -53,7 +54,9 @@ ROOMS = {
     "__init__": set(),
 }  # fmt: skip
 LEAF_EDGES = {
-    "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
+    "serialization": {"configurable", "hub", "untrusted", "weights"}, "saving": {"untrusted"}, "images": {"saving"},
+    "configurable": {"hub", "notices", "saving", "untrusted", "version"}, "hub": {"untrusted", "weights"},
+    "weights": {"notices", "saving", "untrusted"}, "memory": {"notices"},
     "config_files": {"sweep"}, "records": {"untrusted"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm_lab.saving import SaveError
-from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS, PretrainedModel, register_to_config
+from ldm_lab.serialization import PretrainedModel, register_to_config
 from ldm_lab.untrusted import LoadError, read_torch
+from ldm_lab.weights import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
 from tests.helpers import Malicious
 from tests.models.weights import assert_equal_weights
 
@@ -57,7 +58,7 @@ def test_what_diffusers_does_not_have_it_does_not_find(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", OWN_WEIGHTS}
     assert_equal_weights(Own.from_pretrained(tmp_path), network)
     (tmp_path / OWN_WEIGHTS).unlink()
-    with pytest.raises(LoadError, match=f": neither {OWN_WEIGHTS} nor {LEGACY_WEIGHTS} is there$"):
+    with pytest.raises(LoadError, match=f": neither {OWN_WEIGHTS} nor model.bin is there$"):
         Own.from_pretrained(tmp_path)
 
 
@@ -125,7 +126,7 @@ def test_weights_that_cannot_be_written_leave_the_old_folder(tmp_path, monkeypat
 
     Network().save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("ldm_lab.serialization.save_file", fail_half_way)
+    monkeypatch.setattr("ldm_lab.weights.save_file", fail_half_way)
     with pytest.raises(SaveError, match="disk full"):
         Network(3).save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

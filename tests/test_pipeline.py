@@ -163,7 +163,7 @@ def test_parts_that_do_not_fit_are_refused(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output_type": "nonsense"}, "output_type is 'nonsense', must be one of pil, np, pt, latent"),
+        ({"output_type": "nonsense"}, "output_type is 'nonsense', must be one of pil, np, numpy, pt, latent"),
         ({"batch_size": 0}, "batch_size is 0, must be a positive integer"),
         ({"batch_size": 2.0}, "batch_size is 2.0, must be a positive integer"),
         ({"latents": torch.zeros(3, 16, 16)}, r"latents have shape \(3, 16, 16\), must be \(B, 3, h, w\)"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 from ldm_lab.errors import UserError
 from ldm_lab.untrusted import MAX_LEVELS, MAX_SIDE, MAX_WIDTH
@@ -24,6 +25,17 @@ def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
             raise UserError(f"{key}={value!r} is not a positive integer")
         if value > maximum:
             raise UserError(f"{key}={value} is more than the {maximum} that are possible")
+
+
+def whole(key: str, value: SupportsIndex) -> int:
+    """A whole number of any library, numpy's and torch's too. Raises `ValueError` unless it is above 0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{key} is {value!r}, must be a positive integer")
+    return number
 
 
 def require_bool(**values: bool) -> None:

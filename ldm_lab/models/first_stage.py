@@ -23,7 +23,7 @@ from ldm_lab.models.encoder import Encoder
 from ldm_lab.models.outputs import DecoderOutput
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.nn.recomputed import GradientCheckpointing
-from ldm_lab.serialization import PretrainedModel
+from ldm_lab.serialization import PretrainedModel, floating_type
 from ldm_lab.untrusted import MAX_LAYERS, LoadError
 
 # Of either kind.
@@ -125,7 +125,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         cls,
         path: str | Path,
         original_config: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> Self:
         """Load a checkpoint of CompVis/latent-diffusion, of a first stage alone or with a UNet, in evaluation mode.
 
@@ -141,7 +141,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         config, tensors = compvis.read_first_stage(path, original_config)
         if config["_class_name"] != cls.__name__:
             raise LoadError(f"{path}: holds a first stage of class {config['_class_name']}, not {cls.__name__}")
-        return cls.from_tensors(config, tensors, origin=str(path)).to(dtype=torch_dtype)
+        return cls.from_tensors(config, tensors, origin=str(path)).to(dtype=floating_type(torch_dtype))
 
     def _check_arguments(self) -> None:
         config = self.config

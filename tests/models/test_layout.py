@@ -71,7 +71,7 @@ def test_no_layer_turns_a_feature_map_over(name, training):
 def test_copies_and_loaded_networks_lie_alike(name, tmp_path):
     network = NETWORKS[name]().eval()
     network.save_pretrained(tmp_path)
-    assert all(value.is_contiguous() for value in load_file(tmp_path / network.weights_name).values())
+    assert all(value.is_contiguous() for value in load_file(tmp_path / f"{network.weights_stem}.safetensors").values())
     images = torch.rand(2, 3, 40, 40)
     expected = run(network, images)
     for same in (type(network).from_pretrained(tmp_path), copy.deepcopy(network), EMA(network).model):

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning import Callback, Trainer
 
 from ldm_lab.checkpoint import fingerprint
-from ldm_lab.pipeline import INDEX
+from ldm_lab.hub import INDEX
 from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.stage_module import StageModule
