@@ -24,6 +24,7 @@ from ldm_lab.interop import compvis
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.notices import say_once
+from ldm_lab.outputs import BaseOutput
 from ldm_lab.saving import write_json
 from ldm_lab.states import INDEX
 from ldm_lab.untrusted import LoadError, blaming, read_json
@@ -38,7 +39,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
-class ImagePipelineOutput:
+class ImagePipelineOutput(BaseOutput):
     """What a call returns.
 
     Attributes:
@@ -47,13 +48,6 @@ class ImagePipelineOutput:
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
-
-    def __getitem__(self, index: int | str) -> Any:  # noqa: ANN401
-        return self.images if index == "images" else (self.images,)[index]
-
-    def to_tuple(self) -> tuple:
-        """`(images,)`."""
-        return (self.images,)
 
 
 class LDMPipeline:
@@ -65,7 +59,8 @@ class LDMPipeline:
     Args:
         vqvae: the first stage, of either kind.
         unet: predicts what `scheduler.config.prediction_type` says.
-        scheduler: the sampler; assign another to `pipe.scheduler` to change it.
+        scheduler: the sampler; assign another to `pipe.scheduler` to change it. Those of diffusers that are compatible
+            with its `LDMPipeline` do as well.
     """
 
     # A folder may name these classes and those of plugins: a config is data and cannot make us import anything.
@@ -143,7 +138,8 @@ class LDMPipeline:
             batch_size: how many.
             generator: source of every random number, also of those that `eta` adds; a list holds one per
                 image, which makes each image independent of the batch it is drawn in.
-            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16).
+            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16). A scheduler whose steps
+                have none refuses another than 0.
             num_inference_steps: evaluations of the UNet.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: `False` returns `(images,)`.
@@ -155,9 +151,10 @@ class LDMPipeline:
                 NaN or infinity.
         """
         self._check(batch_size, output_type, latents)
+        self.scheduler.set_timesteps(num_inference_steps)
         if latents is None:
             latents = self.noise(batch_size, generator)
-        latents = self._denoise(latents.to(self.device), generator, eta, num_inference_steps, callback)
+        latents = self._denoise(latents.to(self.device), generator, eta, callback)
         images = self._output(latents, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -171,7 +168,10 @@ class LDMPipeline:
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
     def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
-        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size."""
+        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size.
+
+        Schedulers of diffusers scale it by the first of the timesteps that were set.
+        """
         size = self.unet.config.sample_size
         if size is None:
             raise UserError("the UNet's config has no sample_size: pass latents=")
@@ -179,11 +179,8 @@ class LDMPipeline:
         shape = (batch_size, self.unet.config.in_channels, height, width)
         return randn(shape, generator=generator, device=self.device) * self.scheduler.init_noise_sigma
 
-    def _denoise(
-        self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None
-    ) -> Tensor:
-        self.scheduler.set_timesteps(steps)
-        with self.progress_bar(total=steps) as bar:
+    def _denoise(self, latents: Tensor, generator: Generators, eta: float, callback: Callable | None) -> Tensor:
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for index, (timestep, output) in enumerate(denoise(self.unet, self.scheduler, latents, generator, eta)):
                 latents = output.prev_sample
                 bar.update()
@@ -209,10 +206,10 @@ class LDMPipeline:
         folder = Path(folder)
         for name, component in self.components.items():
             component.save_pretrained(folder / name)
-            if component.library != "diffusers":
-                kind = f"{component.library}.{type(component).__name__}"
+            if _library(component) != "diffusers":
+                kind = f"{_library(component)}.{type(component).__name__}"
                 say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
-        index = {name: [part.library, type(part).__name__] for name, part in self.components.items()}
+        index = {name: [_library(part), type(part).__name__] for name, part in self.components.items()}
         write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
 
     @classmethod
@@ -302,3 +299,8 @@ class LDMPipeline:
         kind = checkpoint.class_of(config, cls.classes["scheduler"], plugins, f"{path}: scheduler")
         with blaming(path):
             return cls(**built, scheduler=kind.from_config(config))
+
+
+def _library(part: Any) -> str:  # noqa: ANN401
+    """What the index names beside a part's class; a scheduler of diffusers says nothing of it."""
+    return getattr(part, "library", type(part).__module__.split(".")[0])
