@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +24,19 @@ BESIDE = frozenset(("architectures", "auto_map", "dtype", "model_type", "torch_d
 
 
 class FrozenConfig(dict):
-    """A config: a plain `dict` whose keys are attributes too, and which cannot be changed in place."""
+    """A config: a plain `dict` whose keys are attributes too, and which cannot be changed in place.
+
+    As in diffusers, `get("_use_default_values")` names the arguments that were not given: what another class, of either
+    library, builds from this config has its own defaults there.
+    """
+
+    def __init__(self, values: dict[str, Any], defaults: Collection[str] = ()) -> None:
+        super().__init__(values)
+        object.__setattr__(self, "_defaults", sorted(set(values).intersection(defaults)))
+
+    def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401
+        """The entry, or `default` where there is none."""
+        return list(self._defaults) if key == "_use_default_values" else super().get(key, default)
 
     def __getattr__(self, key: str) -> Any:  # noqa: ANN401
         try:
@@ -39,10 +51,10 @@ class FrozenConfig(dict):
     update = setdefault = pop = popitem = clear = _refuse
 
     def __deepcopy__(self, memo: dict) -> FrozenConfig:
-        return FrozenConfig(self)
+        return FrozenConfig(self, self._defaults)
 
     def __reduce__(self) -> tuple:
-        return FrozenConfig, (dict(self),)
+        return FrozenConfig, (dict(self), self._defaults)
 
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -55,11 +67,12 @@ def register_to_config(init: Init) -> Init:
     @functools.wraps(init)
     def wrapped(self: Configurable, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         bound = signature.bind(self, *args, **kwargs)
+        given = set(bound.arguments)
         bound.apply_defaults()
         values = {key: _plain(value) for key, value in list(bound.arguments.items())[1:]}
         # A subclass that calls up registers its own, complete arguments first; the base must not overwrite them.
         if "config" not in self.__dict__:
-            object.__setattr__(self, "config", FrozenConfig(values))
+            object.__setattr__(self, "config", FrozenConfig(values, values.keys() - given))
         init(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -100,7 +113,8 @@ class Configurable:
             if key not in self.config:
                 raise TypeError(f"{type(self).__name__} has no argument {key!r}; it has {sorted(self.config)}")
         changed = {key: _plain(value) for key, value in values.items()}
-        object.__setattr__(self, "config", FrozenConfig({**self.config, **changed}))
+        defaults = set(self.config.get("_use_default_values")) - changed.keys()
+        object.__setattr__(self, "config", FrozenConfig({**self.config, **changed}, defaults))
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401

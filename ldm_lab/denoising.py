@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
 from ldm_lab.errors import UserError
 from ldm_lab.transfer import to_device
@@ -36,28 +36,31 @@ def denoise(
 
     Args:
         unet: predicts what `scheduler.config.prediction_type` says.
-        scheduler: after `set_timesteps`.
+        scheduler: after `set_timesteps`; one of diffusers does as well.
         latents: `(B, C, h, w)` at the first of the timesteps, on the network's device.
         generator: of the noise that steps add; a list has one per image.
         eta: see `DDIMScheduler.step`.
-        noise: makes the noise of each step, `(B, C, h, w)`, in the place of `generator`; called in every step.
+        noise: makes the noise of each step, `(B, C, h, w)`, in the place of `generator`; called in every step. For
+            schedulers of this package.
 
     Yields:
-        Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample`.
+        Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample` (of a scheduler of
+        diffusers: where it tells).
 
     Raises:
         ValueError: `eta` is not 0 and the scheduler has none.
     """
-    if eta and not isinstance(scheduler, DDIMScheduler):
+    known = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in known:
         raise UserError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")
-    options = {"eta": eta} if isinstance(scheduler, DDIMScheduler) else {}
+    options = {key: value for key, value in {"eta": eta, "generator": generator}.items() if key in known}
     on_device = to_device(scheduler.timesteps, latents.device)  # all at once; the scheduler's own stay on the CPU
     latents = latents.float()  # (B, C, h, w)
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
         prediction = unet(model_input, on_device[index]).sample
         prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite its output
-        drawn = {"generator": generator} if noise is None else {"variance_noise": noise()}
-        output = scheduler.step(prediction, timestep, latents, **drawn, **options)
+        drawn = {} if noise is None else {"generator": None, "variance_noise": noise()}
+        output = scheduler.step(prediction, timestep, latents, **{**options, **drawn})
         latents = output.prev_sample
         yield timestep, output

@@ -25,6 +25,7 @@ from ldm_lab.memory import MemorySwitches
 from ldm_lab.models.arguments import whole
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
+from ldm_lab.outputs import BaseOutput
 from ldm_lab.randomness import seeded
 from ldm_lab.serialization import floating_type, one_device
 from ldm_lab.untrusted import blaming
@@ -39,7 +40,7 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 
 
 @dataclass
-class ImagePipelineOutput:
+class ImagePipelineOutput(BaseOutput):
     """What a call returns.
 
     Attributes:
@@ -48,13 +49,6 @@ class ImagePipelineOutput:
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
-
-    def __getitem__(self, index: int | str) -> Any:  # noqa: ANN401
-        return self.images if index == "images" else (self.images,)[index]
-
-    def to_tuple(self) -> tuple:
-        """`(images,)`."""
-        return (self.images,)
 
 
 class LDMPipeline(MemorySwitches):
@@ -66,7 +60,8 @@ class LDMPipeline(MemorySwitches):
     Args:
         vqvae: the first stage, of either kind.
         unet: predicts what `scheduler.config.prediction_type` says.
-        scheduler: the sampler; assign another to `pipe.scheduler` to change it.
+        scheduler: the sampler; assign another to `pipe.scheduler` to change it. Those of diffusers that are compatible
+            with its `LDMPipeline` do as well.
     """
 
     # A folder may name these classes and those of plugins: a config is data and cannot make us import anything.
@@ -153,7 +148,8 @@ class LDMPipeline(MemorySwitches):
             batch_size: how many.
             generator: source of every random number, also of those that `eta` adds, or its seed; a list holds one per
                 image, which makes each image independent of the batch it is drawn in.
-            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16).
+            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16). A scheduler whose steps
+                have none refuses another than 0.
             num_inference_steps: evaluations of the UNet.
             output_type: "pil", "np" (or "numpy"), "pt" or "latent".
             return_dict: `False` returns `(images,)`.
@@ -165,10 +161,11 @@ class LDMPipeline(MemorySwitches):
                 NaN or infinity.
         """
         self._check(output_type, latents)
-        generator, steps = seeded(generator), whole("num_inference_steps", num_inference_steps)
+        generator = seeded(generator)
+        self.scheduler.set_timesteps(whole("num_inference_steps", num_inference_steps))
         if latents is None:
             latents = self.noise(whole("batch_size", batch_size), generator)
-        latents = self._denoise(latents.to(self.device), generator, eta, steps, callback)
+        latents = self._denoise(latents.to(self.device), generator, eta, callback)
         images = self._output(latents, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -180,7 +177,10 @@ class LDMPipeline(MemorySwitches):
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
     def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
-        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size."""
+        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size.
+
+        Schedulers of diffusers scale it by the first of the timesteps that were set.
+        """
         size = self.unet.config.sample_size
         if size is None:
             raise UserError("the UNet's config has no sample_size: pass latents=")
@@ -188,11 +188,8 @@ class LDMPipeline(MemorySwitches):
         shape = (batch_size, self.unet.config.in_channels, height, width)
         return randn(shape, generator=seeded(generator), device=self.device) * self.scheduler.init_noise_sigma
 
-    def _denoise(
-        self, latents: Tensor, generator: Generators, eta: float, steps: int, callback: Callable | None
-    ) -> Tensor:
-        self.scheduler.set_timesteps(steps)
-        with self.progress_bar(total=steps) as bar:
+    def _denoise(self, latents: Tensor, generator: Generators, eta: float, callback: Callable | None) -> Tensor:
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for index, (timestep, output) in enumerate(denoise(self.unet, self.scheduler, latents, generator, eta)):
                 latents = output.prev_sample
                 bar.update()

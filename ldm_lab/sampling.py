@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ldm_lab import checkpoint, randomness
+from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png, save_pngs
 from ldm_lab.pipeline import LDMPipeline
@@ -167,12 +168,22 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
         _remove(unfinished)
         write_json(path, manifest)
         return
-    old, new = {**ADDED, **read_json(path)}, json.loads(json.dumps(manifest))
+    new = json.loads(json.dumps(manifest))
+    old = _completed(read_json(path), new)
     changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
     if changed:
         values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
         raise UserError(f"output={folder} holds samples of other settings ({values}): choose another output=")
     _remove(unfinished)
+
+
+def _completed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the settings that its version did not have yet, at the values at which they have no effect."""
+    kind, scheduler = SAMPLERS.get(str(old.get("sampler"))), old.get("scheduler")
+    if kind is None or not isinstance(scheduler, dict):
+        return {**ADDED, **old}
+    added = {key: value for key, value in kind().config.items() if key in new["scheduler"]}
+    return {**ADDED, **old, "scheduler": {**added, **scheduler}}
 
 
 def _remove(files: list[Path]) -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ldm_lab"
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
     "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
-    "configurable", "weights", "hub", "memory",
+    "configurable", "weights", "hub", "memory", "outputs",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.

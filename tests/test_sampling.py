@@ -225,6 +225,21 @@ def test_samples_of_before_there_was_a_setting_are_those_without_it(pipe, tmp_pa
         claim(tmp_path, {**manifest, key: True})
 
 
+def test_samples_of_before_the_sampler_had_a_setting_are_those_without_it(pipe, tmp_path):
+    pipe.scheduler = choose("dpm_solver", pipe.scheduler)
+    settings = {**SETTINGS, "sampler": "dpm_solver"}
+    claim(tmp_path, describe(pipe, "runs/demo", settings))
+    write_images(tmp_path, 1)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    for key in ("use_karras_sigmas", "lambda_min_clipped"):
+        del written["scheduler"][key]
+    (tmp_path / "manifest.json").write_text(json.dumps(written))
+    claim(tmp_path, describe(pipe, "runs/demo", settings))
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, lambda_min_clipped=-5.1)
+    with pytest.raises(ValueError, match="other settings"):
+        claim(tmp_path, describe(pipe, "runs/demo", settings))
+
+
 def test_another_noise_schedule_is_another_setting(pipe, tmp_path):
     claim(tmp_path, describe(pipe, "runs/demo", SETTINGS))
     write_images(tmp_path, 1)

@@ -31,7 +31,7 @@ class DDIMScheduler(Scheduler):
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
         beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
-        trained_betas: T betas in place of a schedule.
+        trained_betas: betas in place of a schedule; their number is T.
         clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`.
         set_alpha_to_one: whether the last step ends at a clean sample (ᾱ = 1) or at ᾱ of timestep 0.
         steps_offset: added to the timesteps of "leading".
@@ -85,13 +85,13 @@ class DDIMScheduler(Scheduler):
 
             x_prev = √ᾱ_prev x0 + √(1 - ᾱ_prev - σ²) ε + σ z,   σ² = η² (1 - ᾱ_prev)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_prev)
 
-        It goes from `timestep` to the next one of `timesteps`. The class of the same name in diffusers
-        goes to t - T // N instead: the same with "leading" spacing; with the others give that time as
-        `prev_timestep` to reproduce it.
+        It goes from `timestep` to the next one of `timesteps`, which are all T before `set_timesteps`, and from one
+        that is not listed to t - T // N. The class of the same name in diffusers always goes to t - T // N: the same
+        with "leading" spacing; with the others give that time as `prev_timestep` to reproduce it.
 
         Args:
             model_output: what the network predicts at `sample`, `(B, ...)`.
-            timestep: t, one of `timesteps`. A tensor on a GPU is waited for.
+            timestep: t, in general one of `timesteps`. A tensor on a GPU is waited for.
             sample: x_t, `(B, ...)`.
             eta: η, at least 0.
             use_clipped_model_output: derive ε again from the clipped x0.
@@ -99,11 +99,10 @@ class DDIMScheduler(Scheduler):
             variance_noise: z itself, instead of a generator.
             return_dict: `False` for a plain tuple.
             prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
-                `timestep` need not be listed then.
 
         Raises:
-            ValueError: `set_timesteps` was not called; t is not listed; eta is below 0 or too large;
-                epsilon prediction where ᾱ_t = 0; shapes or the number of generators do not fit.
+            ValueError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction where ᾱ_t = 0;
+                shapes or the number of generators do not fit.
         """
         require(is_number(eta) and eta >= 0, "eta", eta, "a number, at least 0")
         t, earlier = self._step_times(timestep, prev_timestep)
@@ -122,4 +121,4 @@ class DDIMScheduler(Scheduler):
             x_prev = x_prev + math.sqrt(variance) * step_noise(x_t, generator, variance_noise)
 
         output = SchedulerOutput(x_prev.to(sample.dtype), x0.to(sample.dtype))
-        return output if return_dict else tuple(output)
+        return output if return_dict else output.to_tuple()

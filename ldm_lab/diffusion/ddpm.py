@@ -43,7 +43,7 @@ class DDPMScheduler(Scheduler):
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
         beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
-        trained_betas: T betas in place of a schedule.
+        trained_betas: betas in place of a schedule; their number is T.
         variance_type: "fixed_small" (β̃_t) or "fixed_large" (β_t), each also with "_log". Learned variances are
             refused: the networks here predict none.
         clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`; not for latents.
@@ -96,21 +96,21 @@ class DDPMScheduler(Scheduler):
 
             x_prev = (√ᾱ_prev β x0 + √(1 - β) (1 - ᾱ_prev) x_t) / (1 - ᾱ_t) + √variance z,   β = 1 - ᾱ_t/ᾱ_prev
 
-        where prev is the next one of `timesteps`. The last step of the list adds no noise (algorithm 2).
+        where prev is the next one of `timesteps`, which are all T before `set_timesteps`; from a timestep that is not
+        listed it is t - T // N. The last step of the list adds no noise (algorithm 2).
 
         Args:
             model_output: what the network predicts at `sample`, `(B, ...)`.
-            timestep: t, one of `timesteps`. A tensor on a GPU is waited for.
+            timestep: t, in general one of `timesteps`. A tensor on a GPU is waited for.
             sample: x_t, `(B, ...)`.
             generator: draws z; a list has one generator per sample.
             return_dict: `False` for a plain tuple.
             variance_noise: z itself, instead of a generator.
             prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
-                `timestep` need not be listed then.
 
         Raises:
-            ValueError: `set_timesteps` was not called; t is not listed; epsilon prediction where
-                ᾱ_t = 0; shapes or the number of generators do not fit.
+            ValueError: t is not within 0..T-1; epsilon prediction where ᾱ_t = 0; shapes or the number of generators
+                do not fit.
         """
         t, earlier = self._step_times(timestep, prev_timestep)
         x_t = at_least_float32(sample)
@@ -126,4 +126,4 @@ class DDPMScheduler(Scheduler):
             x_prev = x_prev + math.sqrt(variance) * step_noise(x_t, generator, variance_noise)
 
         output = SchedulerOutput(x_prev.to(sample.dtype), x0.to(sample.dtype))
-        return output if return_dict else tuple(output)
+        return output if return_dict else output.to_tuple()

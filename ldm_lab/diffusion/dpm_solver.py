@@ -3,74 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from collections.abc import Sequence
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ldm_lab.diffusion.checks import is_integer, require, require_choice
+from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.diffusion.levels import SPREADS, Level, flow, timesteps_at
+from ldm_lab.diffusion.multistep import ALGORITHMS, SOLVERS, by_data, by_noise, integral
 from ldm_lab.diffusion.noise import step_noise
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32
-from ldm_lab.diffusion.spacing import evenly
+from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Flow
+from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, index_of
+from ldm_lab.diffusion.spacing import SPACINGS, evenly
 from ldm_lab.errors import UserError
 from ldm_lab.serialization import register_to_config
 from ldm_lab.untrusted import LoadError
 
-# Settings of the namesake by which it leaves the levels of training, at the values by which it does not.
-OTHER_LEVELS = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-    "lambda_min_clipped": -math.inf,
-}
 FEW_STEPS = 15  # below, the last steps are of lower order: there the noise levels lie far apart
-
-
-class Level(NamedTuple):
-    """A noise level: α = √ᾱ, σ = √(1 - ᾱ) and λ = log(α / σ), half the logarithm of the SNR."""
-
-    alpha: float
-    sigma: float
-    log_snr: float
-
-    @classmethod
-    def of(cls, alpha_bar: float) -> Level:
-        """The level of ᾱ in [0, 1]; λ is -∞ at pure noise and ∞ at a clean sample."""
-        alpha, sigma = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-        if not alpha_bar or alpha_bar == 1:
-            return cls(alpha, sigma, math.inf if alpha_bar else -math.inf)
-        return cls(alpha, sigma, math.log(alpha / sigma))
-
-
-def midpoint(z: float) -> float:
-    """The weight of the second term in the update of order 2, by half a step."""
-    return 0.5 * math.expm1(z)
-
-
-def heun(z: float) -> float:
-    """The same by the exact integral of a line: 1 - (e^z - 1) / z, with its sign."""
-    return math.expm1(z) / z - 1
-
-
-SOLVERS: dict[str, Callable[[float], float]] = {"midpoint": midpoint, "heun": heun}
-ALGORITHMS = {"dpmsolver++": 1, "sde-dpmsolver++": 2}  # by what the step in λ counts in the exponent
+LEVELS = (*SPREADS, "use_lu_lambdas", "use_flow_sigmas")  # settings that ask for other levels than `timestep_spacing`
+ROUNDING = 1e-4  # what is so little below a whole timestep is that timestep
+LOWEST = 2**-24  # ᾱ that takes the place of 0, pure noise, where levels are spread by a logarithm of the SNR
 
 
 class DPMSolverMultistepScheduler(Scheduler):
-    """Solves the ODE of diffusion, or the SDE, with the predictions of x0 at up to three noise levels.
+    """Solves the ODE of diffusion, or the SDE, with the predictions at up to three noise levels.
 
     With `use_lu_lambdas` twenty steps come as close as a hundred of DDIM. It remembers what the last steps predicted:
-    the timesteps must be visited in their order, from the first; a new first step forgets.
+    the timesteps must be visited in their order; a new first step forgets. A chain may begin at any of them.
 
     The timesteps are N of N + 1 spread levels, the last of which is the end; N = T takes all. They differ from those of
     `DDIMScheduler` but equal those of the class of this name in diffusers (which with N = T visits one of them twice,
     or 0 alone), and so do all steps but two kinds: those of the SDE with order 3, where a sign there is turned around,
     and those after pure noise (zero terminal SNR), for which it puts ᾱ = 2^-24. With `use_lu_lambdas` it takes levels
-    between the timesteps and tells the network the nearest timestep; here level and timestep belong together.
+    between the timesteps and tells the network the nearest timestep; here level and timestep belong together. With
+    "trailing" and `lambda_min_clipped` it may visit fewer timesteps than were asked for; here there are N.
 
     >>> scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     >>> scheduler.set_timesteps(4)
@@ -82,19 +50,30 @@ class DPMSolverMultistepScheduler(Scheduler):
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
         beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
-        trained_betas: T betas in place of a schedule.
+        trained_betas: betas in place of a schedule; their number is T.
         solver_order: 1 (which is DDIM), 2 ("2M") or 3 ("3M").
-        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
+        prediction_type: what the network predicts: "epsilon", "sample" (x0), "v_prediction" or, with
+            `use_flow_sigmas`, "flow_prediction" (ε - x0).
         thresholding: dynamic thresholding of the predicted x0.
         dynamic_thresholding_ratio: its quantile.
-        sample_max_value: upper bound of the threshold, at least 1.
-        algorithm_type: "dpmsolver++" solves the ODE, without noise; "sde-dpmsolver++" the SDE.
+        sample_max_value: upper bound of the threshold.
+        algorithm_type: "dpmsolver++" solves the ODE, without noise, "sde-dpmsolver++" the SDE, by predictions of x0;
+            "dpmsolver" and "sde-dpmsolver" do by predictions of ε, and cannot end at a clean sample.
         solver_type: "midpoint" or "heun", the second term of order 2.
         lower_order_final: with fewer than 15 steps, take the last two with orders 2 and 1.
         euler_at_final: take the last step with order 1.
+        use_karras_sigmas: take levels between the timesteps: N from that of T - 1 to that of 0, even in (σ/α)^(1/7),
+            whatever `timestep_spacing` says. The network is told a timestep close by, the same one perhaps twice.
+        use_exponential_sigmas: the same, even in log(σ/α).
+        use_beta_sigmas: the same, at quantiles of a beta distribution, close at both ends.
         use_lu_lambdas: spread the timesteps evenly in λ, from T - 1 to 0, whatever `timestep_spacing` says ("uniform
             logSNR", Lu et al. 2022, arXiv 2206.00927): far more accurate than evenly in t.
+        use_flow_sigmas: the levels of a straight path from data to noise, x_t = (1 - σ) x0 + σ ε, for a network that
+            was trained on it: to sample only.
+        flow_shift: moves these towards noise, 1 not at all; see `levels.flow`.
         final_sigmas_type: "zero" ends at a clean sample, "sigma_min" at the noise of timestep 0.
+        lambda_min_clipped: leave out the timesteps whose λ is below; -5.1 for the cosine schedule.
+        variance_type: learned variances are refused: the networks here predict none.
         timestep_spacing: "linspace", "leading" or "trailing".
         steps_offset: added to the timesteps of "leading".
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
@@ -102,6 +81,8 @@ class DPMSolverMultistepScheduler(Scheduler):
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
+
+    parameterizations: ClassVar = {**PARAMETERIZATIONS, "flow_prediction": Flow()}
 
     @register_to_config
     def __init__(
@@ -120,49 +101,127 @@ class DPMSolverMultistepScheduler(Scheduler):
         solver_type: str = "midpoint",
         lower_order_final: bool = True,
         euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
         use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
         final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None,
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        require(is_integer(solver_order) and 1 <= solver_order <= 3, "solver_order", solver_order, "1, 2 or 3")
-        require_choice("algorithm_type", algorithm_type, ALGORITHMS)
-        require_choice("solver_type", solver_type, SOLVERS)
-        require_choice("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
-        require(isinstance(use_lu_lambdas, bool), "use_lu_lambdas", use_lu_lambdas, "true or false")
+        self._check_solver()
         super().__init__(set_alpha_to_one=final_sigmas_type == "zero")
+        log_snr = [Level.of(alpha_bar).log_snr for alpha_bar in self._alpha_bar]  # falling
+        self._usable = sum(value >= lambda_min_clipped for value in log_snr)
+        require(self._usable > 0, "lambda_min_clipped", lambda_min_clipped, f"at most {log_snr[0]:.4g}")
         self._history: list[tuple[Level, Tensor]] = []  # of the steps before, the newest first
-        self._next: int | None = None
+        self._visited: list[int] = []
+        self._levels: list[Level] = []  # of `_visited`, and of the end
+        self._due: int | None = None  # place of the next step among them
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
         """Build from the config of any scheduler.
 
         Raises:
-            LoadError: it is one of the namesake with noise levels that this class does not have.
+            LoadError: it is one of the namesake with a shift of the levels that depends on the image.
         """
-        for key, value in OTHER_LEVELS.items():
-            if config.get(key, value) != value:
-                raise LoadError(f"{key}={config[key]!r} is not supported by {cls.__name__}; {value!r} is")
+        if config.get("use_dynamic_shifting"):
+            raise LoadError(f"use_dynamic_shifting=True is not supported by {cls.__name__}; False is")
         return super().from_config(config, **overrides)
 
+    def _check_solver(self) -> None:
+        config, order, shift = self.config, self.config.solver_order, self.config.flow_shift
+        require(is_integer(order) and 1 <= order <= 3, "solver_order", order, "1, 2 or 3")
+        require_choice("algorithm_type", config.algorithm_type, ALGORITHMS)
+        require_choice("solver_type", config.solver_type, SOLVERS)
+        require_choice("final_sigmas_type", config.final_sigmas_type, ("zero", "sigma_min"))
+        for key in ("lower_order_final", "euler_at_final", *LEVELS):
+            require(isinstance(config[key], bool), key, config[key], "true or false")
+        chosen = [key for key in LEVELS if config[key]]
+        require(len(chosen) < 2, " and ".join(chosen), True, "true for one of them at most")
+        require(is_number(shift) and shift > 0, "flow_shift", shift, "a number above 0")
+        lowest, learned = config.lambda_min_clipped, str(config.variance_type).startswith("learned")
+        require(is_number(lowest) or lowest == -math.inf, "lambda_min_clipped", lowest, "a number, or -inf for none")
+        require(not learned, "variance_type", config.variance_type, "null: the networks here predict no variance")
+        straight = config.prediction_type != "flow_prediction" or config.use_flow_sigmas
+        require(straight, "prediction_type", config.prediction_type, "another one without use_flow_sigmas=true")
+        if ALGORITHMS[config.algorithm_type][0] is by_noise:
+            wanted = f"'sigma_min' with algorithm_type={config.algorithm_type!r}, which never reaches a clean sample"
+            require(config.final_sigmas_type == "sigma_min", "final_sigmas_type", config.final_sigmas_type, wanted)
+
+    def rates(self, timesteps: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Scheduler.rates`. Raises `ValueError` with `use_flow_sigmas`: its levels are not those of the betas."""
+        if self.config.use_flow_sigmas:
+            raise UserError("use_flow_sigmas=True: the scheduler samples, and cannot add noise at a timestep")
+        return super().rates(timesteps, batch)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the timesteps that sampling visits, as `Scheduler.set_timesteps`, or levels between them.
+
+        Raises:
+            ValueError: also for `timesteps` where the config asks for other levels than theirs.
+        """
+        between = next((key for key in (*SPREADS, "use_flow_sigmas") if self.config[key]), None)
+        if between is None:
+            return super().set_timesteps(num_inference_steps, device, timesteps)
+        if timesteps is not None:
+            raise UserError(f"timesteps cannot be given with {between}=True: pass num_inference_steps")
+        count, total = num_inference_steps, len(self)
+        require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
+        if between == "use_flow_sigmas":
+            sigmas = flow(total, self.config.flow_shift, count)
+            times = (sigmas * total + ROUNDING).long()
+            return self._visit(times.tolist(), device, [Level.of_flow(sigma) for sigma in sigmas.tolist()])
+        alpha_bar = torch.tensor(self._alpha_bar, dtype=torch.float64, device="cpu").clamp(min=LOWEST)
+        table = ((1 - alpha_bar) / alpha_bar).sqrt()
+        ratios = SPREADS[between](float(table[-1]), float(table[0]), count)
+        times = timesteps_at(ratios, table)
+        # As the namesake rounds: Karras's levels to the nearest, but for the cosine schedule, and all others down.
+        nearest = between == "use_karras_sigmas" and self.config.beta_schedule != "squaredcos_cap_v2"
+        times = times.round() if nearest else (times + ROUNDING).floor()
+        return self._visit(times.long().tolist(), device, [Level.of_ratio(ratio) for ratio in ratios.tolist()])
+
+    def _visit(
+        self, chosen: list[int], device: torch.device | str | None, levels: Sequence[Level] | None = None
+    ) -> None:
+        super()._visit(chosen, device)
+        levels = [Level.of(self._alpha_bar[t]) for t in chosen] if levels is None else levels
+        end = Level.of(self._final_alpha_bar)
+        if self.config.use_flow_sigmas:
+            end = Level.of_flow(end.sigma / end.alpha)
+        # The last level may be the end already, up to rounding: no step goes back.
+        self._visited, self._levels = chosen, [*levels, max(levels[-1], end, key=lambda level: level.log_snr)]
+        self._due, self._history = None, []
+
     def _spaced(self, count: int | None) -> list[int]:
-        total, spacing = len(self), self.config.timestep_spacing
-        spread = is_integer(count) and 1 <= count < total  # with N = T there is no further level
-        if self.config.use_lu_lambdas and spread:
+        total, spacing = self._usable, self.config.timestep_spacing
+        require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
+        if self.config.use_lu_lambdas and count < total:  # with N = T there is no further level
             return self._spaced_in_log_snr(count)
-        if spacing == "trailing" or not spread:
-            return super()._spaced(count)
-        if spacing == "linspace":
+        if spacing == "linspace" and count < total:
             return [round(index * (total - 1) / count) for index in range(count, 0, -1)]
-        chosen = [index * (total // (count + 1)) + self.config.steps_offset for index in range(count, 0, -1)]
-        require(chosen[0] < total, "steps_offset", self.config.steps_offset, f"small enough for {count} steps")
-        return chosen
+        if spacing == "leading" and count < total:
+            chosen = [index * (total // (count + 1)) for index in range(count, 0, -1)]
+        else:
+            chosen = SPACINGS[spacing](count, total)
+        offset = self.config.steps_offset if spacing == "leading" else 0
+        require(chosen[0] + offset < len(self), "steps_offset", offset, f"small enough for {count} steps")
+        return [t + offset for t in chosen]
 
     def _spaced_in_log_snr(self, count: int) -> list[int]:
-        # λ of pure noise is -∞: in its place that of ᾱ = 2^-24, below any other.
-        log_snr = [Level.of(max(alpha_bar, 2**-24)).log_snr for alpha_bar in self._alpha_bar]
+        # λ of pure noise is -∞: in its place that of a ᾱ below any other.
+        log_snr = [Level.of(max(alpha_bar, LOWEST)).log_snr for alpha_bar in self._alpha_bar[: self._usable]]
         at_zero = self.config.final_sigmas_type == "sigma_min"  # then timestep 0 is where the chain ends
         return evenly(count + at_zero, log_snr)[:count]
 
@@ -184,71 +243,59 @@ class DPMSolverMultistepScheduler(Scheduler):
 
         Args:
             model_output: what the network predicts at `sample`, `(B, ...)`.
-            timestep: t, the one of `timesteps` that is due. A tensor on a GPU is waited for.
+            timestep: t, the one of `timesteps` that is due; any of them for the first step. A tensor on a GPU is
+                waited for.
             sample: x_t, `(B, ...)`.
             generator: draws z; a list has one generator per sample. Not used for the ODE.
             variance_noise: z itself, instead of a generator.
-            return_dict: `False` for a plain tuple.
+            return_dict: `False` for a tuple of the sample alone, as in diffusers.
 
         Raises:
             ValueError: `set_timesteps` was not called; t is not the one that is due; epsilon prediction where
                 ᾱ_t = 0; shapes or the number of generators do not fit.
         """
-        t, earlier = self._step_times(timestep, None)
-        self._expect(t, earlier)
+        place = self._place(index_of(timestep))
+        here, target = self._levels[place : place + 2]
         x_t = at_least_float32(sample)
-        x0, _ = self._denoise(model_output, t, x_t)
-        here, target = Level.of(self._alpha_bar_at(t)), Level.of(self._alpha_bar_at(earlier))
-        self._history = [(here, x0), *self._history][: self.config.solver_order]
+        x0, epsilon = self._denoise(model_output, self._visited[place], x_t, (here.alpha, here.sigma))
+        make_update, count = ALGORITHMS[self.config.algorithm_type]
+        if make_update is by_noise and self.config.thresholding:
+            epsilon = (x_t - here.alpha * x0) / here.sigma
+        self._history = [(here, x0 if make_update is by_data else epsilon), *self._history][: self.config.solver_order]
 
-        count, h = ALGORITHMS[self.config.algorithm_type], target.log_snr - here.log_snr
-        decay = 1.0 if count == 1 else math.exp(-h)
-        x_prev = target.sigma / here.sigma * decay * x_t
-        x_prev = x_prev - target.alpha * self._integral(-count * h, h, self._order(earlier))
-        if count == 2 and target.sigma:
-            noise = step_noise(x_t, generator, variance_noise)
-            x_prev = x_prev + target.sigma * math.sqrt(-math.expm1(-2 * h)) * noise
-        output = SchedulerOutput(x_prev.to(sample.dtype), x0.to(sample.dtype))
-        return output if return_dict else tuple(output)
+        update = make_update(here, target, count)
+        h = target.log_snr - here.log_snr
+        known, weigh = self._history[: self._order(place, h)], SOLVERS[self.config.solver_type]
+        x_prev = update.keep * x_t + update.gain * integral(known, update.exponent, h, weigh)
+        if update.noise:
+            x_prev = x_prev + update.noise * step_noise(x_t, generator, variance_noise)
+        x_prev = x_prev.to(sample.dtype)
+        return SchedulerOutput(x_prev, x0.to(sample.dtype)) if return_dict else (x_prev,)
 
-    def _expect(self, t: int, earlier: int) -> None:
-        """Refuse a step out of order: the predictions before it would be of other levels than it takes them for."""
-        if t == int(self.timesteps[0]):
-            self._history = []
-        elif t != self._next:
-            raise UserError(f"timestep={t}, but {self._next} is due: a multistep solver visits them in their order")
-        self._next = earlier
+    def _place(self, t: int) -> int:
+        """Where in the list this step is.
 
-    def _order(self, earlier: int) -> int:
-        """Of this step: as many predictions as there are, fewer at the end."""
-        config, few = self.config, self.config.lower_order_final and self.num_inference_steps < FEW_STEPS
-        order = len(self._history)
-        clean = config.final_sigmas_type == "zero"
-        # "sigma_min" is where timestep 0 is already: that step has no length, and so no order.
-        if earlier < 0 and (few or config.euler_at_final or clean or not self.timesteps[-1]):
-            return 1
-        return min(order, 2) if few and earlier == int(self.timesteps[-1]) else order
-
-    def _integral(self, z: float, h: float, order: int) -> Tensor:
-        """∫ e^λ x0(λ) dλ up to a factor, x0 being the polynomial through the last `order` predictions.
-
-        Args:
-            z: -c h, what stands in the exponent.
-            h: the step in λ.
-            order: number of predictions.
+        A step out of order is refused: the predictions before it would be of other levels than it takes them for.
         """
-        (here, newest), *before = self._history
-        first = math.expm1(z)  # e^z - 1, below 0
-        if order == 1:
-            return first * newest
-        (one, second), *rest = before
-        r0 = (here.log_snr - one.log_snr) / h
-        slope = (newest - second) / r0
-        if order == 2:
-            return first * newest + SOLVERS[self.config.solver_type](z) * slope
-        two, third = rest[0]
-        r1 = (one.log_snr - two.log_snr) / h
-        older = (second - third) / r1
-        bend = (slope - older) / (r0 + r1)
-        slope = slope + r0 * bend
-        return first * newest + (first / z - 1) * slope + ((first - z) / z**2 - 0.5) * bend
+        if self.num_inference_steps is None:
+            raise UserError("no timesteps yet: call set_timesteps(num_inference_steps) before step")
+        due, visited = self._due, self._visited
+        if due is None or due == len(visited) or visited[due] != t:
+            if t not in visited:
+                raise UserError(f"timestep={t} is not one of the {len(visited)} in scheduler.timesteps")
+            if t != visited[0] and due not in (None, len(visited)):
+                raise UserError(
+                    f"timestep={t}, but {visited[due]} is due: a multistep solver visits them in their order"
+                )
+            due, self._history = visited.index(t), []
+        self._due = due + 1
+        return due
+
+    def _order(self, place: int, h: float) -> int:
+        """Of this step: as many predictions as there are, fewer at the end."""
+        config, left = self.config, len(self._visited) - place
+        few = config.lower_order_final and len(self._visited) < FEW_STEPS
+        # "sigma_min" may be where the last level is already: that step has no length, and so no order.
+        if left == 1 and (few or config.euler_at_final or config.final_sigmas_type == "zero" or not h):
+            return 1
+        return min(len(self._history), 2) if few and left == 2 else len(self._history)

@@ -87,6 +87,22 @@ class Velocity(Parameterization):
         return snr + 1
 
 
+class Flow(Parameterization):
+    """The network predicts v = ε - x0 on a straight path, where α = 1 - σ (Liu et al. 2022, arXiv 2209.03003)."""
+
+    def target(self, x0: Tensor, epsilon: Tensor, alpha: Rate, sigma: Rate) -> Tensor:
+        """ε - x0."""
+        return epsilon - x0
+
+    def x0_and_epsilon(self, prediction: Tensor, x_t: Tensor, alpha: Rate, sigma: Rate) -> tuple[Tensor, Tensor]:
+        """x0 = x_t - σ v and ε = x_t + α v."""
+        return x_t - sigma * prediction, x_t + alpha * prediction
+
+    def error_scale(self, snr: Tensor) -> Tensor:
+        """1 / σ² = (1 + α/σ)²."""
+        return (1 + snr.sqrt()).square()
+
+
 PARAMETERIZATIONS: dict[str, Parameterization] = {
     "epsilon": Epsilon(),
     "sample": Sample(),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
-from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
+from ldm_lab.diffusion.dpm_solver import LEVELS, DPMSolverMultistepScheduler
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.errors import UserError
 
@@ -17,7 +18,7 @@ SAMPLERS: dict[str, type[Scheduler]] = {
 }
 
 # Which timesteps are visited is the sampler's choice, not the model's.
-GRID = ("timestep_spacing", "steps_offset")
+GRID = ("timestep_spacing", "steps_offset", *LEVELS)
 
 
 def named(name: str) -> type[Scheduler]:
@@ -52,7 +53,8 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
         raise UserError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
     if isinstance(scheduler, kind):
         return type(scheduler).from_config(scheduler.config)
-    return kind.from_config(_model_settings(scheduler))
+    known = inspect.signature(kind.__init__).parameters
+    return kind.from_config({key: value for key, value in _model_settings(scheduler).items() if key in known})
 
 
 def _model_settings(scheduler: Scheduler) -> dict[str, Any]:

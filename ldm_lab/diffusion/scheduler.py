@@ -1,4 +1,4 @@
-"""What all schedulers share: the noise levels, the forward process, the list of timesteps, the config.
+"""What all schedulers share: the noise levels, the forward process, the list of timesteps.
 
 A scheduler is the same object in training (`add_noise`, `get_velocity`) and in sampling (`set_timesteps`,
 `step`). Notation: ᾱ_t is `alphas_cumprod[t]`, α_t = √ᾱ_t the rate of the signal, σ_t = √(1 - ᾱ_t) that of
@@ -11,28 +11,28 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple, SupportsIndex
+from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ldm_lab.diffusion.broadcast import per_sample
-from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
-from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
+from ldm_lab.diffusion.checks import is_integer, require
+from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
+from ldm_lab.diffusion.settings import SchedulerSettings
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.diffusion.thresholding import dynamic_threshold
 from ldm_lab.errors import UserError
-from ldm_lab.serialization import Configurable
+from ldm_lab.outputs import BaseOutput
 from ldm_lab.transfer import to_device
-from ldm_lab.untrusted import blaming
 
 END = -1  # the "timestep" after the last one: a clean sample
 
 
-class SchedulerOutput(NamedTuple):
+@dataclass
+class SchedulerOutput(BaseOutput):
     """Result of one step, in the shape and type of the sample that was given.
 
     Attributes:
@@ -41,10 +41,10 @@ class SchedulerOutput(NamedTuple):
     """
 
     prev_sample: Tensor
-    pred_original_sample: Tensor
+    pred_original_sample: Tensor | None = None
 
 
-class Scheduler(Configurable):
+class Scheduler(SchedulerSettings):
     """Base of all schedulers.
 
     A subclass takes its settings as constructor arguments under `register_to_config` (they are read
@@ -57,11 +57,11 @@ class Scheduler(Configurable):
         final_alpha_cumprod: ᾱ after the last step, `()`, float32.
         init_noise_sigma: standard deviation of the noise that sampling starts from.
         timesteps: the timesteps to visit, falling, `(num_inference_steps,)`, int64.
-        num_inference_steps: their number; `None` until `set_timesteps`.
+        num_inference_steps: their number; `None` until `set_timesteps`: all T then.
+        order: evaluations of the network for each step.
     """
 
-    config_name = "scheduler_config.json"
-    ignores_unknown = True
+    order = 1
 
     def __init__(self, set_alpha_to_one: bool = True) -> None:
         config = self.config
@@ -85,45 +85,20 @@ class Scheduler(Configurable):
         self.final_alpha_cumprod = torch.tensor(self._final_alpha_bar, device="cpu")
         # Training needs α_t and σ_t for a batch of t, on the batch's device: (2, T), copied there once.
         self._rates = {torch.device("cpu"): torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()}
-        self._earlier: dict[int, int] | None = None
-
-    def _check_config(self) -> None:
-        config = self.config
-        require_choice("prediction_type", config.prediction_type, PARAMETERIZATIONS)
-        require_choice("timestep_spacing", config.timestep_spacing, SPACINGS)
-        offset, clip, limit = config.steps_offset, config.get("clip_sample_range", 1.0), config.sample_max_value
-        require(is_integer(offset) and offset >= 0, "steps_offset", offset, "a whole number, at least 0")
-        require(is_number(clip) and clip > 0, "clip_sample_range", clip, "a number above 0")
-        require(is_number(limit) and limit >= 1, "sample_max_value", limit, "a number, at least 1")
-        ratio = config.dynamic_thresholding_ratio
-        require(is_number(ratio) and 0 <= ratio <= 1, "dynamic_thresholding_ratio", ratio, "between 0 and 1")
-        for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-            require(isinstance(config.get(key, False), bool), key, config.get(key), "true or false")
+        self._earlier: dict[int, int] = {}
+        self._clip = config.clip_sample_range if config.get("clip_sample") else None  # not all samplers clip
+        if len(self) != config.num_train_timesteps:  # `trained_betas` say how many there are
+            self.register_to_config(num_train_timesteps=len(self))
 
     def __len__(self) -> int:
         return len(self._alpha_bar)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `folder/scheduler_config.json`."""
-        self.save_config(folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> Self:
-        """Build from `folder[/subfolder]/scheduler_config.json`, ours or the namesake's.
-
-        Raises:
-            LoadError: the file is missing, is not JSON, or holds a setting that is not allowed.
-        """
-        config = cls.load_config(folder, subfolder)
-        with blaming(Path(folder, subfolder or "") / cls.config_name):
-            return cls.from_config(config)
 
     # The forward process and its inverse, for a batch with its own timestep per sample.
 
     @property
     def parameterization(self) -> Parameterization:
         """What the network predicts: x0, the noise or the velocity."""
-        return PARAMETERIZATIONS[self.config.prediction_type]
+        return self.parameterizations[self.config.prediction_type]
 
     def rates(self, timesteps: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t as float32 tensors that broadcast against `batch`, on its device.
@@ -212,10 +187,15 @@ class Scheduler(Configurable):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise UserError("set_timesteps needs either num_inference_steps or timesteps")
-        chosen = self._spaced(num_inference_steps) if timesteps is None else [_index(t) for t in timesteps]
+        if timesteps is None:
+            return self._visit(self._spaced(num_inference_steps), device)
+        chosen = [index_of(t) for t in timesteps]
         falls = all(later > earlier for later, earlier in itertools.pairwise(chosen))
         require(bool(chosen) and falls, "timesteps", chosen, "a falling sequence")
         require(chosen[0] < len(self) and chosen[-1] >= 0, "timesteps", chosen, f"within 0..{len(self) - 1}")
+        return self._visit(chosen, device)
+
+    def _visit(self, chosen: list[int], device: torch.device | str | None) -> None:
         self._earlier = dict(zip(chosen, [*chosen[1:], END], strict=True))
         self.num_inference_steps = len(chosen)
         self.timesteps = torch.tensor(chosen, dtype=torch.int64, device=device or "cpu")
@@ -230,26 +210,27 @@ class Scheduler(Configurable):
         return chosen
 
     def previous_timestep(self, timestep: SupportsIndex) -> int:
-        """The timestep that follows `timestep` in the list, or -1 after the last.
+        """The timestep that a step from `timestep` goes to: the next one of `timesteps`, or -1 after the last.
+
+        From a timestep that is not in the list it is t - T // N, as in diffusers, and -1 where that is below 0. There
+        DDIM goes to t - T // N from a listed timestep too, which for "linspace" and "trailing" is not the next one.
 
         Raises:
-            ValueError: before `set_timesteps`, or for a timestep that is not in the list.
+            ValueError: the timestep is not within 0..T-1.
         """
-        if self._earlier is None:
-            raise UserError("no timesteps yet: call set_timesteps(num_inference_steps) before step")
-        t = _index(timestep)
-        if t not in self._earlier:
-            raise UserError(f"timestep={t} is not one of the {len(self._earlier)} in scheduler.timesteps")
-        return self._earlier[t]
+        t = index_of(timestep)
+        require(0 <= t < len(self), "timestep", t, f"within 0..{len(self) - 1}")
+        stride = len(self) // (self.num_inference_steps or len(self))
+        return self._earlier.get(t, max(t - stride, END))
 
     # What the steps of the subclasses are made of. A step has one timestep for the whole batch.
 
     def _step_times(self, timestep: SupportsIndex, prev_timestep: SupportsIndex | None) -> tuple[int, int]:
         """The timestep of the step and the one it goes to (below 0: the end)."""
-        t = _index(timestep)
+        t = index_of(timestep)
         if prev_timestep is None:
             return t, self.previous_timestep(t)
-        earlier = _index(prev_timestep)
+        earlier = index_of(prev_timestep)
         require(0 <= t < len(self), "timestep", t, f"within 0..{len(self) - 1}")
         require(earlier < t, "prev_timestep", earlier, f"below timestep={t}")
         return t, earlier
@@ -258,23 +239,24 @@ class Scheduler(Configurable):
         """ᾱ_t in double precision; below 0 that of the end of the chain."""
         return self._alpha_bar[timestep] if timestep >= 0 else self._final_alpha_bar
 
-    def _denoise(self, model_output: Tensor, t: int, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """x0, clipped or thresholded as configured, and ε; in the type of `x_t`."""
+    def _denoise(
+        self, model_output: Tensor, t: int, x_t: Tensor, rates: tuple[float, float] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x0, clipped or thresholded as configured, and ε, in the type of `x_t`; α and σ are those of t, or `rates`."""
         if model_output.shape != x_t.shape:
             raise UserError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(x_t.shape)}")
-        alpha_bar = self._alpha_bar[t]
-        if alpha_bar == 0 and self.parameterization.needs_signal:
+        rates = rates or (math.sqrt(self._alpha_bar[t]), math.sqrt(1 - self._alpha_bar[t]))
+        if rates[0] == 0 and self.parameterization.needs_signal:
             raise UserError(
                 f"prediction_type={self.config.prediction_type!r} says nothing of x0 at timestep {t}, where "
                 "alphas_cumprod is 0 (zero terminal SNR): use 'v_prediction', or rescale_betas_zero_snr=False"
             )
-        rates = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
         x0, epsilon = self.parameterization.x0_and_epsilon(model_output.to(x_t.dtype), x_t, *rates)
         config = self.config
         if config.thresholding:
             x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.get("clip_sample"):  # not all samplers clip
-            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        elif self._clip is not None:
+            x0 = x0.clamp(-self._clip, self._clip)
         return x0, epsilon
 
 
@@ -288,7 +270,8 @@ def at_least_float32(sample: Tensor) -> Tensor:
     return sample.to(torch.promote_types(sample.dtype, torch.float32))
 
 
-def _index(timestep: SupportsIndex) -> int:
+def index_of(timestep: SupportsIndex) -> int:
+    """A timestep as a number. Raises `ValueError` where it is none, or not one."""
     try:
         return operator.index(timestep)
     except TypeError:

@@ -71,7 +71,8 @@ def make_betas(
         num_train_timesteps: T.
         beta_start: β of the first timestep, in (0, 1); no meaning for the cosine schedule.
         beta_end: β of the last timestep, in (0, 1).
-        trained_betas: T betas that take the place of the schedule.
+        trained_betas: betas that take the place of the schedule; there are as many timesteps as betas, whatever
+            `num_train_timesteps` says.
         rescale_betas_zero_snr: apply `rescale_zero_terminal_snr` at the end.
 
     Raises:
@@ -85,7 +86,7 @@ def make_betas(
     if trained_betas is None:
         betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
     else:
-        betas = _checked_betas(trained_betas, num_train_timesteps)
+        betas = _checked_betas(trained_betas)
     if not rescale_betas_zero_snr:
         return betas
     require(len(betas) > 1, "num_train_timesteps", len(betas), "at least 2 with rescale_betas_zero_snr")
@@ -107,13 +108,11 @@ def cumulative_signal(betas: Tensor) -> Tensor:
     return alpha_bar
 
 
-def _checked_betas(trained_betas: Sequence[float], num_train_timesteps: int) -> Tensor:
+def _checked_betas(trained_betas: Sequence[float]) -> Tensor:
     if not isinstance(trained_betas, Sequence) or not all(type(beta) in (int, float) for beta in trained_betas):
         raise UserError("trained_betas must be a list of numbers")
-    if len(trained_betas) != num_train_timesteps:
-        raise UserError(
-            f"trained_betas has {len(trained_betas)} values, num_train_timesteps={num_train_timesteps}: make them equal"
-        )
+    possible = 1 <= len(trained_betas) <= MAX_TIMESTEPS
+    require(possible, "trained_betas", trained_betas, f"a list of 1 to {MAX_TIMESTEPS} numbers")
     betas = torch.tensor(trained_betas, dtype=torch.float64, device="cpu")
     # Only the last timestep may be pure noise (β = 1): after it there is nothing left to add noise to.
     allowed = (betas > 0) & (betas < 1)

@@ -26,7 +26,7 @@ from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.blocks import DownBlock, MidBlock, UpBlock
-from ldm_lab.nn.embedding import TimestepEmbedding, sinusoid
+from ldm_lab.nn.embedding import FourierFeatures, TimestepEmbedding, sinusoid
 from ldm_lab.nn.recomputed import GradientCheckpointing
 from ldm_lab.nn.resample import Downsample, Upsample
 from ldm_lab.nn.resnet import ResnetBlock
@@ -46,14 +46,15 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         sample_size: resolution of what it denoises, an integer or (height, width); information only.
         in_channels: channels of the input.
         out_channels: channels of the prediction.
-        center_input_sample: False alone is supported.
-        time_embedding_type: `positional` alone is supported.
+        center_input_sample: whether the input is in [0, 1], and moved to [-1, 1].
+        time_embedding_type: `positional`, or `fourier`: random frequencies of the logarithm of a noise level above 0,
+            by which the output is divided.
         time_embedding_dim: length of the time embedding; None means four times the first width.
         freq_shift: see `nn.embedding.sinusoid`.
         flip_sin_to_cos: see `nn.embedding.sinusoid`.
         down_block_types: per resolution, highest first: `DownBlock2D`, `AttnDownBlock2D`, or
             `ResnetDownsampleBlock2D`, which has no attention and downsamples by a residual block.
-        mid_block_type: `UNetMidBlock2D` alone is supported.
+        mid_block_type: `UNetMidBlock2D`, or None for no block in the middle.
         up_block_types: per resolution, lowest first: `UpBlock2D`, `AttnUpBlock2D` or `ResnetUpsampleBlock2D`.
         block_out_channels: width per resolution, highest first.
         layers_per_block: residual blocks per resolution on the way down; one more on the way up.
@@ -64,8 +65,8 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         upsample_type: how an `AttnUpBlock2D` upsamples: `conv`, or `resnet`, a residual block that repeats pixels.
         dropout: probability, in every residual block.
         act_fn: `silu` alone is supported.
-        attention_head_dim: channels of one attention head; None means one head. Without effect where
-            `num_attention_heads` is given.
+        attention_head_dim: channels of one attention head, see `nn.attention.AttentionBlock`; None means one head.
+            Without effect where `num_attention_heads` is given.
         norm_num_groups: groups of every normalisation.
         attn_norm_num_groups: groups of the middle attention's; None means `norm_num_groups`, but with
             `scale_shift` no normalisation, as in the namesake.
@@ -127,12 +128,15 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         heads = {"num_heads": num_attention_heads} if num_attention_heads else {"dim_head": attention_head_dim}
         attention = partial(AttentionBlock, **norm, **heads)
         mid_groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
-        mid_attention = partial(attention, groups=mid_groups)
+        mid_attention = partial(attention, groups=mid_groups) if add_attention else nn.Identity
 
-        self.time_embedding = TimestepEmbedding(widths[0], time_channels)
+        fourier = time_embedding_type == "fourier"
+        sines = partial(sinusoid, dim=widths[0], flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift)
+        self.time_proj = FourierFeatures(widths[0]) if fourier else sines
+        self.time_embedding = TimestepEmbedding(widths[0] * (1 + fourier), time_channels)
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = self._down_blocks(resnet, attention)
-        self.mid_block = MidBlock(widths[-1], resnet, mid_attention if add_attention else nn.Identity)
+        self.mid_block = MidBlock(widths[-1], resnet, mid_attention) if mid_block_type else None
         self.up_blocks = self._up_blocks(resnet, attention)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
@@ -163,7 +167,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         require_widths(config.block_out_channels, config.norm_num_groups, **types)
         require_divides("attn_norm_num_groups", config.attn_norm_num_groups or 1, config.block_out_channels[-1])
         require_sample_size(config.sample_size)
-        require_bool(add_attention=config.add_attention, flip_sin_to_cos=config.flip_sin_to_cos)
+        require_bool(**{key: config[key] for key in ("add_attention", "center_input_sample", "flip_sin_to_cos")})
         require_number(0, 1, dropout=config.dropout)
         require_number(1e-12, 1, norm_eps=config.norm_eps)
         require_number(0, max(config.block_out_channels[0] // 2, 1), freq_shift=config.freq_shift)
@@ -234,16 +238,20 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         if class_labels is not None:
             raise UserError("class_labels were given, but this UNet2DModel is unconditional")
         require_input(sample.shape, self.config.in_channels, self.downsample_factor, "UNet2DModel")
-        time_embedding = self._embed_time(timestep, sample)
+        timesteps = self._timesteps(timestep, sample)
+        time_embedding = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
 
-        x = self.conv_in(sample)
+        x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
         skips = [x]
         for block in self.down_blocks:
             x = block(x, time_embedding, skips)
-        x = self.mid_block(x, time_embedding)
+        if self.mid_block is not None:
+            x = self.mid_block(x, time_embedding)
         for block in self.up_blocks:
             x = block(x, time_embedding, skips)
         x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        if self.config.time_embedding_type == "fourier":
+            x = (x / timesteps[:, None, None, None]).to(x.dtype)
         return UNet2DOutput(x) if return_dict else (x,)
 
     @property
@@ -267,23 +275,20 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
             layer.weight.zero_()
             layer.bias.zero_()
 
-    def _embed_time(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
-        """One number or `(B,)` -> `(B, time_channels)`."""
+    @staticmethod
+    def _timesteps(timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """One number or `(B,)` -> `(B,)`."""
         if not isinstance(timestep, Tensor):
             timestep = torch.full((), timestep, device=sample.device)
         if timestep.shape not in ((), (1,), sample.shape[:1]):
             raise UserError(f"timestep has shape {tuple(timestep.shape)}, the batch has {len(sample)} samples")
-        timesteps = timestep.to(sample.device).expand(len(sample))
-        config = self.config
-        waves = sinusoid(timesteps, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        return self.time_embedding(waves.to(self.dtype))
+        return timestep.to(sample.device).expand(len(sample))
 
 
 # Of these arguments of the namesake, the values that the architecture here covers.
 _SUPPORTED = {
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
+    "time_embedding_type": ("positional", "fourier"),
+    "mid_block_type": ("UNetMidBlock2D", None),
     "mid_block_scale_factor": (1,),
     "downsample_padding": (1, 0),
     "downsample_type": ("conv", "resnet"),

@@ -14,13 +14,14 @@ class AttentionBlock(Recomputed):
 
     Args:
         channels: channels of the feature map.
-        dim_head: channels of one head; None means one head that has them all.
+        dim_head: channels of one head; None means one head that has them all. Where it does not divide `channels`,
+            there are as many whole heads as fit, on fewer channels.
         groups: groups of the normalisation; None leaves it out.
         eps: added to the variance by the normalisation.
         num_heads: number of heads, in place of `dim_head`.
 
     Raises:
-        ValueError: `dim_head` or `num_heads` does not divide `channels`.
+        ValueError: `num_heads` does not divide `channels`, or they are fewer than `dim_head`.
     """
 
     def __init__(
@@ -32,15 +33,17 @@ class AttentionBlock(Recomputed):
         num_heads: int | None = None,
     ) -> None:
         super().__init__()
-        for key, value in (("attention_head_dim", dim_head), ("num_attention_heads", num_heads)):
-            if value is not None and channels % value:
-                raise UserError(f"{key}={value} does not divide the {channels} channels of a block")
+        if num_heads and channels % num_heads:
+            raise UserError(f"num_attention_heads={num_heads} does not divide the {channels} channels of a block")
         self.dim_head = channels // num_heads if num_heads else dim_head or channels
+        if self.dim_head > channels:
+            raise UserError(f"attention_head_dim={dim_head} is more than the {channels} channels of a block")
+        inner = channels // self.dim_head * self.dim_head
         self.group_norm = nn.Identity() if groups is None else nn.GroupNorm(groups, channels, eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.Sequential(nn.Linear(inner, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W) -> (B, C, H, W)`; memory grows with H*W, not with its square, where the kernel is fused."""

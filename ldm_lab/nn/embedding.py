@@ -1,4 +1,4 @@
-"""How a network is told the timestep: a sinusoid, then a small perceptron."""
+"""How a network is told the timestep: waves of many frequencies, then a small perceptron."""
 
 from __future__ import annotations
 
@@ -29,6 +29,25 @@ def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shi
     angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000) * exponents)  # (B,) -> (B, dim/2)
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(waves, dim=1), (0, dim % 2))  # (B, dim)
+
+
+class FourierFeatures(nn.Module):
+    """Waves of random frequencies, which training leaves as they are (Song et al. 2021, arXiv 2011.13456, app. C.1).
+
+    Args:
+        features: how many frequencies.
+    """
+
+    SCALE = 16.0  # standard deviation of the frequencies
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features) * self.SCALE, requires_grad=False)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Noise levels or timesteps above 0, `(B,)` -> sines and cosines of their logarithm, `(B, 2 features)`."""
+        angles = 2 * math.pi * noise.float().log()[:, None] * self.weight  # (B,) -> (B, features)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class TimestepEmbedding(nn.Module):

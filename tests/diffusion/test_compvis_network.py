@@ -58,6 +58,6 @@ def test_ten_ddim_steps(predict, eta):
     x = io["in.ddim_xT"]
     for step, t in enumerate(scheduler.timesteps):
         noise = io["in.ddim_eta1_noise"][step] if eta else None
-        x, x0 = scheduler.step(predict(x, t), t, x, eta=eta, variance_noise=noise)
+        x, x0 = scheduler.step(predict(x, t), t, x, eta=eta, variance_noise=noise).to_tuple()
         assert_close_relative(x, io[f"ddim10.eta{eta}.x"][step + 1])
         assert_close_relative(x0, io[f"ddim10.eta{eta}.pred_x0"][step + 1])

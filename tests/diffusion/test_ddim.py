@@ -79,7 +79,7 @@ def noise_levels(scheduler, eta):
     zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     rows = []
     for t in scheduler.timesteps.flip(0):
-        prev, x0 = (value.item() for value in scheduler.step(zero, t, one))  # √(ᾱ_prev / ᾱ) and 1 / √ᾱ
+        prev, x0 = (value.item() for value in scheduler.step(zero, t, one).to_tuple())  # √(ᾱ_prev / ᾱ) and 1 / √ᾱ
         sigma = scheduler.step(zero, t, zero, eta=eta, variance_noise=one).prev_sample.item()
         rows.append((x0**-2, (prev / x0) ** 2, sigma))
     return torch.tensor(rows, dtype=torch.float64).unbind(1)

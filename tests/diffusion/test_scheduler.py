@@ -118,24 +118,67 @@ def test_built_under_another_default_device_the_tables_stay_real():
 
 
 @BOTH
-def test_a_step_needs_a_listed_timestep(scheduler_class):
+def test_a_step_needs_a_timestep_of_the_schedule(scheduler_class):
     scheduler, x = scheduler_class(), torch.zeros(1, 2)
-    with pytest.raises(ValueError, match="call set_timesteps"):
-        scheduler.step(x, 900, x)
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep=901 is not one of the 10"):
-        scheduler.step(x, 901, x)
-    with pytest.raises(ValueError, match="not one whole number"):
-        scheduler.step(x, 900.0, x)
-    with pytest.raises(ValueError, match="not one whole number"):
-        scheduler.step(x, torch.tensor([900, 900]), x)
+    for wrong in (900.0, torch.tensor([900, 900]), "900", None):
+        with pytest.raises(ValueError, match="not one whole number"):
+            scheduler.step(x, wrong, x)
     scheduler.step(x, 901, x, prev_timestep=-5)
     with pytest.raises(ValueError, match=r"prev_timestep=950 .* below timestep=901"):
         scheduler.step(x, 901, x, prev_timestep=950)
-    with pytest.raises(ValueError, match="timestep=1000"):
-        scheduler.step(x, 1000, x, prev_timestep=1)
+    for wrong in (1000, -1):
+        with pytest.raises(ValueError, match=rf"timestep={wrong} .* within 0\.\.999"):
+            scheduler.step(x, wrong, x)
+        with pytest.raises(ValueError, match=f"timestep={wrong}"):
+            scheduler.step(x, wrong, x, prev_timestep=-2)
     with pytest.raises(ValueError, match=r"model_output has shape \(1, 4\)"):
         scheduler.step(torch.zeros(1, 4), 900, x)
+
+
+@BOTH
+def test_without_set_timesteps_all_of_the_schedule_are_visited(scheduler_class):
+    scheduler, complete = scheduler_class(), scheduler_class()
+    complete.set_timesteps(1000)
+    assert torch.equal(scheduler.timesteps, complete.timesteps)
+    x, noise = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    for t in (999, torch.tensor(500), torch.tensor([1]), 0):
+        results = [each.step(0.3 * x, t, x, variance_noise=noise).prev_sample for each in (scheduler, complete)]
+        assert torch.equal(*results)
+
+
+@BOTH
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_from_a_timestep_that_is_not_listed_a_step_goes_t_over_n_back(scheduler_class, spacing):
+    scheduler, x = scheduler_class(timestep_spacing=spacing), torch.randn(2, 3)
+    scheduler.set_timesteps(7)  # 1000 // 7 = 142
+    noise = {"variance_noise": torch.randn(2, 3)}
+    for t in (990, torch.tensor(335), 141, 1):
+        assert int(t) not in scheduler.timesteps.tolist()
+        expected = scheduler.step(0.3 * x, t, x, **noise, prev_timestep=int(t) - 142).prev_sample
+        assert torch.equal(scheduler.step(0.3 * x, t, x, **noise).prev_sample, expected)
+    assert [scheduler.previous_timestep(t) for t in (335, 141)] == [193, -1]
+
+
+@pytest.mark.parametrize("t", [990, 333, 141, 1, 0])
+def test_from_any_timestep_ddim_goes_where_the_namesake_does(t):
+    settings = {"clip_sample": False, "timestep_spacing": "leading"}
+    ours, theirs = DDIMScheduler(**settings), pytest.importorskip("diffusers").DDIMScheduler(**settings)
+    x, output = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+    assert_close_relative(ours.step(output, t, x).prev_sample, theirs.step(output, t, x).prev_sample, 1e-4)
+
+
+@pytest.mark.parametrize("t", [999, 500, 1, 0])
+def test_without_set_timesteps_ddpm_steps_as_the_namesake_does(t):
+    ours, theirs = DDPMScheduler(), pytest.importorskip("diffusers").DDPMScheduler()
+    x, output = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    results = [
+        scheduler.step(output, torch.tensor(t), x, generator=torch.Generator().manual_seed(1)).prev_sample
+        for scheduler in (ours, theirs)
+    ]
+    assert_close_relative(*results, 1e-4)
 
 
 @BOTH
@@ -157,6 +200,8 @@ def test_result_is_named_and_a_tuple(scheduler_class):
     assert type(plain) is tuple
     assert torch.equal(named.prev_sample, plain[0])
     assert torch.equal(named.pred_original_sample, plain[1])
+    assert list(named) == ["prev_sample", "pred_original_sample"]
+    assert named[0] is named["prev_sample"] is named.prev_sample
 
 
 @BOTH

@@ -119,6 +119,10 @@ UNET_CASES = {
         "up_block_types": ["AttnUpBlock2D"] * 2,
     },
     "resampling that plain blocks ignore": RESAMPLED,
+    "heads that do not divide the width": {"attention_head_dim": 5},
+    "no block in the middle": {"mid_block_type": None},
+    "random frequencies": {"time_embedding_type": "fourier", "resnet_time_scale_shift": "scale_shift"},
+    "images in [0, 1]": {"center_input_sample": True},
 }
 
 
@@ -185,6 +189,8 @@ def test_unets_go_there_and_back(diffusers, case, tmp_path):
     x, timesteps = torch.randn(2, ours.config.in_channels, 8, 8), torch.tensor([3, 800])
     ours.save_pretrained(tmp_path / "ours")
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    for trainable in (False, True):
+        assert ours.num_parameters(trainable) == theirs.num_parameters(trainable)
     assert_close_relative(ours(x, timesteps).sample, theirs(x, timesteps).sample)
 
     theirs.save_pretrained(tmp_path / "theirs")
@@ -212,7 +218,10 @@ def some_unet(draw):
         **some_sizes(draw, levels),
         "down_block_types": [draw.choice([*down, "ResnetDownsampleBlock2D"]) for _ in range(levels)],
         "up_block_types": [draw.choice([*up, "ResnetUpsampleBlock2D"]) for _ in range(levels)],
-        "attention_head_dim": draw.choice([None, 1, 4, 8]),
+        "attention_head_dim": draw.choice([None, 1, 3, 4, 7, 8]),
+        "mid_block_type": draw.choice([None, "UNetMidBlock2D"]),
+        "time_embedding_type": draw.choice(["positional", "fourier"]),
+        "center_input_sample": draw.choice([False, True]),
         "time_embedding_dim": draw.choice([None, 20]),
         "flip_sin_to_cos": draw.choice([True, False]),
         "freq_shift": draw.choice([0, 1]),

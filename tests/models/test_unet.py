@@ -160,7 +160,7 @@ def test_folders_round_trip(model, tmp_path):
             " use 'DownBlock2D' or 'AttnDownBlock2D' or 'ResnetDownsampleBlock2D'",
         ),
         ({"block_out_channels": [8]}, "down_block_types has 2 entries, block_out_channels=[8] has 1"),
-        ({"attention_head_dim": 5}, "attention_head_dim=5 does not divide the 16 channels of a block"),
+        ({"attention_head_dim": 17}, "attention_head_dim=17 is more than the 16 channels of a block"),
         ({"attention_head_dim": 0}, "attention_head_dim=0 is not a positive integer"),
         (HEADS | {"num_attention_heads": 3}, "num_attention_heads=3 does not divide the 16 channels of a block"),
         (HEADS | {"num_attention_heads": 0}, "num_attention_heads=0 is not a positive integer"),

@@ -60,8 +60,9 @@ def test_attention_is_a_softmax_over_positions_in_each_head(dim_head):
 def test_attention_keys_and_heads():
     parts = ("group_norm", "to_q", "to_k", "to_v", "to_out.0")
     assert set(AttentionBlock(32).state_dict()) == {f"{p}.{kind}" for p in parts for kind in ("weight", "bias")}
-    with pytest.raises(ValueError, match="attention_head_dim=24 does not divide the 32 channels"):
-        AttentionBlock(32, dim_head=24)
+    with pytest.raises(ValueError, match="attention_head_dim=33 is more than the 32 channels"):
+        AttentionBlock(32, dim_head=33)
+    assert AttentionBlock(32, dim_head=24).to_q.weight.shape == (24, 32)
 
 
 def test_attention_by_number_of_heads():

@@ -111,7 +111,7 @@ UNET = {
     "out_channels": [10**18, 10**400, None],
     "down_block_types": [[1, 2], [{}, {}], "DownBlock2D", ["os.system", "DownBlock2D"], [["DownBlock2D"]], None],
     "up_block_types": [["../UpBlock2D", "UpBlock2D"], ["UpBlock2D"] * 10**4],
-    "attention_head_dim": [0, -1, "8", True, 10**12, 7],
+    "attention_head_dim": [0, -1, "8", True, 10**12, 49],
     "num_attention_heads": [0, -1, "2", 10**12],
     "time_embedding_dim": [10**12, -1, "128"],
     "freq_shift": [NAN, INFINITY, -INFINITY, 16, "0", True],

@@ -1,0 +1,99 @@
+"""The settings of a scheduler: which are allowed, their file, and how one scheduler takes over those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
+from ldm_lab.diffusion.spacing import SPACINGS
+from ldm_lab.notices import say_once
+from ldm_lab.serialization import Configurable, FrozenConfig
+from ldm_lab.untrusted import blaming
+
+# Settings that one or another of the schedulers here and in diffusers has, which all take one another's configs.
+SHARED = {
+    "algorithm_type", "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio",
+    "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped",
+    "lower_order_final", "noise_sampler_seed", "predict_x0", "rescale_betas_zero_snr", "rho", "sample_max_value",
+    "set_alpha_to_one", "shift_terminal", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule", "skip_prk_steps",
+    "solver_order", "solver_p", "solver_type", "steps_offset", "thresholding", "time_shift_type", "timestep_spacing",
+    "timestep_type", "use_beta_sigmas", "use_dynamic_shifting", "use_exponential_sigmas", "use_flow_sigmas",
+    "use_karras_sigmas", "use_lu_lambdas", "variance_type",
+}  # fmt: skip
+
+
+class SchedulerSettings(Configurable):
+    """What `Scheduler` is built from.
+
+    Attributes:
+        parameterizations: what a network may predict, by name.
+    """
+
+    config_name = "scheduler_config.json"
+    ignores_unknown = True
+    parameterizations: ClassVar[Mapping[str, Parameterization]] = PARAMETERIZATIONS
+
+    def _check_config(self) -> None:
+        config = self.config
+        require_choice("prediction_type", config.prediction_type, self.parameterizations)
+        require_choice("timestep_spacing", config.timestep_spacing, SPACINGS)
+        offset, clip, limit = config.steps_offset, config.get("clip_sample_range", 1.0), config.sample_max_value
+        require(is_integer(offset) and offset >= 0, "steps_offset", offset, "a whole number, at least 0")
+        require(is_number(clip) and clip > 0, "clip_sample_range", clip, "a number above 0")
+        require(is_number(limit) and limit > 0, "sample_max_value", limit, "a number above 0")
+        ratio = config.dynamic_thresholding_ratio
+        require(is_number(ratio) and 0 <= ratio <= 1, "dynamic_thresholding_ratio", ratio, "between 0 and 1")
+        for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+            require(isinstance(config.get(key, False), bool), key, config.get(key), "true or false")
+
+    @property
+    def compatibles(self) -> list[type[SchedulerSettings]]:
+        """The classes of this package that can be built from this scheduler's config: all of its samplers.
+
+        So can those that diffusers calls compatible with the namesake; a pipeline takes them too.
+        """
+        from ldm_lab.diffusion.samplers import SAMPLERS  # they are made of this class
+
+        return list(SAMPLERS.values())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder/scheduler_config.json`."""
+        self.save_config(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None, **overrides: Any) -> Self:  # noqa: ANN401
+        """Build from `folder[/subfolder]/scheduler_config.json`, ours or the namesake's.
+
+        Raises:
+            LoadError: the file is missing, is not JSON, or holds a setting that is not allowed.
+        """
+        config = cls.load_config(folder, subfolder)
+        with blaming(Path(folder, subfolder or "") / cls.config_name):
+            return cls.from_config(config, **overrides)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
+        """Build from the config of any scheduler, ours or one of diffusers; keyword arguments replace its entries.
+
+        As there, settings that the other one was not given take the defaults of this class, and settings that this
+        class does not have stay in its config, for the next that is built from it.
+        """
+        defaults = config.get("_use_default_values", ())
+        values = {key: value for key, value in config.items() if key not in defaults and not key.startswith("_")}
+        if values.get("variance_type", "") is None:  # as DPM-Solver has it, which knows none
+            del values["variance_type"]
+        scheduler = super().from_config(values, **overrides)
+        others = {key: value for key, value in values.items() if key not in scheduler.config}
+        if unknown := sorted(others.keys() - SHARED):
+            say_once(
+                f"{cls.__name__} ignores the settings {', '.join(unknown)} of its config: it has none of these names"
+            )
+        if others:
+            defaults = scheduler.config.get("_use_default_values")
+            scheduler.config = FrozenConfig({**others, **scheduler.config}, defaults)
+        return scheduler
