@@ -74,7 +74,7 @@ def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
     try:
         check_code({"schedule": node, "plugins": list(plugins)})
         return build(DictConfig(node), "model.schedule")
-    except ValueError:
+    except UserError:
         return None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldm_lab import checkpoint, hub
+from ldm_lab.errors import UserError
 from ldm_lab.lengths import parse_images, short
 from ldm_lab.notices import say_once
 from ldm_lab.untrusted import LoadError, read_json
@@ -122,7 +123,7 @@ def _snapshot(source: str) -> State:
     there = f"there are {', '.join(map(short, taken))}"
     try:
         images = parse_images(text, source)
-    except ValueError as error:
+    except UserError as error:
         raise LoadError(f"{source}: {text!r} is no number of images such as 2M; {there}") from error
     nearest = min(taken, key=lambda count: abs(count - images))
     if abs(nearest - images) > TOLERANCE * images:

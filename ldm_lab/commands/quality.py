@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     text = Workshop(options).table()
     print(text)
     with replacing(options.runs / "quality.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     text = page(read(options.runs), Budget(options.pictures, options.width, options.quality))
     with replacing(options.output) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "replace"))  # a folder's name may be no text
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # a folder's name may be no text
     size = options.output.stat().st_size / MEGABYTE
     print(f"{options.output}: {len(options.runs)} run(s), {size:.1f} MB; open it in a browser")
 

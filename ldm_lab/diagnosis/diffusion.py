@@ -42,7 +42,7 @@ def learned(readings: Readings) -> Finding:
     spread = readings.values("val/latent_std") or [1.0]
     try:
         zero = loss_of_zero(readings.config, spread[-1])
-    except ValueError as error:
+    except UserError as error:
         return Finding(check, UNKNOWN, f"of this objective it is not known what zero costs: {error}")
     found = readings.values(metric)[-1]
     words = f"val/loss is {found:.3g}, {{:.2g}} of the {zero:.3g} of predicting zero"

@@ -104,7 +104,7 @@ class Request:
 
     def said_of(self, run: Path | None) -> Target | None:
         """The data of a run where they are there: what is named beside them does not need them."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             return self.run_data(run)
         return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm_lab import sampling, states
+from ldm_lab import sampling, signatures, states
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.drawn import DrawnImages, drawn_or_folder
@@ -142,8 +142,9 @@ def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None)
     if cache_dir and "cache_dir" in settings:
         settings["cache_dir"] = cache_dir
     try:
+        signatures.check(kind, (), settings)
         return kind(**settings)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise LoadError(f"{path}: {one_line(error)}; the images can be named with --data") from error
 
 

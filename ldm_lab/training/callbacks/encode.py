@@ -17,8 +17,9 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.data.datamodule import ImageDataModule, Loader, spread
+from ldm_lab.data.datamodule import ImageDataModule, spread
 from ldm_lab.data.latents import DTYPES, UNKNOWN, CachedLatents, Error, LatentCache, Shard, relative_rms
+from ldm_lab.data.loading import Loader
 from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
