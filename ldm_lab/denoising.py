@@ -46,7 +46,7 @@ def denoise(
         Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample`.
 
     Raises:
-        ValueError: `eta` is not 0 and the scheduler has none.
+        UserError: `eta` is not 0 and the scheduler has none.
     """
     if eta and not isinstance(scheduler, DDIMScheduler):
         raise UserError(f"eta is {eta}, but {type(scheduler).__name__} has none: use DDIMScheduler or eta=0")

@@ -151,7 +151,7 @@ class LDMPipeline:
             callback: called after each step with (step, timestep, latents).
 
         Raises:
-            ValueError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
+            UserError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
                 NaN or infinity.
         """
         self._check(batch_size, output_type, latents)
@@ -171,7 +171,7 @@ class LDMPipeline:
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
     def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
-        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size."""
+        """What sampling starts from, `(B, C, h, w)`. Raises `UserError` where the UNet's config has no size."""
         size = self.unet.config.sample_size
         if size is None:
             raise UserError("the UNet's config has no sample_size: pass latents=")

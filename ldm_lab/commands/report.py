@@ -20,7 +20,7 @@ MEGABYTE = 1e6
 
 
 def main(argv: list[str]) -> None:
-    """Write the page. Raises `ValueError` for what is no run, has no metrics, or would be overwritten."""
+    """Write the page. Raises `UserError` for what is no run, has no metrics, or would be overwritten."""
     options = parse(argv)
     text = page(read(options.runs), Budget(options.pictures, options.width, options.quality))
     with replacing(options.output) as temporary:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `ValueError` naming the flag."""
+    """The flags, checked. Raises `UserError` naming the flag."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab report", description=__doc__, formatter_class=text)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, or that of one stage")
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read(folders: list[Path]) -> list[RunRecord]:
-    """The records of the runs. Raises `ValueError` for a run that is named twice, `LoadError` for what is none."""
+    """The records of the runs. Raises `UserError` for a run that is named twice, `LoadError` for what is none."""
     runs = [read_run(folder) for folder in folders]
     places = [run.folder.resolve() for run in runs]
     for folder, place in zip(folders, places, strict=True):

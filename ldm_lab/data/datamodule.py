@@ -112,7 +112,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return max(1, self.global_batch_size // world_size)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches for one optimizer step. Raises `ValueError` where they do not fill a global batch."""
+        """Micro-batches for one optimizer step. Raises `UserError` where they do not fill a global batch."""
         return accumulation(self.global_batch_size, self.device_batch_size(world_size), world_size)
 
     def prepare_data(self) -> None:

@@ -54,7 +54,7 @@ class FolderImages(ImageDataset):
         seed: of crops and flips.
 
     Raises:
-        ValueError: an argument cannot be used, or the folder is missing or holds no images.
+        UserError: an argument cannot be used, or the folder is missing or holds no images.
         ImageError: (on access) a file cannot be decoded, or with "skip" too many in a row; the message names it.
     """
 

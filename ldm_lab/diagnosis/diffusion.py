@@ -87,7 +87,7 @@ def loss_of_zero(config: dict[str, Any], std: float = 1.0) -> float:
         std: standard deviation of the scaled latents, whose mean is 0.
 
     Raises:
-        ValueError: the parts are none of this package; the message names which.
+        UserError: the parts are none of this package; the message names which.
     """
     scheduler = DDIMScheduler.from_config(_arguments(config, "model.scheduler"))
     weighting = _part(config, "model.objective.weighting", ("PlainWeighting", "MinSNRWeighting"))

@@ -57,7 +57,7 @@ class DDPMScheduler(Scheduler):
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        UserError: an unknown name, or a value out of its range.
     """
 
     @register_to_config
@@ -109,7 +109,7 @@ class DDPMScheduler(Scheduler):
                 `timestep` need not be listed then.
 
         Raises:
-            ValueError: `set_timesteps` was not called; t is not listed; epsilon prediction where
+            UserError: `set_timesteps` was not called; t is not listed; epsilon prediction where
                 ᾱ_t = 0; shapes or the number of generators do not fit.
         """
         t, earlier = self._step_times(timestep, prev_timestep)

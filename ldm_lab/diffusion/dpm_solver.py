@@ -100,7 +100,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        UserError: an unknown name, or a value out of its range.
     """
 
     @register_to_config
@@ -191,7 +191,7 @@ class DPMSolverMultistepScheduler(Scheduler):
             return_dict: `False` for a plain tuple.
 
         Raises:
-            ValueError: `set_timesteps` was not called; t is not the one that is due; epsilon prediction where
+            UserError: `set_timesteps` was not called; t is not the one that is due; epsilon prediction where
                 ᾱ_t = 0; shapes or the number of generators do not fit.
         """
         t, earlier = self._step_times(timestep, None)

@@ -133,7 +133,7 @@ class Scheduler(Configurable):
             batch: `(B, ...)`.
 
         Raises:
-            ValueError: as many timesteps as fit neither, or, where looking costs no synchronisation
+            UserError: as many timesteps as fit neither, or, where looking costs no synchronisation
                 (on the CPU), a timestep out of range.
         """
         if timesteps.device.type == "cpu" and timesteps.numel():
@@ -208,7 +208,7 @@ class Scheduler(Configurable):
             timesteps: the timesteps themselves, instead of N.
 
         Raises:
-            ValueError: N, or a timestep, is out of range; the timesteps do not fall.
+            UserError: N, or a timestep, is out of range; the timesteps do not fall.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise UserError("set_timesteps needs either num_inference_steps or timesteps")
@@ -233,7 +233,7 @@ class Scheduler(Configurable):
         """The timestep that follows `timestep` in the list, or -1 after the last.
 
         Raises:
-            ValueError: before `set_timesteps`, or for a timestep that is not in the list.
+            UserError: before `set_timesteps`, or for a timestep that is not in the list.
         """
         if self._earlier is None:
             raise UserError("no timesteps yet: call set_timesteps(num_inference_steps) before step")

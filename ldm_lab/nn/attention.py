@@ -20,7 +20,7 @@ class AttentionBlock(Recomputed):
         num_heads: number of heads, in place of `dim_head`.
 
     Raises:
-        ValueError: `dim_head` or `num_heads` does not divide `channels`.
+        UserError: `dim_head` or `num_heads` does not divide `channels`.
     """
 
     def __init__(

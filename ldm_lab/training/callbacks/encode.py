@@ -44,7 +44,7 @@ class Encode(Callback):
         """Encode.
 
         Raises:
-            ValueError: the disk has no room, a number does not fit the dtype, or an image cannot be decoded.
+            UserError: the disk has no room, a number does not fit the dtype, or an image cannot be decoded.
             LoadError: the cache is damaged.
         """
         data = trainer.datamodule
@@ -80,7 +80,7 @@ def tell(logger: Any, cache: LatentCache, new: bool) -> None:  # noqa: ANN401
 
 
 def check_room(cache: LatentCache, cache_dir: object) -> None:
-    """Raises `ValueError` where the disk has no room for what is missing."""
+    """Raises `UserError` where the disk has no room for what is missing."""
     needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
     folder = next(path for path in cache.folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):

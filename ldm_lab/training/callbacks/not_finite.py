@@ -151,7 +151,7 @@ class NotFinite(Callback):
         """List the images; end the training, or say that the step was left out.
 
         Raises:
-            ValueError: the training ends here. Launchers end all processes when one fails: the others end quietly.
+            UserError: the training ends here. Launchers end all processes when one fails: the others end quietly.
         """
         seen, size = step.images_seen, trainer.datamodule.global_batch_size
         path = self.folder / f"{seen:09d}.json"
