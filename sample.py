@@ -27,7 +27,7 @@ def job(overrides: list[str]) -> None:
 
     from ldm_lab import pictures, sampling, states, tracking
     from ldm_lab.diffusion import samplers
-    from ldm_lab.errors import UserError
+    from ldm_lab.errors import UserError, doing
     from ldm_lab.pipeline import LDMPipeline
     from ldm_lab.training import device
     from ldm_lab.training.quiet import quiet
@@ -68,7 +68,7 @@ def job(overrides: list[str]) -> None:
     pipe.to(dtype=rounded)
     module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta, config.compile)
     samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size, full=config.compile)
-    with watched():
+    with watched(), doing(f"drawing samples into {folder}"):
         trainer.predict(module, datamodule=samples, return_predictions=False)
         trainer.strategy.barrier()
     if is_first_process():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ldm_lab.config import Recipe, run
+from ldm_lab.errors import doing
 
 USAGE = """Train a latent diffusion model: an autoencoder, then diffusion on its latents.
 
@@ -46,7 +47,7 @@ def job(overrides: list[str]) -> float | None:
     for before, config in zip([None, *configs], configs, strict=False):
         if before is not None:
             config.autoencoder = f"{before.paths.stage}/final"
-        with watched():
+        with watched(), doing(f"training stage {config.stage} of {config.paths.runs}/{config.name}"):
             metrics = stages.train(config, command, recipe.typed)
     sampling = f"python sample.py ckpt={configs[-1].paths.runs}/{configs[-1].name}"
     say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else recipe.command('diffusion')}")

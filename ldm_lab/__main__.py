@@ -7,7 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from ldm_lab.errors import ended_by
+from ldm_lab.errors import reporting
+from ldm_lab.terminal import lenient
 from ldm_lab.threads import wait_asleep
 
 WRONG_USAGE = 2  # as argparse ends
@@ -32,13 +33,13 @@ def main(argv: list[str]) -> None:
     """Run the tool that `argv` begins with; what it cannot do, it says in one line and ends with status 1."""
     wait_asleep()
     name, *arguments = argv or ["--help"]
-    if name in ("-h", "--help"):
-        print(listing())
-    elif name not in tools():
-        print(f"error: {name}: there is no such tool\n{listing()}", file=sys.stderr)
-        sys.exit(WRONG_USAGE)
-    else:
-        with ended_by(ValueError, OSError):
+    with lenient(), reporting(f"running python -m ldm_lab {name}"):
+        if name in ("-h", "--help"):
+            print(listing())
+        elif name not in tools():
+            print(f"error: {name}: there is no such tool\n{listing()}", file=sys.stderr)
+            sys.exit(WRONG_USAGE)
+        else:
             importlib.import_module(f"ldm_lab.commands.{name}").main(arguments)
 
 

@@ -59,7 +59,8 @@ def write(run: RunRecord, stage: str, metrics: dict[str, float]) -> None:
             with replacing(folder / f"{PICTURES[stage]}.png") as temporary:
                 shutil.copyfile(picture, temporary)
         with replacing(path) as temporary:
-            temporary.write_text(text(run, record, metrics, bool(picture)), encoding="utf-8")
+            card = text(run, record, metrics, bool(picture))
+            temporary.write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be no text
 
 
 def refresh(folder: Path) -> None:

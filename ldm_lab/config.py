@@ -21,16 +21,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_lab import settings
+from ldm_lab.building import build, build_all, plain  # noqa: F401  the door to all of it
 from ldm_lab.config_files import CONFIGS, ConfigError, local_plugins, near, option_for, searched, stages
-from ldm_lab.errors import ended_by, fail, listen, one_line
+from ldm_lab.errors import listen, one_line, reporting
 from ldm_lab.lengths import parse_images
 from ldm_lab.sweep import job_name, pack, unpack
+from ldm_lab.terminal import lenient
 from ldm_lab.threads import wait_asleep
 
 # Numbers of images, which may be typed as 250k, 2M or 100ep.
@@ -241,37 +242,6 @@ def _refuse_other_lengths(override: Override, config: DictConfig) -> None:
         raise ConfigError(f"{key}={value}: the length of a stage is counted in images; {equal}")
 
 
-def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: ANN401
-    """Make the object that a `_target_` node describes.
-
-    Args:
-        node: the node; `None` gives `None`.
-        where: its key, for the message.
-        parts: built objects, which take the place of the node's own entries.
-
-    Raises:
-        ConfigError: the constructor refused its arguments; the message is its own.
-    """
-    if node is None:
-        return None
-    own = {key: value for key, value in plain(node).items() if key not in parts}
-    try:
-        return instantiate({**own, "_partial_": True}, _convert_="all")(**parts)
-    except Exception as error:  # whatever a constructor says of arguments that it cannot take
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        raise ConfigError(f"{where}: {one_line(cause)}") from error
-
-
-def build_all(nodes: DictConfig, where: str) -> list[Any]:
-    """The objects of a group such as `callbacks`; one without a `_target_` sets values of one that is not there."""
-    return [build(node, f"{where}.{name}") for name, node in nodes.items() if node and "_target_" in node]
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A resolved config as dicts, lists, strings and numbers."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-
-
 def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
     """What both entries do: flags, one job or a sweep of jobs, and errors of the user as one line.
 
@@ -284,7 +254,7 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
     overrides = [a for a in sys.argv[1:] if a not in flags and not ("--cfg" in flags and a == "job")]
     wait_asleep()
     listen()
-    with ended_by(ValueError):
+    with lenient(), reporting(f"running {script}.py"):
         if {"-h", "--help"} & set(flags):
             print(usage)
         elif {"-m", "--multirun"} & set(flags):
@@ -321,10 +291,8 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
-        try:
+        with reporting(f"running {' '.join(mine)} of the sweep"):  # Hydra would show a traceback
             return job([*unnamed, *shared, f"name='{job_name(configs[0].name, swept, mine)}'"])
-        except ValueError as error:  # Hydra would show a traceback
-            fail(error)
 
     sys.argv = [sys.argv[0], "-m", f"paths.runs='{configs[0].paths.runs}'", *pack(lines)]
     run_job()

@@ -48,7 +48,7 @@ def denoise(
         diffusers: where it tells).
 
     Raises:
-        ValueError: `eta` is not 0 and the scheduler has none.
+        UserError: `eta` is not 0 and the scheduler has none.
     """
     known = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in known:

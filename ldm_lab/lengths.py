@@ -21,7 +21,7 @@ def parse_images(text: str | int, key: str, epoch: int | None = None) -> int:
         epoch: images in one epoch.
 
     Raises:
-        ValueError: it is nothing of the kind, or not a whole number of images.
+        UserError: it is nothing of the kind, or not a whole number of images.
     """
     found = _LENGTH.fullmatch(str(text).strip())
     unit = found[2] if found else ""

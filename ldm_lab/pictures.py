@@ -167,7 +167,7 @@ def read_images(source: str | Path, size: tuple[int, int], most: int, key: str) 
     """The images of a file or a folder (the first by name), resized and cropped as for training: `(B, 3, H, W)`.
 
     Raises:
-        ValueError: there are none, or one cannot be read; the message names `key`.
+        UserError: there are none, or one cannot be read; the message names `key`.
     """
     source = Path(source)
     paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS)
@@ -222,7 +222,7 @@ class Wanted:
         return bool(self.denoising or self.interpolate or self.variation or self.reconstruct)
 
     def check(self, pipe: LDMPipeline) -> dict[str, Tensor]:
-        """The images that are asked for, read before anything is drawn. Raises `ValueError` naming the key."""
+        """The images that are asked for, read before anything is drawn. Raises `UserError` naming the key."""
         given = self.interpolate
         indices = isinstance(given, Sequence) and all(type(index) is int and index >= 0 for index in given)
         if not indices or len(given) == 1:

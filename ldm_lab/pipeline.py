@@ -157,7 +157,7 @@ class LDMPipeline(MemorySwitches):
             callback: called after each step with (step, timestep, latents).
 
         Raises:
-            ValueError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
+            UserError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
                 NaN or infinity.
         """
         self._check(output_type, latents)
@@ -177,7 +177,7 @@ class LDMPipeline(MemorySwitches):
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
     def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
-        """What sampling starts from, `(B, C, h, w)`. Raises `ValueError` where the UNet's config has no size.
+        """What sampling starts from, `(B, C, h, w)`. Raises `UserError` where the UNet's config has no size.
 
         Schedulers of diffusers scale it by the first of the timesteps that were set.
         """

@@ -158,7 +158,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     What a killed process was writing is removed.
 
     Raises:
-        ValueError: the folder holds something else; nothing in it is touched.
+        UserError: the folder holds something else; nothing in it is touched.
     """
     path = folder / MANIFEST
     unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them

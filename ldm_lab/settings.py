@@ -47,7 +47,7 @@ PUBLIC = re.compile(r"(torch\.(nn|optim|optim\.lr_scheduler)|lightning|lightning
 
 
 def check(config: dict[str, Any]) -> None:
-    """Refuse numbers out of range and classes from elsewhere. Raises `ValueError`."""
+    """Refuse numbers out of range and classes from elsewhere. Raises `UserError`."""
     for key, low in LOWEST.items():
         value = find(config, key)
         if value is None or value in WORDS.get(key, ()):
@@ -69,7 +69,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 def check_choices(config: dict[str, Any]) -> None:
-    """Refuse words that a setting does not know. Raises `ValueError`."""
+    """Refuse words that a setting does not know. Raises `UserError`."""
     for key, choices in CHOICES.items():
         if (value := find(config, key)) is not None and value not in choices:
             raise UserError(f"{key}={value}: give {one_of(choices)}")
@@ -86,7 +86,7 @@ def one_of(choices: Sequence[str]) -> str:
 
 
 def check_code(config: dict[str, Any]) -> None:
-    """Refuse classes from elsewhere. Raises `ValueError`."""
+    """Refuse classes from elsewhere. Raises `UserError`."""
     plugins = config.get("plugins") or []
     check_plugins(plugins)
     for key, target in targets(config):
@@ -94,7 +94,7 @@ def check_code(config: dict[str, Any]) -> None:
 
 
 def check_plugins(plugins: Any) -> None:  # noqa: ANN401
-    """Refuse what is not a list of packages that are there. Raises `ValueError`."""
+    """Refuse what is not a list of packages that are there. Raises `UserError`."""
     if not isinstance(plugins, list) or not all(isinstance(name, str) and name.isidentifier() for name in plugins):
         raise UserError(f"plugins={plugins}: must be a list of package names, such as plugins=[my_pkg]")
     for name in plugins:

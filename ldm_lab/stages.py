@@ -74,7 +74,7 @@ def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
     try:
         check_code({"schedule": node, "plugins": list(plugins)})
         return build(DictConfig(node), "model.schedule")
-    except ValueError:
+    except UserError:
         return None
 
 
@@ -105,7 +105,7 @@ def plan(configs: list[DictConfig], command: str) -> None:
     """Measure what the stages would take, on one device, and show the images; no run is written.
 
     Raises:
-        ValueError: something does not fit; the message names the key to lower.
+        UserError: something does not fit; the message names the key to lower.
     """
     if not is_first_process():
         return
@@ -172,7 +172,7 @@ def end_by(received: int, line: str) -> NoReturn:
 
 
 def optimized(metrics: dict[str, Any], name: str) -> float:
-    """The metric that a sweep compares. Raises `ValueError` where the last stage has none of that name."""
+    """The metric that a sweep compares. Raises `UserError` where the last stage has none of that name."""
     if name not in metrics:
         there = ", ".join(key for key in metrics if "/" in key)
         raise UserError(f"optimized_metric={name}: the last stage has {there}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lab import checkpoint, hub
+from ldm_lab.errors import UserError
 from ldm_lab.hub import INDEX
 from ldm_lab.lengths import parse_images, short
 from ldm_lab.notices import say_once
@@ -125,7 +126,7 @@ def _snapshot(source: str) -> State:
     there = f"there are {', '.join(map(short, taken))}"
     try:
         images = parse_images(text, source)
-    except ValueError as error:
+    except UserError as error:
         raise LoadError(f"{source}: {text!r} is no number of images such as 2M; {there}") from error
     nearest = min(taken, key=lambda count: abs(count - images))
     if abs(nearest - images) > TOLERANCE * images:

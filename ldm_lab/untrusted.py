@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, own_line
 
 # What a file may ask for, far above whatever was trained: networks are laid out before their weights are compared.
 MAX_WIDTH = 2**16  # channels of a layer, groups, heads
@@ -53,7 +53,7 @@ class LoadError(UserError):
     """
 
     def __init__(self, message: str) -> None:
-        line = "".join(character if character.isprintable() else " " for character in message)
+        line = "".join(letter if letter.isprintable() else " " for letter in own_line(message))
         half = MAX_LINE // 2
         super().__init__(line if len(line) <= MAX_LINE else f"{line[:half]} ... {line[-half:]}")
 

@@ -1,5 +1,6 @@
-"""How a command ends: a signal is heeded wherever it comes in."""
+"""How a command ends: signals wherever they come in, what the user can mend, faults of code."""
 
+import errno
 import os
 import signal
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ldm_lab.data.datamodule import Loader
-from ldm_lab.errors import STOPPING, Interrupted, ended_by, held, listen
+from ldm_lab.data.loading import Loader
+from ldm_lab.errors import STOPPING, Interrupted, UserError, doing, held, listen, reporting
+from ldm_lab.untrusted import LoadError
 
 TERM = signal.SIGTERM
 
@@ -71,14 +73,78 @@ def fails_after_a_signal():
 
 def test_a_clean_up_that_fails_after_a_signal_is_no_error(capsys):
     """Lightning asks for the length of a loader that was never there."""
-    with pytest.raises(SystemExit) as end, ended_by(RuntimeError):
+    with pytest.raises(SystemExit) as end, reporting("testing"):
         fails_after_a_signal()
     assert end.value.code == 128 + TERM
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_other_errors_pass(capsys):
-    with pytest.raises(RuntimeError, match="unforeseen"), ended_by(ValueError):
-        raise RuntimeError("unforeseen")
-    with pytest.raises(SystemExit, match="error: a wrong value"), ended_by(ValueError):
-        raise ValueError("a wrong\nvalue")
+# --- a closed terminal
+
+
+def test_a_closed_terminal_is_a_signal_but_not_under_nohup():
+    with pytest.raises(Interrupted) as end:
+        signal.raise_signal(signal.SIGHUP)
+    assert end.value.number == signal.SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` starts a process
+    listen()
+    signal.raise_signal(signal.SIGHUP)
+
+
+# --- errors
+
+
+def ended(error, what="testing"):
+    """What the process would end with."""
+    with pytest.raises(SystemExit) as end, reporting(what):
+        raise error
+    return end.value.code
+
+
+def test_what_the_user_can_mend_is_one_line():
+    assert ended(UserError("a wrong\nvalue")) == "error: a wrong value"
+    error = UserError("three things")
+    error.__notes__ = ["one", "two"]
+    assert ended(error) == "error: three things\n  one\n  two"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR])
+def test_what_the_system_refuses_names_the_file(number):
+    line = ended(OSError(number, os.strerror(number), "/data/x"))
+    assert line == f"error: /data/x: {os.strerror(number)} (while testing)"
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, OSError, ConnectionResetError])
+def test_a_fault_of_code_passes_with_a_line_that_says_what_was_being_done(kind, capsys):
+    error = kind("unforeseen")
+    with pytest.raises(kind) as passed, reporting("running train.py"), doing("training stage diffusion of runs/x"):
+        raise error
+    assert passed.value is error
+    said = capsys.readouterr().err
+    assert said == f"unexpected {kind.__name__} while training stage diffusion of runs/x, while running train.py:\n"
+
+
+class Failing(torch.utils.data.Dataset):
+    """Raises what it is given, where a loader's worker reads it."""
+
+    def __init__(self, kind, message):
+        self.kind, self.message = kind, message
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.kind(self.message)
+
+
+@pytest.mark.parametrize("kind", [UserError, LoadError])
+def test_a_user_error_of_a_loader_s_worker_keeps_its_line(kind):
+    message = "data.root=/a: b.png: cannot be read"
+    with pytest.raises(kind) as end:
+        list(Loader(Failing(kind, message), num_workers=1))
+    assert str(end.value) == message
+
+
+def test_a_fault_of_code_in_a_worker_says_where_it_happened():
+    with pytest.raises(ValueError, match=r"(?s)Original Traceback.*in __getitem__.*a plug-in's"):
+        list(Loader(Failing(ValueError, "a plug-in's"), num_workers=1))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ldm_lab import __main__ as program
+from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def test_an_unknown_tool_is_named_with_the_list(name, capsys):
     assert err == f"error: {name}: there is no such tool\n{program.listing()}\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), LoadError("bad"), OSError("bad")])
+@pytest.mark.parametrize("error", [UserError("bad"), LoadError("bad"), FileNotFoundError(2, "bad", "x")])
 def test_what_a_tool_cannot_do_is_one_line(tool, monkeypatch, error):
     def fail(_):
         raise error
@@ -65,19 +66,21 @@ def test_what_a_tool_cannot_do_is_one_line(tool, monkeypatch, error):
     monkeypatch.delenv("LDM_LAB_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as end:
         program.main(["samplers"])
-    assert end.value.code == "error: bad"
+    assert end.value.code in ("error: bad", "error: x: bad (while running python -m ldm_lab samplers)")
     monkeypatch.setenv("LDM_LAB_TRACEBACK", "1")
     with pytest.raises(type(error), match="bad"):
         program.main(["samplers"])
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(tool):
+@pytest.mark.parametrize("kind", [KeyError, ValueError, OSError])
+def test_a_mistake_of_ours_keeps_its_traceback(tool, kind, capsys):
     def fail(_):
-        raise KeyError("ours")
+        raise kind("ours")
 
     tool(fail)
-    with pytest.raises(KeyError):
+    with pytest.raises(kind):
         program.main(["samplers"])
+    assert capsys.readouterr().err == f"unexpected {kind.__name__} while running python -m ldm_lab samplers:\n"
 
 
 def test_an_interrupted_tool_says_so(tool, capsys):

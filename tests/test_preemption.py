@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ldm_lab.errors import STOPPING, ended_by, listen
+from ldm_lab.errors import STOPPING, listen, reporting
 from tests.runs import assert_equal, final_weights, last_checkpoint, metrics, train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "experiment=celebahq"
-INT, TERM, USR1 = STOPPING
+INT, TERM, USR1, HUP = STOPPING
 
 
 def sending(number, stage, images, where="train", **more):
@@ -67,7 +67,7 @@ def command(runs, *overrides):
     before = [signal.getsignal(number) for number in STOPPING]
     listen()
     try:
-        with ended_by(ValueError):
+        with reporting("training"):
             train(runs, *overrides)
     except SystemExit as end:
         return end.code

@@ -11,7 +11,7 @@ from ldm_lab.serialization import PretrainedModel
 
 
 def library() -> ModuleType:
-    """diffusers. Raises `ValueError` where it is not installed."""
+    """diffusers. Raises `UserError` where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -24,7 +24,7 @@ def network(own: PretrainedModel) -> Any:  # noqa: ANN401
     """The namesake of a network, with its weights, on its device and in its type, in evaluation mode.
 
     Raises:
-        ValueError: diffusers has no such network.
+        UserError: diffusers has no such network.
     """
     kind = getattr(library(), own.class_name(), None)
     if kind is None:

@@ -32,7 +32,7 @@ LAYOUTS = {"innermost": torch.channels_last, "outermost": torch.contiguous_forma
 
 
 def main(argv: list[str]) -> None:
-    """Print one table. Raises `ValueError` for flags that cannot be."""
+    """Print one table. Raises `UserError` for flags that cannot be."""
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `ValueError` naming the flag."""
+    """The flags, checked. Raises `UserError` naming the flag."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab benchmark", description=__doc__, formatter_class=text)
     parser.add_argument("kind", choices=KINDS, help="what is timed")

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """List, check or remove. Raises `ValueError` for flags that cannot be, and for damage."""
+    """List, check or remove. Raises `UserError` for flags that cannot be, and for damage."""
     options = parse(argv)
     found = entries(options.folder / "latents")
     if options.verify:
@@ -129,7 +129,7 @@ def line(entry: Entry) -> str:
 
 
 def verify(found: list[Entry]) -> None:
-    """Check every shard of every cache. Raises `ValueError` with the damaged ones."""
+    """Check every shard of every cache. Raises `UserError` with the damaged ones."""
     damaged = []
     for entry in found:
         shards = [path for path in entry.files if path.suffix == ".safetensors" and not path.name.startswith(".")]

@@ -27,7 +27,7 @@ DISTANCES = ("eval/fid", "eval/fd_dinov2", "eval/kid")  # in their place where t
 
 
 def main(argv: list[str]) -> None:
-    """Build, and save or write. Raises `ValueError` for flags that cannot be; `LoadError`: a folder is no run."""
+    """Build, and save or write. Raises `UserError` for flags that cannot be; `LoadError`: a folder is no run."""
     options = parse(argv)
     runs = [read_run(folder) for folder in options.runs]
     baseline = read_run(options.baseline) if options.baseline else None
@@ -77,7 +77,7 @@ def page(views: Any, stage: str, runs: Sequence[RunRecord], baseline: RunRecord 
 
 
 def tools() -> Any:  # noqa: ANN401
-    """What speaks with `wandb-workspaces`. Raises `ValueError` where that is not installed."""
+    """What speaks with `wandb-workspaces`. Raises `UserError` where that is not installed."""
     try:
         return importlib.import_module("ldm_lab.dashboard.views")
     except ModuleNotFoundError as error:

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `ValueError` naming the flag."""
+    """The flags, checked. Raises `UserError` naming the flag."""
     options = parser().parse_args(argv)
     lowest = {"num_samples": 2, "steps": 1, "seed": 0, "batch_size": 1, "num_reference": 2, "bootstrap": 0}
     for name, low in {**lowest, "devices": 1, "num_workers": 0}.items():
@@ -75,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate, print and write. Raises `ValueError` for flags that cannot be."""
+    """Evaluate, print and write. Raises `UserError` for flags that cannot be."""
     options = parse(argv)
 
     from ldm_lab.evaluation import evaluate as tools

@@ -75,7 +75,7 @@ OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # besid
 
 
 def main(argv: list[str]) -> None:
-    """Make what is missing, print the table and write it to `quality.md`. Raises `ValueError` where a command fails."""
+    """Make what is missing, print the table and write it to `quality.md`. Raises `UserError` where a command fails."""
     options = parser().parse_args(argv)
     for flag in ("seeds", "samples", "jobs"):
         if getattr(options, flag) < 1:
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     text = Workshop(options).table()
     print(text)
     with replacing(options.runs / "quality.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,7 +179,7 @@ class Workshop:
         return read_evaluation(next(iter(sorted(folder.glob("*.json")))))
 
     def command(self, *words: str) -> None:
-        """Run one, with its share of the cores. Raises `ValueError` with its last line where it fails."""
+        """Run one, with its share of the cores. Raises `UserError` with its last line where it fails."""
         threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         print(" ".join(words), flush=True)

@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Print a row for each sampler and number of evaluations. Raises `ValueError` for flags that cannot be."""
+    """Print a row for each sampler and number of evaluations. Raises `UserError` for flags that cannot be."""
     options = parse(argv)
     pipe = LDMPipeline.from_pretrained(options.source)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `ValueError` naming the flag."""
+    """The flags, checked. Raises `UserError` naming the flag."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab samplers", description=__doc__, formatter_class=text)
     parser.add_argument("source", metavar="SRC", help="a run, finished or not, a pipeline folder or a checkpoint")
@@ -116,7 +116,7 @@ def measure(pipe: LDMPipeline, samplers: list[str], steps: list[int], seeds: int
         reference: evaluations of the solution.
 
     Raises:
-        ValueError: a sampler cannot take so many steps; before anything is drawn.
+        UserError: a sampler cannot take so many steps; before anything is drawn.
     """
     exact, *schedulers = [variant(pipe.scheduler, name) for name in (REFERENCE, *samplers)]
     exact.set_timesteps(reference)

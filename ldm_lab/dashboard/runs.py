@@ -32,7 +32,7 @@ def differing(records: Sequence[StageRecord]) -> list[str]:
 
 
 def wandb_id(record: StageRecord) -> str:
-    """The id of a stage's W&B run. Raises `ValueError` where it has none."""
+    """The id of a stage's W&B run. Raises `UserError` where it has none."""
     path = record.folder / "wandb_id"
     text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     if not PLAIN_ID.fullmatch(text):
@@ -41,7 +41,7 @@ def wandb_id(record: StageRecord) -> str:
 
 
 def unused(path: Path) -> Path:
-    """`path`, where there is nothing yet. Raises `ValueError`."""
+    """`path`, where there is nothing yet. Raises `UserError`."""
     if path.exists():
         raise UserError(f"--output {path}: is there already; name another file")
     return path

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,13 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.latents import CachedLatents
+from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
-from ldm_lab.errors import UserError, held
+from ldm_lab.errors import UserError
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -114,7 +112,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return max(1, self.global_batch_size // world_size)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches for one optimizer step. Raises `ValueError` where they do not fill a global batch."""
+        """Micro-batches for one optimizer step. Raises `UserError` where they do not fill a global batch."""
         return accumulation(self.global_batch_size, self.device_batch_size(world_size), world_size)
 
     def prepare_data(self) -> None:
@@ -197,37 +195,11 @@ class ImageDataModule(lightning.LightningDataModule):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,
+            "collate_fn": Collate(),
             "persistent_workers": self.num_workers > 0,
             "worker_init_fn": leave_signals_to_parent,
             "pin_memory": on_gpu,
         }
-
-
-def leave_signals_to_parent(_: int) -> None:
-    """What is sent to a whole group of processes is not for its loaders: training must find them alive for its step.
-
-    The parent itself may end them by SIGTERM, and does where it ends in haste.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which tells the sender; macOS has no such thing
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-class Loader(DataLoader):
-    """A loader whose workers are all there, or none, when a signal is heeded."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Start the workers."""
-        with held():
-            return super().__iter__()
 
 
 class Chosen(Dataset):

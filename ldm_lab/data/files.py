@@ -47,7 +47,7 @@ class Files:
             places: `(N, k)`, int64.
 
         Raises:
-            ValueError: the root cannot be listed.
+            UserError: the root cannot be listed.
         """
         return _sorted(self.members(), suffixes)
 
@@ -200,7 +200,7 @@ class TarArchive(Archive):
 
 
 def open_root(root: str | Path | None) -> Files:
-    """The files of `data.root`. Raises `ValueError` unless it is a folder or an archive that can be read."""
+    """The files of `data.root`. Raises `UserError` unless it is a folder or an archive that can be read."""
     if root is None or str(root) in ("", "???"):
         raise UserError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
     path = Path(root).expanduser()

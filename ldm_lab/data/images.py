@@ -24,12 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever its name, a 
 
 
 class ImageError(UserError):
-    """An image cannot be used: one line, also after its way out of a loader's worker."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader hands a worker's whole traceback over as the message: its last line is ours.
-        last = (message.strip().splitlines() or [""])[-1]
-        super().__init__(last.removeprefix(f"{__name__}.ImageError: "))
+    """An image cannot be used."""
 
 
 class FolderImages(ImageDataset):
@@ -59,7 +54,7 @@ class FolderImages(ImageDataset):
         seed: of crops and flips.
 
     Raises:
-        ValueError: an argument cannot be used, or the folder is missing or holds no images.
+        UserError: an argument cannot be used, or the folder is missing or holds no images.
         ImageError: (on access) a file cannot be decoded, or with "skip" too many in a row; the message names it.
     """
 

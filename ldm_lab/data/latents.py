@@ -160,7 +160,7 @@ class LatentCache:
             error: of what is kept.
 
         Raises:
-            ValueError: a number is too large for the dtype, or not finite at all.
+            UserError: a number is too large for the dtype, or not finite at all.
             SaveError: the disk refused.
         """
         kept = moments.to(DTYPES[self.dtype])
@@ -273,7 +273,7 @@ class CachedLatents(Dataset):
         return {**item, "skipped": errors} if self.skips else item
 
     def shard(self, number: int) -> Shard:
-        """Shard `number`. Raises `LoadError` (see `LatentCache.open`), `ValueError` for a file that may not be skipped.
+        """Shard `number`. Raises `LoadError` (see `LatentCache.open`), `UserError` for a file that may not be skipped.
 
         Shards may have been encoded by a run that passes over damaged files.
         """

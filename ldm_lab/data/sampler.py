@@ -34,7 +34,7 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         stop: position at which training ends; None: never.
 
     Raises:
-        ValueError: G is not a multiple of b * W, `start` not one of G, or the data set is empty.
+        UserError: G is not a multiple of b * W, `start` not one of G, or the data set is empty.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
     """Micro-batches that one device takes for one optimizer step: G / (b * W).
 
     Raises:
-        ValueError: that is not a whole number; the message names the nearest values that are possible.
+        UserError: that is not a whole number; the message names the nearest values that are possible.
     """
     if min(global_batch_size, batch_size) < 1:
         raise UserError(

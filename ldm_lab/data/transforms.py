@@ -23,7 +23,7 @@ MOST_PIXELS = 2**27  # of a picture after scaling: 400 MB
 
 
 def parse_size(image_size: int | Sequence[int]) -> Size:
-    """`data.image_size` as (height, width). Raises `ValueError` unless it is one or two positive whole numbers."""
+    """`data.image_size` as (height, width). Raises `UserError` unless it is one or two positive whole numbers."""
     sides = [image_size] * 2 if isinstance(image_size, Integral) else image_size
     if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(_positive, sides)):
         raise UserError(f"data.image_size={image_size}: give a positive whole number of pixels or [height, width]")
@@ -40,7 +40,7 @@ def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
     Sixteen bits span the same range as eight. Colour profiles are not applied.
 
     Raises:
-        ValueError: the picture is grey in floats, or in integers of 32 bits or with a sign. Which of
+        UserError: the picture is grey in floats, or in integers of 32 bits or with a sign. Which of
             their values is white is nowhere said, and scaling each by its own would make them unequal.
     """
     image = ImageOps.exif_transpose(image)
@@ -59,7 +59,7 @@ def covering_size(image: Image.Image, size: Size) -> tuple[int, int]:
     """(width, height) to which an image is scaled so that it just covers `size`.
 
     Raises:
-        ValueError: that would be a picture of `MOST_PIXELS` or more, made of one that is far too narrow.
+        UserError: that would be a picture of `MOST_PIXELS` or more, made of one that is far too narrow.
     """
     height, width = size
     scale = max(height / image.height, width / image.width)

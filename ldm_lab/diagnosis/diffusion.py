@@ -42,7 +42,7 @@ def learned(readings: Readings) -> Finding:
     spread = readings.values("val/latent_std") or [1.0]
     try:
         zero = loss_of_zero(readings.config, spread[-1])
-    except ValueError as error:
+    except UserError as error:
         return Finding(check, UNKNOWN, f"of this objective it is not known what zero costs: {error}")
     found = readings.values(metric)[-1]
     words = f"val/loss is {found:.3g}, {{:.2g}} of the {zero:.3g} of predicting zero"
@@ -87,7 +87,7 @@ def loss_of_zero(config: dict[str, Any], std: float = 1.0) -> float:
         std: standard deviation of the scaled latents, whose mean is 0.
 
     Raises:
-        ValueError: the parts are none of this package; the message names which.
+        UserError: the parts are none of this package; the message names which.
     """
     scheduler = DDIMScheduler.from_config(_arguments(config, "model.scheduler"))
     weighting = _part(config, "model.objective.weighting", ("PlainWeighting", "MinSNRWeighting"))

@@ -22,7 +22,7 @@ def per_sample(values: Tensor, batch: Tensor) -> Tensor:
         `values` as `(B, 1, ..., 1)` or `(1, 1, ..., 1)`, with as many dimensions as `batch`.
 
     Raises:
-        ValueError: the number of values is neither 1 nor B.
+        UserError: the number of values is neither 1 nor B.
     """
     if values.ndim > 1 or values.numel() not in (1, len(batch)):
         raise UserError(f"shape {tuple(values.shape)} is not one value per sample of a batch of {len(batch)}")

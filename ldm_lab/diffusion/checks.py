@@ -11,18 +11,18 @@ from ldm_lab.errors import UserError
 
 
 def require(condition: bool, key: str, value: object, wanted: str) -> None:
-    """Raise a one-line `ValueError` about `key` unless `condition` holds.
+    """Raise a one-line `UserError` about `key` unless `condition` holds.
 
     >>> require(False, "eta", -1.0, "at least 0")
     Traceback (most recent call last):
-    ValueError: eta=-1.0 is not allowed: it must be at least 0
+    UserError: eta=-1.0 is not allowed: it must be at least 0
     """
     if not condition:
         raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {wanted}")
 
 
 def require_choice(key: str, value: object, choices: Collection[str]) -> None:
-    """Raise a `ValueError` unless `value` is one of the names in `choices`."""
+    """Raise a `UserError` unless `value` is one of the names in `choices`."""
     require(isinstance(value, str) and value in choices, key, value, "one of " + ", ".join(choices))
 
 

@@ -44,7 +44,7 @@ class DDIMScheduler(Scheduler):
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        UserError: an unknown name, or a value out of its range.
     """
 
     @register_to_config
@@ -101,7 +101,7 @@ class DDIMScheduler(Scheduler):
             prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
 
         Raises:
-            ValueError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction where ᾱ_t = 0;
+            UserError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction where ᾱ_t = 0;
                 shapes or the number of generators do not fit.
         """
         require(is_number(eta) and eta >= 0, "eta", eta, "a number, at least 0")

@@ -57,7 +57,7 @@ class DDPMScheduler(Scheduler):
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        UserError: an unknown name, or a value out of its range.
     """
 
     @register_to_config
@@ -109,7 +109,7 @@ class DDPMScheduler(Scheduler):
             prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
 
         Raises:
-            ValueError: t is not within 0..T-1; epsilon prediction where ᾱ_t = 0; shapes or the number of generators
+            UserError: t is not within 0..T-1; epsilon prediction where ᾱ_t = 0; shapes or the number of generators
                 do not fit.
         """
         t, earlier = self._step_times(timestep, prev_timestep)

@@ -79,7 +79,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        UserError: an unknown name, or a value out of its range.
     """
 
     parameterizations: ClassVar = {**PARAMETERIZATIONS, "flow_prediction": Flow()}
@@ -251,7 +251,7 @@ class DPMSolverMultistepScheduler(Scheduler):
             return_dict: `False` for a tuple of the sample alone, as in diffusers.
 
         Raises:
-            ValueError: `set_timesteps` was not called; t is not the one that is due; epsilon prediction where
+            UserError: `set_timesteps` was not called; t is not the one that is due; epsilon prediction where
                 ᾱ_t = 0; shapes or the number of generators do not fit.
         """
         place = self._place(index_of(timestep))

@@ -35,7 +35,7 @@ def randn(
         dtype: the floating-point type in which it is drawn.
 
     Raises:
-        ValueError: a list of generators whose length is not B.
+        UserError: a list of generators whose length is not B.
     """
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -53,7 +53,7 @@ def step_noise(
     """The noise of one step: `variance_noise` where it is given, otherwise drawn from `generator`.
 
     Raises:
-        ValueError: both are given, or the noise has not the shape of the sample.
+        UserError: both are given, or the noise has not the shape of the sample.
     """
     if variance_noise is None:
         return randn(like.shape, generator, like.device, like.dtype)

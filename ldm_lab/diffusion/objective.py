@@ -89,7 +89,7 @@ class DenoisingObjective:
         timesteps: `UniformTimesteps()` or `LowDiscrepancyTimesteps()`.
 
     Raises:
-        ValueError: epsilon prediction with zero terminal SNR: no clean sample follows from the noise there.
+        UserError: epsilon prediction with zero terminal SNR: no clean sample follows from the noise there.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class DenoisingObjective:
             timesteps: `(B,)`, integers in 0..T-1.
 
         Raises:
-            ValueError: the shapes of x0, the noise and the prediction differ.
+            UserError: the shapes of x0, the noise and the prediction differ.
         """
         if noise.shape != x0.shape:
             raise UserError(f"noise has shape {tuple(noise.shape)}, the samples {tuple(x0.shape)}")

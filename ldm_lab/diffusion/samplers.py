@@ -22,7 +22,7 @@ GRID = ("timestep_spacing", "steps_offset", *LEVELS)
 
 
 def named(name: str) -> type[Scheduler]:
-    """The class of a sampler. Raises `ValueError` for a name that is not in `SAMPLERS`."""
+    """The class of a sampler. Raises `UserError` for a name that is not in `SAMPLERS`."""
     if name not in SAMPLERS:
         raise UserError(f"sampler={name}: there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -46,7 +46,7 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
         eta: η that the sampler will be asked for.
 
     Raises:
-        ValueError: there is no such sampler, or it takes no eta.
+        UserError: there is no such sampler, or it takes no eta.
     """
     kind = named(name)
     if eta and kind is not DDIMScheduler:

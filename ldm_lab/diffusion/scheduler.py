@@ -108,7 +108,7 @@ class Scheduler(SchedulerSettings):
             batch: `(B, ...)`.
 
         Raises:
-            ValueError: as many timesteps as fit neither, or, where looking costs no synchronisation
+            UserError: as many timesteps as fit neither, or, where looking costs no synchronisation
                 (on the CPU), a timestep out of range.
         """
         if timesteps.device.type == "cpu" and timesteps.numel():
@@ -183,7 +183,7 @@ class Scheduler(SchedulerSettings):
             timesteps: the timesteps themselves, instead of N.
 
         Raises:
-            ValueError: N, or a timestep, is out of range; the timesteps do not fall.
+            UserError: N, or a timestep, is out of range; the timesteps do not fall.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise UserError("set_timesteps needs either num_inference_steps or timesteps")
@@ -216,7 +216,7 @@ class Scheduler(SchedulerSettings):
         DDIM goes to t - T // N from a listed timestep too, which for "linspace" and "trailing" is not the next one.
 
         Raises:
-            ValueError: the timestep is not within 0..T-1.
+            UserError: the timestep is not within 0..T-1.
         """
         t = index_of(timestep)
         require(0 <= t < len(self), "timestep", t, f"within 0..{len(self) - 1}")

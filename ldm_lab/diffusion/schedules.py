@@ -76,7 +76,7 @@ def make_betas(
         rescale_betas_zero_snr: apply `rescale_zero_terminal_snr` at the end.
 
     Raises:
-        ValueError: an unknown name, or a value out of its range.
+        UserError: an unknown name, or a value out of its range.
     """
     possible = is_integer(num_train_timesteps) and 1 <= num_train_timesteps <= MAX_TIMESTEPS
     require(possible, "num_train_timesteps", num_train_timesteps, f"a whole number in 1..{MAX_TIMESTEPS}")
@@ -97,7 +97,7 @@ def cumulative_signal(betas: Tensor) -> Tensor:
     """ᾱ, the cumulative product of 1 - β: `(T,) -> (T,)`, float64.
 
     Raises:
-        ValueError: in double precision the first timestep has no noise, or one before the last no signal; steps
+        UserError: in double precision the first timestep has no noise, or one before the last no signal; steps
             divide by both.
     """
     alpha_bar = torch.cumprod(1 - betas, 0)

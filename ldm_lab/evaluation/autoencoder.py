@@ -6,6 +6,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
+from ldm_lab.errors import UserError
 from ldm_lab.evaluation.evaluator import exact_device
 from ldm_lab.evaluation.rows import rows
 from ldm_lab.evaluation.scores import Scores, compare
@@ -70,7 +71,7 @@ def perceptual(weights: str | None) -> LPIPS | None:
     distance = LPIPS(weights)
     try:
         distance.setup()
-    except ValueError as error:
+    except UserError as error:
         if weights:
             raise LoadError(f"--lpips-weights {weights}: no weights of torchvision's VGG16") from error
         print("lpips is left out: torchvision's VGG16 cannot be had; --lpips-weights vgg16-397923af.pth", flush=True)

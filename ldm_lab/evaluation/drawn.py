@@ -45,7 +45,7 @@ class Sampling:
 
 
 def image_size(pipe: LDMPipeline) -> tuple[int, int]:
-    """(height, width) of what a pipeline draws. Raises `ValueError` where its config does not say."""
+    """(height, width) of what a pipeline draws. Raises `UserError` where its config does not say."""
     size = pipe.unet.config.sample_size
     if size is None:
         raise UserError("the UNet's config has no sample_size: sample with sample.py, and evaluate the folder")
@@ -66,7 +66,7 @@ def draw(pipe: LDMPipeline, state: State, source: str, how: Sampling, trainer: T
         first: whether this process may write.
 
     Raises:
-        ValueError: there is no such sampler, or the folder holds samples of something else.
+        UserError: there is no such sampler, or the folder holds samples of something else.
     """
     pipe.scheduler = samplers.choose(how.sampler, pipe.scheduler, how.eta)
     settings = {**how.settings(), "precision": trainer.precision, "compile": False, "tiling": False}

@@ -90,7 +90,7 @@ class Request:
         """What images of `size` are compared with; those of a run, where nothing is named, with what it trained on.
 
         Raises:
-            ValueError: nobody says with what, or it has another size.
+            UserError: nobody says with what, or it has another size.
         """
         found = sources.named_data(self.data, size, self.said_of(run), self.most) if self.data else self.run_data(run)
         if found is None:
@@ -104,12 +104,12 @@ class Request:
 
     def said_of(self, run: Path | None) -> Target | None:
         """The data of a run where they are there: what is named beside them does not need them."""
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             return self.run_data(run)
         return None
 
     def run_data(self, run: Path | None) -> Target | None:
-        """What a run was trained on; `None` where there is none. Raises `ValueError` where that is gone."""
+        """What a run was trained on; `None` where there is none. Raises `UserError` where that is gone."""
         return run and sources.run_data(run, self.plugins, self.data_cache, self.most)
 
 
@@ -117,7 +117,7 @@ def evaluate(request: Request) -> Scores:
     """Samples of a model, or images; returns the figures.
 
     Raises:
-        ValueError: something cannot be had, or does not fit; one line says what.
+        UserError: something cannot be had, or does not fit; one line says what.
     """
     trainer, state = request.trainer(), sources.state_of(request.source)
     with watched():
@@ -192,7 +192,7 @@ def evaluate_snapshots(request: Request, export: Path | None = None) -> dict[int
     """Every snapshot of a run and its newest state; the best by Fréchet distance is named, and exported if asked for.
 
     Raises:
-        ValueError: the run has none, or `export` holds something.
+        UserError: the run has none, or `export` holds something.
     """
     if export and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise UserError(f"--export-best {export}: must not exist, or be an empty folder")

@@ -51,7 +51,7 @@ class Evaluator:
         """Makes features.
 
         Raises:
-            ValueError: it cannot be had.
+            UserError: it cannot be had.
             LoadError: a file holds something else.
         """
         kinds.check(self.kind, self.weights)
@@ -129,7 +129,7 @@ class Evaluator:
         return scores, beside
 
     def check(self, count: int) -> None:
-        """Say where so many images are too few. Raises `ValueError` for less than two."""
+        """Say where so many images are too few. Raises `UserError` for less than two."""
         fewest = count if self.target.images is None else min(count, len(self.target.images))
         require_two(fewest)  # before an extractor is trained
         said = caution(fewest, self.extractor.dimension)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset, default_convert
 
+from ldm_lab.data.loading import Collate, Loader, enough_shared_memory
 from ldm_lab.metrics.extractors import CHUNK, Extractor, exactly
 from ldm_lab.metrics.images import Pixels
 
@@ -48,11 +49,12 @@ class Rows(LightningModule):
         self.networks, self.images, self.compute, self.num_workers = networks, images, compute, num_workers
         self.found = torch.zeros(len(images), width)  # float32, on the CPU; zero where another device computes
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> Loader:
         """The chunks of this device."""
         chunks = Chunks(self.images)
         mine = range(self.trainer.global_rank, len(chunks), self.trainer.world_size)
-        return DataLoader(Subset(chunks, mine), batch_size=None, num_workers=self.num_workers)
+        collate = Collate(default_convert)  # a chunk is a batch
+        return Loader(Subset(chunks, mine), batch_size=None, num_workers=self.num_workers, collate_fn=collate)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """One chunk."""
@@ -66,7 +68,8 @@ def rows(
 ) -> Tensor:
     """What `compute` gives of every image, in their order: `(N, K)`, float32, on every device's host."""
     module = Rows(networks, images, compute, width, num_workers)
-    trainer.predict(module, return_predictions=False)
+    with enough_shared_memory():
+        trainer.predict(module, return_predictions=False)
     return trainer.strategy.reduce(module.found.to(trainer.strategy.root_device), reduce_op="sum").cpu()
 
 

@@ -30,7 +30,7 @@ def compare(features: Tensor, reference: Reference, distance: str, draws: int, s
         seed: of these.
 
     Raises:
-        ValueError: fewer than two images.
+        UserError: fewer than two images.
     """
     statistics = Gaussian(*(part.to(features.device) for part in reference.gaussian))
     scores = {distance: distribution.frechet(features, statistics, draws, seed)}
@@ -44,7 +44,7 @@ def compare(features: Tensor, reference: Reference, distance: str, draws: int, s
 
 
 def require_two(images: int) -> None:
-    """Raise `ValueError` for fewer images than have a distribution."""
+    """Raise `UserError` for fewer images than have a distribution."""
     if images < 2:
         raise UserError(f"{images} image(s): a distribution needs two at the very least, and a good figure thousands")
 

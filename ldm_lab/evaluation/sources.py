@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm_lab import sampling, states
+from ldm_lab import sampling, signatures, states
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.drawn import DrawnImages, drawn_or_folder
@@ -67,7 +67,7 @@ def images_of(source: str, size: Sequence[int] | None = None) -> Pixels:
         size: (height, width) that they are resized and cropped to, as the loader does; None takes them as they are.
 
     Raises:
-        ValueError: they are not all of one size.
+        UserError: they are not all of one size.
         LoadError: there are none.
     """
     path = Path(source)
@@ -84,7 +84,7 @@ class AsTheyAre(WholeFolder):
     """Images that must be of one size: resizing generated ones in silence would make their figures wrong."""
 
     def read(self, index: int) -> Any:  # noqa: ANN401
-        """Image `index`. Raises `ValueError` where it is of another size."""
+        """Image `index`. Raises `UserError` where it is of another size."""
         image = super().read(index)
         if (image.height, image.width) != self.image_size:
             height, width = self.image_size
@@ -118,7 +118,7 @@ def run_data(
 
     Raises:
         LoadError: the config names a data set that is not known here.
-        ValueError: the images are not there any more.
+        UserError: the images are not there any more.
     """
     folders = [*(source / stage for stage in STAGES), source, *source.parents[:2]]
     path = next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
@@ -142,8 +142,9 @@ def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None)
     if cache_dir and "cache_dir" in settings:
         settings["cache_dir"] = cache_dir
     try:
+        signatures.check(kind, (), settings)
         return kind(**settings)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise LoadError(f"{path}: {one_line(error)}; the images can be named with --data") from error
 
 

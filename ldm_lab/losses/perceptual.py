@@ -86,7 +86,7 @@ class LPIPS(PerceptualDistance):
         """Load the network unless that has been done.
 
         Raises:
-            ValueError: the weights of VGG16 cannot be had, or the file holds something else.
+            UserError: the weights of VGG16 cannot be had, or the file holds something else.
         """
         if not self._networks:
             statistics = nn.ParameterList(torch.tensor(values).view(1, 3, 1, 1) for values in (self.shift, self.scale))

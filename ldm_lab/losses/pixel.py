@@ -22,7 +22,7 @@ class ColourMSE(nn.Module):
         chroma: weight of the differences of colour, at least 0.
 
     Raises:
-        ValueError: it is negative.
+        UserError: it is negative.
     """
 
     def __init__(self, chroma: float = 4.0) -> None:

@@ -28,7 +28,7 @@ class DINOv2(Extractor):
         heads: of attention.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the weights cannot be had.
+        UserError: torch-fidelity is not installed, or the weights cannot be had.
         LoadError: the file holds something else.
     """
 

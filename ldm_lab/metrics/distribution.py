@@ -36,7 +36,7 @@ class Gaussian(NamedTuple):
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """Mean and unbiased covariance of features `(N, D)`. Raises `ValueError` for fewer than two."""
+    """Mean and unbiased covariance of features `(N, D)`. Raises `UserError` for fewer than two."""
     if len(features) < 2:
         raise UserError(f"{len(features)} image(s) have no covariance: give two or more")
     features = features.double()
@@ -151,7 +151,7 @@ def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 
         seed: of these.
 
     Raises:
-        ValueError: too few images.
+        UserError: too few images.
     """
     fewest = min(len(features), len(reference))
     if fewest <= NEAREST_DENSITY:

@@ -51,7 +51,7 @@ class Inception(Extractor):
         weights: torch-fidelity's file of weights; None takes it from torch's hub cache or downloads it into it.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the weights cannot be had.
+        UserError: torch-fidelity is not installed, or the weights cannot be had.
         LoadError: the file holds something else.
     """
 

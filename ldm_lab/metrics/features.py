@@ -18,7 +18,7 @@ FEATURES = (OWN, *PRETRAINED)
 
 
 def check(kind: str, weights: str | None) -> None:
-    """Raise `ValueError` where there are no such features, or they take no weights."""
+    """Raise `UserError` where there are no such features, or they take no weights."""
     if kind not in FEATURES:
         raise UserError(f"features={kind}: there are {', '.join(FEATURES)}")
     if kind == OWN and weights:
@@ -36,7 +36,7 @@ def make(kind: str, weights: str | None, images: Pixels, cache_dir: str | Path, 
         device: where they are trained.
 
     Raises:
-        ValueError: there is none of that name, or it cannot be had.
+        UserError: there is none of that name, or it cannot be had.
         LoadError: the file holds something else.
     """
     check(kind, weights)

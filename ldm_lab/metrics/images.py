@@ -172,7 +172,7 @@ class WholeFolder(FolderImages):
         image_size: pixels, one number or (height, width).
 
     Raises:
-        ValueError: the folder is missing or holds fewer than two images.
+        UserError: the folder is missing or holds fewer than two images.
     """
 
     def __init__(self, root: str | Path, image_size: int | Sequence[int]) -> None:

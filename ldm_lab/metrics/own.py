@@ -116,7 +116,7 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
         seed: of the training.
 
     Raises:
-        ValueError: there are fewer than two images.
+        UserError: there are fewer than two images.
     """
     name, labels = LABELS.get(type(getattr(images, "data", None)), ("own", None))
     identity = [REVISION, seed, images.fingerprint(), images.transform(), SIDE, WIDTHS, MOST_IMAGES, BATCH, STEPS]

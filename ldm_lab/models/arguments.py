@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def require(key: str, value: Any, *supported: Any) -> None:  # noqa: ANN401
-    """Raise `ValueError` unless `value` is one of `supported`."""
+    """Raise `UserError` unless `value` is one of `supported`."""
     if value not in supported:
         raise UserError(f"{key}={value!r} is not supported: use {' or '.join(map(repr, supported))}")
 
 
 def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
-    """Raise `ValueError` unless every value is an integer in 1..`maximum`."""
+    """Raise `UserError` unless every value is an integer in 1..`maximum`."""
     for key, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{key}={value!r} is not a positive integer")
@@ -39,26 +39,26 @@ def whole(key: str, value: SupportsIndex) -> int:
 
 
 def require_bool(**values: bool) -> None:
-    """Raise `ValueError` unless every value is True or False: the text "false" would count as true."""
+    """Raise `UserError` unless every value is True or False: the text "false" would count as true."""
     for key, value in values.items():
         if not isinstance(value, bool):
             raise UserError(f"{key}={value!r} must be true or false")
 
 
 def require_number(low: float, high: float, **values: float) -> None:
-    """Raise `ValueError` unless every value is a number in [low, high); not a number, NaN, is in no range."""
+    """Raise `UserError` unless every value is a number in [low, high); not a number, NaN, is in no range."""
     for key, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < high:
             raise UserError(f"{key}={value!r} must be a number, at least {low:g} and below {high:g}")
 
 
 def require_scale(scaling_factor: float) -> None:
-    """Raise `ValueError` unless latents can be multiplied and divided by it in single precision."""
+    """Raise `UserError` unless latents can be multiplied and divided by it in single precision."""
     require_number(1e-6, 1e6, scaling_factor=scaling_factor)
 
 
 def require_sample_size(sample_size: Any) -> None:  # noqa: ANN401
-    """Raise `ValueError` unless it is None, a side, or height and width, in pixels or positions of latents."""
+    """Raise `UserError` unless it is None, a side, or height and width, in pixels or positions of latents."""
     sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
     if isinstance(sample_size, (list, tuple)) and len(sides) != 2:
         raise UserError(f"sample_size={sample_size!r} must be one number, or height and width")
@@ -67,7 +67,7 @@ def require_sample_size(sample_size: Any) -> None:  # noqa: ANN401
 
 
 def require_divides(key: str, value: int, width: int) -> None:
-    """Raise `ValueError` unless `value` divides the width of a block."""
+    """Raise `UserError` unless `value` divides the width of a block."""
     if width % value:
         raise UserError(f"{key}={value} does not divide {width}, a width of block_out_channels")
 
@@ -87,7 +87,7 @@ def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
 
 
 def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **block_types: Sequence[str]) -> None:
-    """Raise `ValueError` unless there is one width for each block, and `norm_num_groups` divides each."""
+    """Raise `UserError` unless there is one width for each block, and `norm_num_groups` divides each."""
     for key, value in {"block_out_channels": block_out_channels, **block_types}.items():
         if not isinstance(value, (list, tuple)) or len(value) > MAX_LEVELS:
             raise UserError(f"{key}={value!r} must be a list of at most {MAX_LEVELS} entries")
@@ -104,7 +104,7 @@ def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **bl
 
 
 def require_input(shape: Sequence[int], channels: int, factor: int, owner: str) -> None:
-    """Raise `ValueError` unless `shape` is `(B, channels, H, W)` with H and W multiples of `factor`."""
+    """Raise `UserError` unless `shape` is `(B, channels, H, W)` with H and W multiples of `factor`."""
     if len(shape) != 4 or shape[1] != channels:
         raise UserError(f"{owner} takes (B, {channels}, H, W), got a tensor of shape {tuple(shape)}")
     height, width = shape[2:]

@@ -67,7 +67,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
             noise: standard normal, in the shape of the latents, where latents are drawn; None takes their mode.
 
         Raises:
-            ValueError: the images do not fit, or noise for latents that are not drawn.
+            UserError: the images do not fit, or noise for latents that are not drawn.
         """
         return self.from_moments(self.moments(images), noise)
 
@@ -104,7 +104,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
             overlap: positions over which neighbours are blended.
 
         Raises:
-            ValueError: the overlap is negative, or more than half of the size.
+            UserError: the overlap is negative, or more than half of the size.
         """
         self.tiles = Tiles(size, overlap)
 

@@ -43,7 +43,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         mid_block_add_attention: whether the middle blocks have attention (one head).
 
     Raises:
-        ValueError: a value is impossible or not supported.
+        UserError: a value is impossible or not supported.
     """
 
     draws_latents: ClassVar[bool] = True
@@ -107,7 +107,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         """Images `(B, in_channels, H, W)` -> `.latent_dist` over `(B, latent_channels, H/f, W/f)`, not scaled.
 
         Raises:
-            ValueError: another number of channels, or a side that is no multiple of `downsample_factor`.
+            UserError: another number of channels, or a side that is no multiple of `downsample_factor`.
         """
         require_input(x.shape, self.config.in_channels, self.downsample_factor, "AutoencoderKL.encode")
         posterior = DiagonalGaussian(self.quant_conv(self.encoder(x)))
@@ -124,7 +124,7 @@ class AutoencoderKL(LaidOut, FirstStage):
             generator: has no effect, as in the namesake.
 
         Raises:
-            ValueError: another number of channels.
+            UserError: another number of channels.
         """
         require_input(z.shape, self.embed_dim, 1, "AutoencoderKL.decode")
         sample = self.to_pixels(self.post_quant_conv(z))

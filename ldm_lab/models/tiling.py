@@ -24,7 +24,7 @@ class Tiles:
         overlap: positions that neighbours share, at least; at most half of `size`.
 
     Raises:
-        ValueError: a value is out of its range.
+        UserError: a value is out of its range.
     """
 
     size: int

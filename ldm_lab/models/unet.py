@@ -81,7 +81,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
             `attention_head_dim` decides.
 
     Raises:
-        ValueError: a value is impossible or not supported.
+        UserError: a value is impossible or not supported.
     """
 
     @register_to_config
@@ -233,7 +233,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
             `.sample` `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: class labels, or a shape that does not fit.
+            UserError: class labels, or a shape that does not fit.
         """
         if class_labels is not None:
             raise UserError("class_labels were given, but this UNet2DModel is unconditional")

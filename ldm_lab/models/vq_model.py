@@ -44,7 +44,7 @@ class VQModel(LaidOut, FirstStage):
         force_upcast: has no effect here, as in the namesake.
 
     Raises:
-        ValueError: a value is impossible or not supported.
+        UserError: a value is impossible or not supported.
     """
 
     draws_latents: ClassVar[bool] = False
@@ -96,7 +96,7 @@ class VQModel(LaidOut, FirstStage):
         return self.encode(images).latents
 
     def from_moments(self, moments: Tensor, noise: None = None) -> Tensor:
-        """The latents as they are. Raises `ValueError` where noise is given."""
+        """The latents as they are. Raises `UserError` where noise is given."""
         if noise is not None:
             raise UserError("noise was given, but the latents of a VQModel are not drawn")
         return moments
@@ -105,7 +105,7 @@ class VQModel(LaidOut, FirstStage):
         """Images `(B, in_channels, H, W)` -> `.latents` `(B, vq_embed_dim, H/f, W/f)`, not quantized, not scaled.
 
         Raises:
-            ValueError: another number of channels, or a side that is no multiple of `downsample_factor`.
+            UserError: another number of channels, or a side that is no multiple of `downsample_factor`.
         """
         require_input(x.shape, self.config.in_channels, self.downsample_factor, "VQModel.encode")
         latents = self.quant_conv(self.encoder(x))
@@ -127,7 +127,7 @@ class VQModel(LaidOut, FirstStage):
             shape: `(B, h, w, vq_embed_dim)`, for indices.
 
         Raises:
-            ValueError: another number of channels.
+            UserError: another number of channels.
         """
         if force_not_quantize and self.config.lookup_from_codebook:
             h = self.quantize.get_codebook_entry(h, shape)

@@ -21,7 +21,7 @@ class AttentionBlock(Recomputed):
         num_heads: number of heads, in place of `dim_head`.
 
     Raises:
-        ValueError: `num_heads` does not divide `channels`, or they are fewer than `dim_head`.
+        UserError: `num_heads` does not divide `channels`, or they are fewer than `dim_head`.
     """
 
     def __init__(

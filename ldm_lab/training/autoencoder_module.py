@@ -36,7 +36,7 @@ class FirstStageModule(StageModule):
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
-        ValueError: `train` is something else.
+        UserError: `train` is something else.
     """
 
     stage = "autoencoder"

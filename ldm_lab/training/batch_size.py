@@ -25,7 +25,7 @@ def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) ->
         budget: bytes of a device that may be taken.
 
     Raises:
-        ValueError: not even one image fits.
+        UserError: not even one image fits.
     """
     allowed, needs = trial.portion(budget(trial.device)), functools.cache(trial.needs)
     found = largest(trial.share, needs, allowed)

@@ -57,7 +57,7 @@ def check(settings: dict[str, Any]) -> None:
         settings: `trainer` of a config, as plain data; objects that it describes are left to themselves.
 
     Raises:
-        ValueError: there is no such device, not so many of them, no such strategy, or the device lacks the precision.
+        UserError: there is no such device, not so many of them, no such strategy, or the device lacks the precision.
     """
     accelerator, devices = settings.get("accelerator", "auto"), settings.get("devices", "auto")
     strategy, precision = settings.get("strategy", "auto"), settings.get("precision", "auto")
@@ -78,7 +78,7 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def _kind(accelerator: object) -> type[Accelerator]:
-    """The class of a kind of device; of `auto` and `gpu` as Lightning chooses. Raises `ValueError` for no kind."""
+    """The class of a kind of device; of `auto` and `gpu` as Lightning chooses. Raises `UserError` for no kind."""
     if str(accelerator) in AcceleratorRegistry.available_accelerators():
         return AcceleratorRegistry[accelerator]["accelerator"]
     if accelerator not in ("auto", "gpu"):

@@ -37,7 +37,7 @@ class DiffusionModule(StageModule):
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
-        ValueError: the UNet's channels are not those of the latents.
+        UserError: the UNet's channels are not those of the latents.
     """
 
     stage = "diffusion"

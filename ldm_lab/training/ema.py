@@ -46,7 +46,7 @@ class EMA(nn.Module):
         """Move towards the weights of `network`; call it once per optimizer step.
 
         Raises:
-            ValueError: `network` has other parameters or buffers than the one this average was made of.
+            UserError: `network` has other parameters or buffers than the one this average was made of.
         """
         averages, values = _aligned(self.model.named_parameters(), network.named_parameters())
         before = int(self.num_updates) if self._known_updates is None else self._known_updates
@@ -72,7 +72,7 @@ def _forget_updates(ema: EMA, _: object) -> None:
 def _aligned(
     mine: Iterable[tuple[str, Tensor]], theirs: Iterable[tuple[str, Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of both, in the same order. Raises `ValueError` where the names differ."""
+    """The tensors of both, in the same order. Raises `UserError` where the names differ."""
     mine, theirs = dict(mine), dict(theirs)
     if difference := sorted(mine.keys() ^ theirs.keys()):
         raise UserError(f"the EMA follows another network: {difference[0]!r} is in one of the two alone")

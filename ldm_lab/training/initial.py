@@ -121,7 +121,7 @@ def settings(config: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
 
     Raises:
         LoadError: the source cannot be used.
-        ValueError: a typed setting, or the kind of network, is another one than the source's.
+        UserError: a typed setting, or the kind of network, is another one than the source's.
     """
     if not config["init"]:
         return {}
@@ -182,7 +182,7 @@ def load(module: StageModule, config: dict[str, Any], typed: Collection[str]) ->
 
     Raises:
         LoadError: the weights cannot be read, or do not fit.
-        ValueError: another scaling factor was typed than the one that the UNet was trained with.
+        UserError: another scaling factor was typed than the one that the UNet was trained with.
     """
     source = open_source(config["init"], config["stage"], config["plugins"])
     if isinstance(module, DiffusionModule):

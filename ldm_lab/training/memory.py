@@ -94,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explained(module: StageModule, data: ImageDataModule, world_size: int) -> Iterator[None]:
-    """Around training. Raises `ValueError`, which names the key to lower, where memory does not suffice."""
+    """Around training. Raises `UserError`, which names the key to lower, where memory does not suffice."""
     try:
         yield
     except Exception as error:

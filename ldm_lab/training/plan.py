@@ -36,7 +36,7 @@ def show_stage(trial: Trial, max_images: int, snapshots: int | None) -> int:
         Bytes it will take on disk.
 
     Raises:
-        ValueError: it does not fit into memory; the message names what to lower.
+        UserError: it does not fit into memory; the message names what to lower.
     """
     module, data, world_size = trial.module, trial.data, trial.world_size
     batch_size = data.device_batch_size(world_size)
@@ -64,7 +64,7 @@ def check_disk(needed: int, runs: str | Path) -> None:
         runs: the folder of runs, there or not.
 
     Raises:
-        ValueError: more is needed than is free.
+        UserError: more is needed than is free.
     """
     folder = Path(runs).absolute()
     while not folder.exists():
@@ -105,7 +105,7 @@ def encoding_line(trial: Trial) -> str:
     """What it takes to encode the training images that no run has encoded yet.
 
     Raises:
-        ValueError: there is no room for their latents.
+        UserError: there is no room for their latents.
     """
     data, autoencoder = trial.data, trial.module.autoencoder
     cache = latent_cache(autoencoder, data)

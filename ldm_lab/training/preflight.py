@@ -19,7 +19,7 @@ def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UN
     """Pass an image through networks like these on the meta device.
 
     Raises:
-        ValueError: its size, or the channels of the latents, do not fit.
+        UserError: its size, or the channels of the latents, do not fit.
     """
     size = parse_size(image_size)
     with torch.device("meta"):
@@ -42,7 +42,7 @@ def check_order(stages: Sequence[RunFolder], lengths: Sequence[int]) -> None:
     """Refuse to train a first stage on whose UNet has begun: its latents would no longer be those of the UNet.
 
     Raises:
-        ValueError: stage 1 is unfinished at its length and a later stage holds something.
+        UserError: stage 1 is unfinished at its length and a later stage holds something.
     """
     first, *later = stages
     for stage in later:

@@ -26,7 +26,7 @@ def show_images(data: ImageDataModule, sheet: Path) -> None:
     """Say what the images are, and write the first crops of the training stream to `sheet`, flips and all.
 
     Raises:
-        ValueError: none can be decoded.
+        UserError: none can be decoded.
     """
     data.prepare_data()
     print(f"images: {data.num_train:,} for training, {data.num_val:,} held out")

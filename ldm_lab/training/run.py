@@ -12,6 +12,7 @@ from lightning import Trainer
 
 from ldm_lab import card, checkpoint, hub
 from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.loading import enough_shared_memory
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.records import RunRecord, StageRecord
 from ldm_lab.settings import find
@@ -87,9 +88,10 @@ def fit(
             if before and before["max_images"] < config["max_images"]:
                 line = lengthened(module, before, schedule_of(before), config["max_images"], data.images_seen)
                 print(line, flush=True)
-    if start and owes_validation(data, config):
-        trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
-    with contextlib.suppress(BrokenOff), memory.explained(module, data, trainer.world_size):
+    explained = memory.explained(module, data, trainer.world_size)
+    with contextlib.suppress(BrokenOff), explained, enough_shared_memory():
+        if start and owes_validation(data, config):
+            trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     interrupt = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupt))
     finished = not interrupt.agree(trainer) and trainer.global_step >= trainer.max_steps

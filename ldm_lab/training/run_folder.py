@@ -87,7 +87,7 @@ class RunFolder:
             config: the stage's config, resolved, as plain data.
 
         Raises:
-            ValueError: the folder holds something else.
+            UserError: the folder holds something else.
         """
         resume, max_images = config["resume"], config["max_images"]
         if resume not in ("auto", "never", "force"):
@@ -125,7 +125,7 @@ class RunFolder:
             resume: `force` takes others.
 
         Raises:
-            ValueError: they are others.
+            UserError: they are others.
             LoadError: `data.npz` is damaged.
         """
         path = self.folder / MARKS
@@ -149,7 +149,7 @@ class RunFolder:
         """The status, if this stage is done at that length and with that first stage (its fingerprint).
 
         Raises:
-            ValueError: it was trained on another first stage.
+            UserError: it was trained on another first stage.
         """
         status = self.status()
         if self.has_state() and status.get("autoencoder", autoencoder) != autoencoder:

@@ -18,7 +18,7 @@ def check_tasks(devices: int, nodes: int) -> None:
     the processes look for each other. The first process speaks for all.
 
     Raises:
-        ValueError: there are more or fewer tasks, or they would run if `srun` had started them.
+        UserError: there are more or fewer tasks, or they would run if `srun` had started them.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from ldm_lab import float32
-from ldm_lab.errors import UserError
+from ldm_lab import float32, signatures
+from ldm_lab.errors import UserError, one_line
 from ldm_lab.training.launcher import Launcher
 
 
@@ -22,7 +23,7 @@ class Trainer(lightning.Trainer):
         **settings: see `lightning.Trainer`.
 
     Raises:
-        ValueError: `on_nan` or `float32_matmul_precision` is something else.
+        UserError: a setting is unknown, or cannot be.
     """
 
     def __init__(self, on_nan: str = "stop", float32_matmul_precision: str = "high", **settings: Any) -> None:  # noqa: ANN401
@@ -32,7 +33,11 @@ class Trainer(lightning.Trainer):
             choices = ", ".join(float32.PRECISIONS)
             raise UserError(f"trainer.float32_matmul_precision={float32_matmul_precision}: must be one of {choices}")
         self.on_nan = on_nan
-        super().__init__(**settings)
+        signatures.check(lightning.Trainer, (), settings)
+        try:
+            super().__init__(**settings)
+        except (MisconfigurationException, TypeError, ValueError) as error:  # Lightning's ways to refuse
+            raise UserError(one_line(error)) from error
         if self.strategy.root_device.type == "cuda":
             float32.allow(float32_matmul_precision)
         given = self.strategy.launcher

@@ -203,7 +203,7 @@ class Trial:
         """`run` with the device's whole share of the global batch.
 
         Raises:
-            ValueError: that does not fit; the message names what to lower.
+            UserError: that does not fit; the message names what to lower.
         """
         if self.device.type == "cuda" or self.needs(batch_size) <= self.portion(memory.free(self.device)):
             try:

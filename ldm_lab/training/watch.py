@@ -14,9 +14,10 @@ from typing import ClassVar, NoReturn
 
 import torch
 
-from ldm_lab.errors import STOPPING, fail, one_line, status_of
+from ldm_lab.errors import BROKEN_PIPE, STOPPING, fail, one_line, status_of
+from ldm_lab.terminal import cry
 
-STOPPED = frozenset(map(status_of, STOPPING))  # exit statuses of who was asked to stop
+STOPPED = frozenset(map(status_of, (*STOPPING, BROKEN_PIPE)))  # exit statuses of who was asked to stop
 
 
 class Watch(threading.Thread):
@@ -61,7 +62,7 @@ class Watch(threading.Thread):
         if orderly and self.over.wait(self.GRACE):  # that this process ends by itself is likely
             return
         try:
-            os.write(2, f"\nerror: {line}\n".encode())  # print may be locked by who waits
+            cry(f"\nerror: {line}\n")
             for process in (*self.children, *multiprocessing.active_children()):
                 process.kill()
         finally:

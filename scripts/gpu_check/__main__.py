@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ldm_lab.errors import UserError, ended_by, listen
+from ldm_lab.errors import UserError, listen, reporting
+from ldm_lab.terminal import lenient
 from scripts.gpu_check import report
 from scripts.gpu_check.parts import parts
 from scripts.gpu_check.runner import SECONDS, Check, run_all
@@ -54,6 +55,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     listen()
-    with ended_by(ValueError, OSError):
+    with lenient(), reporting("running gpu_check"):
         status = main(sys.argv[1:])
     sys.exit(status)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ldm_lab.errors import one_line
+from ldm_lab.errors import UserError, one_line
 from scripts.gpu_check.device import cores, everyday
 from scripts.gpu_check.runner import Check, Row
 
@@ -156,7 +156,7 @@ def out_of_memory(check: Check) -> Iterator[Row]:
     limit_memory(check)
     try:
         job([*command, "data.num_workers=0"])
-    except ValueError as error:
+    except UserError as error:
         message = one_line(error)
     else:
         raise RuntimeError(f"{TOO_MANY} images at a time were to run out of memory, and did not")

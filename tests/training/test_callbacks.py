@@ -193,6 +193,28 @@ def test_a_scheduler_s_signal_counts_again_only_after_a_while(training, number, 
     assert stop.value.number == number
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGPIPE])
+def test_whoever_is_gone_does_not_grow_impatient(training, number, monkeypatch):
+    """A terminal sends SIGHUP, and so may its shell; standard output and error are two pipes."""
+    monkeypatch.setattr(Interrupt, "ONE_REQUEST", -1.0)
+    for _ in range(3):
+        signal.getsignal(signal.SIGTERM)(number, None)
+    assert training.received == number
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt, trainer = Interrupt(), FakeTrainer(steps=9)
+        interrupt.on_train_start(trainer, trainer.module)
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.received is None
+        interrupt.teardown(trainer, trainer.module, "fit")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_first_signal_of_a_rank_that_knows_already_is_no_second_one(training):
     training.received = signal.SIGTERM  # of another rank
     signal.raise_signal(signal.SIGINT)

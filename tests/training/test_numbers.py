@@ -25,6 +25,7 @@ class Poison(Callback):
     def __init__(self, positions, parameter=None, value=math.nan):
         self.positions, self.parameter, self.value = set(positions), parameter, value
         self.now = False
+        self.every = "day"  # a callback of a user's may call anything so
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         hit = [n for n, position in enumerate(batch["position"].tolist()) if position in self.positions]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from ldm_lab.errors import ended_by
+from ldm_lab.errors import reporting
 from ldm_lab.settings import flatten
 from ldm_lab.training import device
 from ldm_lab.training.run import first_stage, is_first_process, lengthened
@@ -90,7 +90,7 @@ def test_a_folder_takes_its_own_settings_and_longer_runs(folder):
 
 def test_many_changed_settings_have_a_line_each(folder, capsys):
     more = {f"model__optimizer__{name}": value for name, value in zip("abcdefghi", range(9), strict=True)}
-    with pytest.raises(SystemExit) as end, ended_by(ValueError):
+    with pytest.raises(SystemExit) as end, reporting("testing"):
         folder.check(changed(seed=1, **more))
     first, *rest = str(end.value).splitlines()
     assert "was started with 10 other settings, listed below. Choose another name=, or resume=force" in first

@@ -32,7 +32,7 @@ class DenoisingStrip(Callback):
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
 
     Raises:
-        ValueError: there is no such sampler.
+        UserError: there is no such sampler.
     """
 
     def __init__(

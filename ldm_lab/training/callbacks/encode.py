@@ -17,8 +17,9 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.data.datamodule import ImageDataModule, Loader, spread
+from ldm_lab.data.datamodule import ImageDataModule, spread
 from ldm_lab.data.latents import DTYPES, UNKNOWN, CachedLatents, Error, LatentCache, Shard, relative_rms
+from ldm_lab.data.loading import Loader
 from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
@@ -43,7 +44,7 @@ class Encode(Callback):
         """Encode.
 
         Raises:
-            ValueError: the disk has no room, a number does not fit the dtype, or an image cannot be decoded.
+            UserError: the disk has no room, a number does not fit the dtype, or an image cannot be decoded.
             LoadError: the cache is damaged.
         """
         data = trainer.datamodule
@@ -79,7 +80,7 @@ def tell(logger: Any, cache: LatentCache, new: bool) -> None:  # noqa: ANN401
 
 
 def check_room(cache: LatentCache, cache_dir: object) -> None:
-    """Raises `ValueError` where the disk has no room for what is missing."""
+    """Raises `UserError` where the disk has no room for what is missing."""
     needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
     folder = next(path for path in cache.folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):

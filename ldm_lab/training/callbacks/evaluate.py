@@ -38,7 +38,7 @@ class EvaluateSamples(Callback):
         seed: sample i is drawn from (seed, i), as in `sample.py`.
 
     Raises:
-        ValueError: there are no such features or sampler, or a number is too small.
+        UserError: there are no such features or sampler, or a number is too small.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class EvaluateSamples(Callback):
         self.check()
 
     def check(self) -> None:
-        """Raise `ValueError` for settings that cannot be."""
+        """Raise `UserError` for settings that cannot be."""
         samplers.named(self.sampler)
         features.check(*self.settings)
         if self.num_samples <= distribution.NEAREST_DENSITY:

@@ -1,19 +1,20 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: stop between two steps, with everything saved."""
+"""Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: stop between two steps, with everything saved."""
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import time
 from types import FrameType
 
 import torch
 from lightning import Callback, Trainer
 
-from ldm_lab.errors import STOPPING, Interrupted
+from ldm_lab.errors import BROKEN_PIPE, Interrupted, heeded
+from ldm_lab.terminal import cry
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.stage_module import StageModule
+
+NOT_REPEATED = (getattr(signal, "SIGHUP", None), BROKEN_PIPE)  # out of impatience: whoever asked is gone
 
 
 class BrokenOff(Exception):  # noqa: N818  it is no error
@@ -39,22 +40,22 @@ class Interrupt(Callback):
         self.received: int | None = None
         self._first: float | None = None  # when this rank got a signal
         self._speaks = False
-        self._before = {number: signal.getsignal(number) for number in STOPPING}
+        self._before = {number: signal.getsignal(number) for number in heeded()}
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
         """Take over the signals while training runs."""
         self._speaks = trainer.is_global_zero
-        for number in STOPPING:
+        for number in self._before:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._first is None:
             self.received, self._first = self.received or number, now
-            if self._speaks:  # not print: it may be what the signal has interrupted
+            if self._speaks:
                 name = signal.Signals(number).name
-                os.write(sys.__stderr__.fileno(), f"\n{name}: stopping after this step\n".encode())
-        elif number == signal.SIGINT or now - self._first > self.ONE_REQUEST:
+                cry(f"\n{name}: stopping after this step\n")
+        elif number not in NOT_REPEATED and (number == signal.SIGINT or now - self._first > self.ONE_REQUEST):
             raise Interrupted(number)
 
     def on_train_batch_end(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ldm_lab.errors import UserError
 from ldm_lab.saving import write_json
+from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trainer import Trainer
 
@@ -124,7 +125,8 @@ class NotFinite(Callback):
             return
         self._settle(trainer, module)
         self._step.images_seen, self._unread = module.images_seen, self._step
-        others_act = any(callback.every.crossed(module) for callback in trainer.callbacks if hasattr(callback, "every"))
+        intervals = [getattr(callback, "every", None) for callback in trainer.callbacks]  # a user's own may be anything
+        others_act = any(every.crossed(module) for every in intervals if isinstance(every, Every))
         if trainer.on_nan == "skip" or others_act or trainer.global_step >= trainer.max_steps:
             self._settle(trainer, module)
         if trainer.on_nan == "skip":
@@ -149,7 +151,7 @@ class NotFinite(Callback):
         """List the images; end the training, or say that the step was left out.
 
         Raises:
-            ValueError: the training ends here. Launchers end all processes when one fails: the others end quietly.
+            UserError: the training ends here. Launchers end all processes when one fails: the others end quietly.
         """
         seen, size = step.images_seen, trainer.datamodule.global_batch_size
         path = self.folder / f"{seen:09d}.json"

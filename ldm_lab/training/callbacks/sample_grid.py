@@ -35,7 +35,7 @@ class SampleGrid(Callback):
         neighbours: finds the nearest training images; None: they are not looked for.
 
     Raises:
-        ValueError: there is no such sampler.
+        UserError: there is no such sampler.
     """
 
     def __init__(
