@@ -45,6 +45,14 @@ class RunFolder:
         """The newest whole state (see `checkpoint.newest`)."""
         return checkpoint.newest(self.last.parent, report)
 
+    def images_seen(self) -> int | None:
+        """Training images up to the newest whole state; `None` where there is none."""
+        try:
+            newest = self.newest(lambda damages: None)
+            return newest and checkpoint.describe(newest)["images_seen"]
+        except LoadError:
+            return None
+
     def status(self) -> dict[str, Any]:
         """What `status.json` says; nothing where there is none."""
         path = self.folder / checkpoint.STATUS
@@ -97,10 +105,11 @@ class RunFolder:
         old = self.started_with()
         if old is None:
             return
-        if max_images < old["max_images"]:
+        if max_images < old["max_images"] and max_images != (seen := self.images_seen()):
+            here = f" or finished where it stands (max_images={seen})," if seen and seen < old["max_images"] else ""
             raise UserError(
                 f"max_images={max_images}, but {self.folder} is made for {old['max_images']}:"
-                " a run can be continued, not shortened; choose another name="
+                f" a run can be continued,{here} not shortened; choose another name="
             )
         if resume == "auto" and (changed := differences(old, config)):
             many = len(changed) > SHOWN_IN_LINE
