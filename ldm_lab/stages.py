@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ldm_lab import locks
 from ldm_lab.checkpoint import fingerprint
 from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
@@ -142,8 +143,9 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
         say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
         return status
-    if stop := _train(config, settings, autoencoder, folder, typed):
-        end_by(*stop)
+    with locks.alone(folder.folder.parent, "another name=", is_first_process()):
+        if stop := _train(config, settings, autoencoder, folder, typed):
+            end_by(*stop)
     metrics = folder.status()
     say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
     return metrics

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "ldm_lab"
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
     "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
+    "locks",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -55,6 +56,7 @@ ROOMS = {
 LEAF_EDGES = {
     "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
     "config_files": {"sweep"}, "records": {"untrusted"},
+    "locks": {"notices", "untrusted"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip
