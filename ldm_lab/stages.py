@@ -79,14 +79,21 @@ def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
         return None
 
 
-def preflight(configs: list[DictConfig], command: str) -> None:
-    """Say what each stage will train; what cannot be is refused before the first of them is trained."""
+def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = ()) -> None:
+    """Say what each stage will train; what cannot be is refused before the first of them is trained.
+
+    Args:
+        configs: of the stages.
+        command: makes the autoencoder, for the message where there is none.
+        typed: keys that the user has given a value.
+    """
     for config in configs:
         device.check(plain(config.trainer))
     folders = [RunFolder(Path(config.paths.stage)) for config in configs]
     if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
         for folder, config in zip(folders, configs, strict=True):
-            folder.check(plain(config))
+            for line in folder.check(plain(config), typed):
+                say(line)
         check_order(folders, [config.max_images for config in configs])
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:

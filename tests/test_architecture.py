@@ -55,7 +55,7 @@ ROOMS = {
 }  # fmt: skip
 LEAF_EDGES = {
     "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
-    "config_files": {"sweep"}, "records": {"untrusted"},
+    "config_files": {"sweep"}, "records": {"untrusted", "version"}, "untrusted": {"version"},
     "locks": {"notices", "untrusted"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
