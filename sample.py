@@ -25,7 +25,7 @@ def job(overrides: list[str]) -> None:
     """Draw what is missing of the samples asked for."""
     config = compose_sample(overrides)
 
-    from ldm_lab import pictures, sampling, states, tracking
+    from ldm_lab import locks, pictures, sampling, states, tracking
     from ldm_lab.diffusion import samplers
     from ldm_lab.errors import UserError, doing
     from ldm_lab.pipeline import LDMPipeline
@@ -59,28 +59,29 @@ def job(overrides: list[str]) -> None:
     if not (config.num_samples or wanted):
         raise UserError("num_samples=0: name how many, or a picture: denoising, interpolate, variation, reconstruct")
     folder = Path(config.output or sampling.default_folder(state, settings))
-    if is_first_process():
-        images = state.images_seen
-        stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
-        print(f"{config.ckpt}: {stands}", flush=True)
-        manifest = sampling.describe(pipe, config.ckpt, settings)
-        sampling.claim(folder, manifest)
-    pipe.to(dtype=rounded)
-    module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta, config.compile)
-    samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size, full=config.compile)
-    with watched(), doing(f"drawing samples into {folder}"):
-        trainer.predict(module, datamodule=samples, return_predictions=False)
-        trainer.strategy.barrier()
-    if is_first_process():
-        files = ["manifest.json", *sampling.collect(folder, config.num_samples)]
-        if wanted:
-            pipe.to(trainer.strategy.root_device)  # from where Lightning has taken it away
-            with trainer.precision_plugin.forward_context():
-                files += wanted.write(pipe, folder, config.seed, steps, eta)
-        if samples.count:
-            used, made = ("diffusion", manifest["hashes"]["unet"]), ("samples", sampling.identity(manifest))
-            tracking.log_to_run(state.source / "diffusion", folder, used, made, manifest)
-        print(f"{config.num_samples:,} samples ({samples.count:,} new) in {folder}: {', '.join(files)}")
+    with locks.alone(folder, "another output=", is_first_process()):
+        if is_first_process():
+            images = state.images_seen
+            stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
+            print(f"{config.ckpt}: {stands}", flush=True)
+            manifest = sampling.describe(pipe, config.ckpt, settings)
+            sampling.claim(folder, manifest)
+        pipe.to(dtype=rounded)
+        module = sampling.SamplingModule(pipe, folder, config.seed, steps, eta, config.compile)
+        samples = sampling.MissingSamples(folder, config.num_samples, config.batch_size, full=config.compile)
+        with watched(), doing(f"drawing samples into {folder}"):
+            trainer.predict(module, datamodule=samples, return_predictions=False)
+            trainer.strategy.barrier()
+        if is_first_process():
+            files = ["manifest.json", *sampling.collect(folder, config.num_samples)]
+            if wanted:
+                pipe.to(trainer.strategy.root_device)  # from where Lightning has taken it away
+                with trainer.precision_plugin.forward_context():
+                    files += wanted.write(pipe, folder, config.seed, steps, eta)
+            if samples.count:
+                used, made = ("diffusion", manifest["hashes"]["unet"]), ("samples", sampling.identity(manifest))
+                tracking.log_to_run(state.source / "diffusion", folder, used, made, manifest)
+            print(f"{config.num_samples:,} samples ({samples.count:,} new) in {folder}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def job(overrides: list[str]) -> float | None:
         changes = {config.stage: stages.initial_settings(config, recipe.typed) for config in configs}
         configs = [config for config in recipe.compose(changes) if config.stage in changes]
     command = recipe.command("autoencoder")
-    stages.preflight(configs, command)
+    stages.preflight(configs, command, recipe.typed)
     if configs[0].plan:
         stages.plan(configs, command)
         return None

@@ -6,6 +6,7 @@ A checkpoint is what Lightning saves (`state_dict`, `optimizer_states`, `loops`,
     stage        "autoencoder" or "diffusion"
     images_seen  training images so far
     version      of this package
+    ldm_lab_format  of the file, see `ldm_lab.version`
     configs      name -> config of each network (which names its class) and of the scheduler, plain data
     prefixes     name -> where its tensors lie in `state_dict` (for the UNet: its moving average)
 

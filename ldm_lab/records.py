@@ -25,6 +25,7 @@ from PIL import Image
 
 from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError, first_line, read_json, read_yaml
+from ldm_lab.version import FORMAT_KEY
 
 AXIS = "images_seen"
 STAGES = ("autoencoder", "diffusion")
@@ -51,7 +52,7 @@ class StageRecord:
     @cached_property
     def config(self) -> dict[str, Any]:
         """All settings, resolved. Raises `LoadError` where they cannot be read."""
-        return read_yaml(self.folder / "config.yaml")
+        return {key: value for key, value in read_yaml(self.folder / "config.yaml").items() if key != FORMAT_KEY}
 
     @cached_property
     def status(self) -> dict[str, Any]:

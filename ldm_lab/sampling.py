@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ldm_lab import checkpoint, randomness
+from ldm_lab import checkpoint, locks, randomness
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png, save_pngs
@@ -162,7 +162,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     """
     path = folder / MANIFEST
     unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them
-    if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - set(unfinished):
+    if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - {*unfinished, folder / locks.NAME}:
         raise UserError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
     if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
         _remove(unfinished)

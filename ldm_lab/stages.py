@@ -11,17 +11,18 @@ from typing import Any, NoReturn
 
 import torch
 
+from ldm_lab import locks
 from ldm_lab.checkpoint import fingerprint
 from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
-from ldm_lab.errors import STOPPING, UserError, status_of
+from ldm_lab.errors import STOPPING, UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.settings import check_code, find
 from ldm_lab.training import batch_size, device, initial, preview, slurm
 from ldm_lab.training import plan as planning
 from ldm_lab.training.preflight import check_fit, check_order
 from ldm_lab.training.quiet import quiet
-from ldm_lab.training.run import RunFolder, Schedule, essentials, first_stage, fit, is_first_process, say
+from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit, is_first_process, say
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trial import Trial
 
@@ -78,14 +79,21 @@ def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
         return None
 
 
-def preflight(configs: list[DictConfig], command: str) -> None:
-    """Say what each stage will train; what cannot be is refused before the first of them is trained."""
+def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = ()) -> None:
+    """Say what each stage will train; what cannot be is refused before the first of them is trained.
+
+    Args:
+        configs: of the stages.
+        command: makes the autoencoder, for the message where there is none.
+        typed: keys that the user has given a value.
+    """
     for config in configs:
         device.check(plain(config.trainer))
     folders = [RunFolder(Path(config.paths.stage)) for config in configs]
     if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
         for folder, config in zip(folders, configs, strict=True):
-            folder.check(plain(config))
+            for line in folder.check(plain(config), typed):
+                say(line)
         check_order(folders, [config.max_images for config in configs])
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
@@ -142,6 +150,21 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
         say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
         return status
+    with locks.alone(folder.folder.parent, "another name=", is_first_process()):
+        if stop := _train(config, settings, autoencoder, folder, typed):
+            end_by(*stop)
+    metrics = folder.status()
+    say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
+    return metrics
+
+
+def _train(
+    config: DictConfig,
+    settings: dict[str, Any],
+    autoencoder: FirstStage | None,
+    folder: RunFolder,
+    typed: Collection[str],
+) -> Stopped | None:
     module, data, make_trainer = parts(config, autoencoder)
     if is_first_process():
         folder.check_marks(data.marks, config.resume)
@@ -153,19 +176,14 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     trainer = make_trainer(**essentials(settings, callbacks, loggers))
     slurm.check_tasks(trainer.num_devices, trainer.num_nodes)
     say(f"{config.stage} on {device.describe(trainer)}")
-    schedule_of = functools.partial(schedule, plugins=settings["plugins"])
-    if received := fit(module, data, trainer, folder, settings, schedule_of):
-        end_by(received, f"stopped and saved at {module.images_seen:,} images; the same command continues")
-    metrics = folder.status()
-    say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
-    return metrics
+    return fit(module, data, trainer, folder, settings, functools.partial(schedule, plugins=settings["plugins"]))
 
 
-def end_by(received: int, line: str) -> NoReturn:
-    """End as the signal asked, with its status. Launchers end all processes when one fails: only the first does."""
+def end_by(status: int, line: str) -> NoReturn:
+    """End with the status of a stop. Launchers end all processes when one fails: only the first does."""
     say(line)
     if is_first_process():
-        sys.exit(status_of(received))
+        sys.exit(status)
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # on its way out, whatever the launcher now sends
     sys.exit()

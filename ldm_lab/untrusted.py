@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 
 from ldm_lab.errors import UserError, own_line
+from ldm_lab.version import FORMAT, FORMAT_KEY
 
 # What a file may ask for, far above whatever was trained: networks are laid out before their weights are compared.
 MAX_WIDTH = 2**16  # channels of a layer, groups, heads
@@ -134,10 +135,13 @@ def check_plain(value: Any, origin: object) -> dict[str, Any]:  # noqa: ANN401
     """The dict `value` itself, where it holds nothing but dicts, lists, strings, numbers, truth values and None.
 
     Raises:
-        LoadError: it is no dict, holds something else, too much of it, or itself; the message begins with `origin`.
+        LoadError: it is no dict, holds something else, too much of it, or itself, or is of a newer version of this
+            package; the message begins with `origin`.
     """
     if not isinstance(value, dict):
         raise LoadError(f"{origin}: holds a {type(value).__name__}, not an object")
+    if not isinstance(written := value.get(FORMAT_KEY, 1), int) or written > FORMAT:
+        raise LoadError(f"{origin}: is of format {written}, this ldm_lab reads up to {FORMAT}: update it")
     level, count = [value], 0
     for _ in range(MAX_DEPTH):
         below: list[Any] = []

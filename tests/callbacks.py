@@ -53,8 +53,18 @@ class Signal(Callback):
 
     def pass_by(self, where, trainer, module):
         if (where, module.stage, module.images_seen, trainer.global_rank) == self.place:
-            for _ in range(self.times):
-                self.send(os.getpid() if self.send is os.kill else os.getpgrp(), self.number)
+            self.act(trainer)
+
+    def act(self, trainer):
+        for _ in range(self.times):
+            self.send(os.getpid() if self.send is os.kill else os.getpgrp(), self.number)
+
+
+class Ask(Signal):
+    """Asks for an end at such a place, as callbacks do."""
+
+    def act(self, trainer):
+        trainer.should_stop = True
 
 
 class FailAtTheEnd(Callback):

@@ -14,6 +14,7 @@ LEAVES = {
     "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
     "configurable", "weights", "hub", "memory", "outputs",
     "terminal", "signatures",
+    "locks",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -59,7 +60,8 @@ LEAF_EDGES = {
     "serialization": {"configurable", "hub", "untrusted", "weights"}, "saving": {"untrusted"}, "images": {"saving"},
     "configurable": {"hub", "notices", "saving", "untrusted", "version"}, "hub": {"untrusted", "weights"},
     "weights": {"notices", "saving", "untrusted"}, "memory": {"notices"},
-    "config_files": {"sweep"}, "records": {"untrusted"},
+    "config_files": {"sweep"}, "records": {"untrusted", "version"}, "untrusted": {"version"},
+    "locks": {"notices", "untrusted"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip

@@ -90,6 +90,65 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny_runs, tmp_path, caps
         assert hours == sorted(hours)  # counted on
 
 
+def ask(stage, images, where="train"):
+    """Overrides with a callback that asks for an end in the step or validation at `images` images of a stage."""
+    arguments = {"_target_": "tests.callbacks.Ask", "stage": stage, "images": images, "where": where}
+    return ["plugins=[tests]", *[f"+callbacks.ask.{key}={value}" for key, value in arguments.items()]]
+
+
+NO_TIME = ["+trainer.max_time=00:00:00:00"]  # a start takes one step
+THRESHOLD = [  # falls below it in the first validation
+    f"+callbacks.early.{setting}"
+    for setting in (
+        "_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=val/loss", "stopping_threshold=1e3",
+    )
+]  # fmt: skip
+
+
+def test_a_training_that_a_callback_ends_is_saved_and_continues(tiny_runs, tmp_path, capsys):
+    """The second stage does not begin on an unfinished first; in the end all is as if nothing had happened."""
+    folder = tmp_path / "celebahq"
+    for stage, overrides, ends, why in (
+        ("autoencoder", NO_TIME, 8, "the time of trainer.max_time is over"),
+        ("autoencoder", NO_TIME, 16, "the time of trainer.max_time is over"),
+        ("autoencoder", ask("autoencoder", 32), 40, "a callback has set trainer.should_stop"),
+        ("diffusion", ask("diffusion", 0, "setup"), 8, "a callback has set trainer.should_stop"),
+        ("diffusion", THRESHOLD, 32, r"EarlyStopping: Stopping threshold reached: val/loss = [\d.]+ < 1000.0"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path, RECIPE, *overrides)
+        assert stop.value.code == 75
+        line = capsys.readouterr().out.splitlines()[-1]
+        here = rf"with experiment=\.\.\./{stage} and max_images={ends} it finishes here"
+        assert re.fullmatch(rf"stopped at {ends} images: {why}; the same command continues, {here}", line), line
+        assert last_checkpoint(folder / stage)["ldm_lab"]["images_seen"] == ends
+        assert status(folder / stage)["finished"] is False
+        assert (folder / "diffusion").exists() is (stage == "diffusion")
+    train(tmp_path, RECIPE, *THRESHOLD)  # in the last validation it ends anyway
+    assert "Done. Next: " in capsys.readouterr().out
+    for stage in STAGES:
+        assert_same_training(folder / stage, tiny_runs / "celebahq" / stage)
+
+
+def test_a_stopped_training_can_be_finished_where_it_stands(tmp_path, capsys):
+    folder = tmp_path / "celebahq/autoencoder"
+    with pytest.raises(SystemExit):
+        train(tmp_path, RECIPE, *ask("autoencoder", 16))
+    for length in (16, 32):
+        with pytest.raises(ValueError, match=r"or finished where it stands \(max_images=24\), not shortened"):
+            train(tmp_path, STAGE_1, f"max_images={length}")
+    loss = train(tmp_path, STAGE_1, "max_images=24")
+    assert "Done. Next: python train.py experiment=celebahq/diffusion" in capsys.readouterr().out
+    assert status(folder) | {"finished": True, "max_images": 24, "val/loss": loss} == status(folder)
+    assert final_weights(folder)
+    assert list(metrics(folder)) == [8, 16, 24]
+    with pytest.raises(ValueError, match=r"a run can be continued, not shortened"):
+        train(tmp_path, STAGE_1, "max_images=16")
+    with pytest.raises(SystemExit):  # and trained on
+        train(tmp_path, STAGE_1, *ask("autoencoder", 24))
+    assert last_checkpoint(folder)["ldm_lab"]["images_seen"] == 32
+
+
 def test_a_second_ctrl_c_stops_at_once_and_loses_no_more_than_an_interval(tiny_runs, tmp_path, capsys):
     runs = without_stage_2(tiny_runs, tmp_path)
     with pytest.raises(SystemExit) as stop:

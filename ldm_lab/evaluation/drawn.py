@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Trainer
 
-from ldm_lab import sampling
+from ldm_lab import locks, sampling
 from ldm_lab.diffusion import samplers
 from ldm_lab.errors import UserError
 from ldm_lab.metrics.images import FilePixels
@@ -72,12 +72,13 @@ def draw(pipe: LDMPipeline, state: State, source: str, how: Sampling, trainer: T
     settings = {**how.settings(), "precision": trainer.precision, "compile": False, "tiling": False}
     folder = sampling.default_folder(state, settings)
     manifest = sampling.describe(pipe, source, settings)
-    if first:
-        sampling.claim(folder, manifest)
     module = sampling.SamplingModule(pipe, folder, how.seed, how.steps, how.eta)
     missing = sampling.MissingSamples(folder, how.num_samples, how.batch_size)
-    trainer.predict(module, datamodule=missing, return_predictions=False)
-    trainer.strategy.barrier()
+    with locks.alone(folder, "another --seed", first):
+        if first:
+            sampling.claim(folder, manifest)
+        trainer.predict(module, datamodule=missing, return_predictions=False)
+        trainer.strategy.barrier()
     paths = [sampling.image_path(folder, index) for index in range(how.num_samples)]
     return FilePixels(paths, source, sampling.identity(manifest))
 

@@ -6,13 +6,14 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import Trainer
 
 from ldm_lab import card, checkpoint, hub
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.loading import enough_shared_memory
+from ldm_lab.errors import status_of
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.records import RunRecord, StageRecord
 from ldm_lab.settings import find
@@ -34,6 +35,19 @@ from ldm_lab.untrusted import LoadError
 Schedule = Callable[[int], float]  # images seen -> multiplier of the learning rate
 
 KEPT = ("val/", "codebook/")  # of the last metrics, in status.json
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing has failed, but the training is not at its end
+
+
+class Stopped(NamedTuple):
+    """A training that has ended before its end.
+
+    Attributes:
+        status: that the command ends with.
+        line: what to say.
+    """
+
+    status: int
+    line: str
 
 
 def is_first_process() -> bool:
@@ -48,7 +62,7 @@ def fit(
     run: RunFolder,
     config: dict[str, Any],
     schedule_of: Callable[[dict[str, Any]], Schedule | None],
-) -> int | None:
+) -> Stopped | None:
     """Train one stage to `max_images`, from its newest state if there is one.
 
     Args:
@@ -61,7 +75,7 @@ def fit(
             where it cannot be built.
 
     Returns:
-        The signal that has interrupted it, after everything was saved; None: it came to its end.
+        How it was stopped, after everything was saved; None: it came to its end.
     """
     without_own_handlers(trainer)
     data.compare_with_training = module.stage == "diffusion"
@@ -94,7 +108,8 @@ def fit(
             trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     interrupt = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupt))
-    finished = not interrupt.agree(trainer) and trainer.global_step >= trainer.max_steps
+    interrupt.agree(trainer)
+    finished = interrupt.received is None and trainer.global_step >= trainer.max_steps
     if finished and "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
         trainer.validate(module, data, verbose=False)
     if finished and is_first_process():
@@ -103,7 +118,18 @@ def fit(
         write_card(run, module.stage, kept)  # before the stage counts as finished
         run.write_status(finished=True, **identity, **kept)
     trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
-    return interrupt.received
+    return None if finished else stopped(interrupt, trainer, module)
+
+
+def stopped(interrupt: Interrupt, trainer: Trainer, module: StageModule) -> Stopped:
+    """Who has stopped a training, where it stands, and how it goes on."""
+    images = module.images_seen
+    if interrupt.received is not None:
+        line = f"stopped and saved at {images:,} images; the same command continues"
+        return Stopped(status_of(interrupt.received), line)
+    here = f"with experiment=.../{module.stage} and max_images={images} it finishes here"
+    line = f"stopped at {images:,} images: {interrupt.reason(trainer)}; the same command continues, {here}"
+    return Stopped(AGAIN, line)
 
 
 def introduce(logger: Any, module: StageModule, data: ImageDataModule, config: dict[str, Any]) -> None:  # noqa: ANN401

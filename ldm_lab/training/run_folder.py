@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import yaml
 from ldm_lab import checkpoint
 from ldm_lab.errors import UserError
 from ldm_lab.saving import replacing, write_json
-from ldm_lab.settings import flatten, is_harmless
+from ldm_lab.settings import flatten
+from ldm_lab.training.changes import compare
 from ldm_lab.untrusted import LoadError, read_json, read_yaml
+from ldm_lab.version import FORMAT, FORMAT_KEY
 
 KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # of a config, flattened
 
@@ -45,6 +47,14 @@ class RunFolder:
         """The newest whole state (see `checkpoint.newest`)."""
         return checkpoint.newest(self.last.parent, report)
 
+    def images_seen(self) -> int | None:
+        """Training images up to the newest whole state; `None` where there is none."""
+        try:
+            newest = self.newest(lambda damages: None)
+            return newest and checkpoint.describe(newest)["images_seen"]
+        except LoadError:
+            return None
+
     def status(self) -> dict[str, Any]:
         """What `status.json` says; nothing where there is none."""
         path = self.folder / checkpoint.STATUS
@@ -52,7 +62,7 @@ class RunFolder:
 
     def write_status(self, **values: Any) -> None:  # noqa: ANN401
         """Write `status.json`."""
-        write_json(self.folder / checkpoint.STATUS, values)
+        write_json(self.folder / checkpoint.STATUS, {FORMAT_KEY: FORMAT, **values})
 
     def has_state(self) -> bool:
         """Whether anything was trained here; a start that failed before its first checkpoint binds nobody."""
@@ -65,6 +75,7 @@ class RunFolder:
         if not self.has_state() or not path.is_file():
             return None
         config = read_yaml(path)
+        config.pop(FORMAT_KEY, None)
         if not isinstance(config.get("max_images"), int):
             raise LoadError(f"{path}: max_images={config.get('max_images')!r}: is no config of a run")
         for key, value in flatten(config).items():
@@ -78,13 +89,17 @@ class RunFolder:
         for path in [path for path in self.folder.rglob(".*.tmp") if path.is_file()]:
             path.unlink()
 
-    def check(self, config: dict[str, Any]) -> None:
+    def check(self, config: dict[str, Any], typed: Collection[str] = ()) -> list[str]:
         """Compare the folder with the config of a stage that would go on in it; nothing is touched.
 
         `resume=auto` continues what is there, `never` wants an empty folder, `force` takes changed settings.
 
         Args:
             config: the stage's config, resolved, as plain data.
+            typed: keys that the user has given a value.
+
+        Returns:
+            What to say of settings that only one of two versions of this package knows, a line each.
 
         Raises:
             UserError: the folder holds something else.
@@ -96,13 +111,15 @@ class RunFolder:
             raise UserError(f"resume=never, but {self.folder} is not empty: choose another name=")
         old = self.started_with()
         if old is None:
-            return
-        if max_images < old["max_images"]:
+            return []
+        if max_images < old["max_images"] and max_images != (seen := self.images_seen()):
+            here = f" or finished where it stands (max_images={seen})," if seen and seen < old["max_images"] else ""
             raise UserError(
                 f"max_images={max_images}, but {self.folder} is made for {old['max_images']}:"
-                " a run can be continued, not shortened; choose another name="
+                f" a run can be continued,{here} not shortened; choose another name="
             )
-        if resume == "auto" and (changed := differences(old, config)):
+        changes = compare(old, config, typed)
+        if resume == "auto" and (changed := changes.changed):
             many = len(changed) > SHOWN_IN_LINE
             what = f"{len(changed)} other settings, listed below" if many else f"other settings: {'; '.join(changed)}"
             error = UserError(
@@ -111,6 +128,9 @@ class RunFolder:
             )
             error.__notes__ = changed if many else []
             raise error
+        said = {"did not know, with their defaults now": changes.added, "had, and nothing knows now": changes.dropped}
+        start = f"{self.folder} is of another version: settings that it"
+        return [f"{start} {what}: {', '.join(keys)}" for what, keys in said.items() if keys]
 
     def write_marks(self, marks: dict[str, np.ndarray]) -> None:
         """Write `data.npz`: which images are trained on (see `ImageDataModule.marks`), four bytes for each."""
@@ -164,12 +184,4 @@ class RunFolder:
         """Write `config.yaml`, making the folder where there is none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The settings that matter and differ, as `key: old -> new`."""
-    before, after = flatten(old), flatten(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    keys = [key for key in keys if not is_harmless(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+            temporary.write_text(yaml.safe_dump({FORMAT_KEY: FORMAT, **config}, sort_keys=False), encoding="utf-8")

@@ -16,7 +16,7 @@ from ldm_lab.models.layout import follow_parameters
 from ldm_lab.serialization import PretrainedModel
 from ldm_lab.transfer import to_device
 from ldm_lab.untrusted import LoadError
-from ldm_lab.version import __version__
+from ldm_lab.version import FORMAT, FORMAT_KEY, __version__
 
 
 class StageModule(LightningModule):
@@ -161,6 +161,7 @@ class StageModule(LightningModule):
             "stage": self.stage,
             "images_seen": self.images_seen,
             "version": __version__,
+            FORMAT_KEY: FORMAT,
             "configs": self.configs(),
             "prefixes": {name: prefix for name, (prefix, _) in self.exported().items()},
         }

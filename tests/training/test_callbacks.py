@@ -6,6 +6,8 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from ldm_lab.errors import STOPPING, Interrupted
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
@@ -24,6 +26,7 @@ class FakeTrainer(SimpleNamespace):
         super().__init__(
             max_steps=steps, global_step=start // global_batch_size, world_size=world_size, is_global_zero=True,
             should_stop=False, val_check_batch=None, limit_val_batches=1.0, loggers=[], callbacks=[], saves=[],
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(min_steps=None)), state=SimpleNamespace(fn="fit"),
             datamodule=SimpleNamespace(global_batch_size=global_batch_size),
             _logger_connector=SimpleNamespace(update_train_step_metrics=lambda: None),
             strategy=SimpleNamespace(
@@ -40,13 +43,16 @@ class FakeTrainer(SimpleNamespace):
         temporary.write_text(str(self.module.images_seen))
         os.replace(temporary, path)
 
+    def is_stopped(self):
+        return self.should_stop and self.global_step >= (self.fit_loop.epoch_loop.min_steps or 0)
+
     def train(self, *callbacks, each_batch=lambda images_seen: None):
         self.callbacks = list(callbacks)
         for callback in callbacks:
             callback.setup(self, self.module, "fit")
             callback.on_train_start(self, self.module)
         batch = self.datamodule.global_batch_size // self.accumulation
-        while self.global_step < self.max_steps and not self.should_stop:
+        while self.global_step < self.max_steps and not self.is_stopped():
             self.module.images_seen += batch
             self.global_step = self.module.images_seen // self.datamodule.global_batch_size
             each_batch(self.module.images_seen)
@@ -248,3 +254,59 @@ def test_ranks_agree_every_few_steps_whatever_is_accumulated(tmp_path, accumulat
     trainer.train(Checkpoint(tmp_path, 10**6), interrupt)
     assert asked == [Interrupt.EVERY, 2 * Interrupt.EVERY]
     assert trainer.saves == [2 * Interrupt.EVERY * 8]
+
+
+# --- a callback that asks for an end
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("least", [None, 2, 5])
+def test_a_callback_ends_the_training_after_a_whole_step(tmp_path, accumulation, least):
+    """Whenever it asks: with the first batch of step 3. `trainer.min_steps` are trained before."""
+    trainer, interrupt = FakeTrainer(steps=9, accumulation=accumulation), Interrupt()
+    trainer.fit_loop.epoch_loop.min_steps = least
+
+    def ask(images_seen):
+        trainer.should_stop |= images_seen == 16 + 8 // accumulation
+
+    trainer.train(Checkpoint(tmp_path, 1000), interrupt, each_batch=ask)
+    assert trainer.saves == [8 * max(3, least or 0)] == [trainer.module.images_seen]
+    assert trainer.limit_val_batches == 0
+    assert interrupt.received is None
+
+
+def test_a_wish_of_the_last_step_is_fulfilled_anyway(tmp_path):
+    trainer, interrupt = FakeTrainer(steps=3), Interrupt()
+    trainer.train(Checkpoint(tmp_path, 1000), interrupt, each_batch=lambda n: setattr(trainer, "should_stop", n == 24))
+    assert trainer.saves == [24]
+    assert trainer.limit_val_batches == 1.0, "its validation is wanted"
+
+
+def test_what_a_callback_of_another_rank_asks_for_stops_all(tmp_path):
+    trainer, interrupt = FakeTrainer(steps=99, world_size=2), Interrupt()
+    other = [0.0, Interrupt.NO_SIGNAL]
+    trainer.strategy.reduce = lambda wish, reduce_op: max(wish, torch.tensor(other.pop(0)))
+    trainer.train(Checkpoint(tmp_path, 10**6), interrupt)
+    assert trainer.saves == [2 * Interrupt.EVERY * 8]
+    assert interrupt.received is None
+
+
+@pytest.mark.parametrize("fn", ["fit", "validate"])
+def test_a_wish_of_a_validation_is_fulfilled_at_its_end(training, fn):
+    trainer = FakeTrainer(steps=9)
+    training.setup(trainer, trainer.module, "fit")
+    trainer.should_stop, trainer.state.fn = True, fn
+    training.on_validation_batch_start(trainer, trainer.module, {}, 1)  # it is not broken off
+    assert not trainer.is_stopped()
+    training.on_validation_end(trainer, trainer.module)
+    assert trainer.is_stopped() is (fn == "fit")
+
+
+def test_the_reason_is_said():
+    stopping = EarlyStopping("val/loss", stopping_threshold=0.5)
+    trainer = SimpleNamespace(callbacks=[Timer("00:00:01:00"), stopping])
+    assert Interrupt().reason(trainer) == "a callback has set trainer.should_stop"
+    _, stopping.stopping_reason_message = stopping._evaluate_stopping_criteria(torch.tensor(0.25))
+    assert Interrupt().reason(trainer) == "EarlyStopping: Stopping threshold reached: val/loss = 0.25 < 0.5"
+    trainer.callbacks = [Timer("00:00:00:00")]
+    assert Interrupt().reason(trainer) == "the time of trainer.max_time is over"

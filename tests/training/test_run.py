@@ -1,5 +1,6 @@
 """The run folder: what counts as changed, as finished, as somebody else's; and which device is said."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import yaml
 from ldm_lab.errors import reporting
 from ldm_lab.settings import flatten
 from ldm_lab.training import device
+from ldm_lab.training.changes import compare
 from ldm_lab.training.run import first_stage, is_first_process, lengthened
-from ldm_lab.training.run_folder import RunFolder, differences
+from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup
 from ldm_lab.untrusted import LoadError
 
@@ -22,7 +24,7 @@ CONFIG = {
     "seed": 0,
     "data": {"image_size": [64, 32], "module": {"num_workers": 0, "train_set": {"root": "/a", "num_train": 5}}},
     "model": {
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
         "schedule": {"_target_": "a.Cosine", "max_images": 64, "warmup_images": 8},
         "autoencoder": {"dropout": 0.0},
     },
@@ -32,9 +34,9 @@ CONFIG = {
 }
 
 
-def changed(**values):
-    """CONFIG with `a__b=value` instead of `a.b`."""
-    config = yaml.safe_load(yaml.safe_dump(CONFIG))
+def changed(config=CONFIG, **values):
+    """The config with `a__b=value` instead of `a.b`."""
+    config = yaml.safe_load(yaml.safe_dump(config))
     for key, value in values.items():
         *path, last = key.split("__")
         node = config
@@ -79,7 +81,84 @@ def test_flatten_names_every_leaf():
     ],
 )
 def test_differences_are_the_settings_that_matter(values, expected):
-    assert differences(CONFIG, changed(**values)) == expected
+    assert compare(CONFIG, changed(**values)).changed == expected
+
+
+# --- settings that one of two versions does not know
+
+LOSS = {"_target_": "ldm_lab.losses.autoencoder.AutoencoderLoss", "perceptual_weight": 1.0}
+OLD = changed(model__loss=LOSS)
+COLOUR = {"_target_": "ldm_lab.losses.pixel.ColourMSE"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model__optimizer__weight_decay": 0}, []),  # as torch has it
+        ({"model__optimizer__betas": [0.9, 0.999]}, []),
+        ({"model__loss__discriminator": None}, []),
+        ({"model__optimizer__weight_decay": 0.1}, ["model.optimizer.weight_decay: None -> 0.1"]),
+        ({"model__loss__pixel": COLOUR}, [f"model.loss.pixel._target_: None -> {COLOUR['_target_']}"]),
+        ({"trainer__gradient_clip_val": 1.0}, ["trainer.gradient_clip_val: None -> 1.0"]),
+    ],
+)
+def test_a_key_that_was_not_there_stands_for_what_was_done_without_it(values, expected):
+    """For the constructor's default, whatever today's YAML files say, and whoever has given the value."""
+    old = changed(OLD)
+    del old["trainer"]["gradient_clip_val"]
+    old["trainer"]["_target_"] = "lightning.Trainer"
+    new = changed(old, **values)
+    for typed in ((), [key.replace("__", ".") for key in values]):
+        changes = compare(old, new, typed)
+        assert (changes.changed, changes.added, changes.dropped) == (expected, [], [])
+    assert len(compare(new, old).changed) == len(expected)
+    assert compare(new, old).dropped == []
+
+
+@pytest.mark.parametrize("value", [1, None, {"_target_": "torch.nn.Identity"}])
+@pytest.mark.parametrize("place", ["data__grain", "grain", "model__autoencoder__grain", "model__optimizer__grain"])
+def test_a_key_that_no_constructor_knows_takes_its_default_and_is_named(place, value):
+    new = changed(OLD, **{place: value})
+    key, shown = next(item for item in flatten(new).items() if item[0] not in flatten(OLD))
+    assert compare(OLD, new).added == compare(new, OLD).dropped == [f"{key}={shown}"]
+    assert compare(OLD, new).changed == compare(new, OLD).changed == []
+    assert compare(OLD, new, [key]).changed == [f"{key}: None -> {shown}"]  # what was typed is no default
+
+
+def test_a_constructor_that_takes_any_key_may_make_something_of_it():
+    old = changed(OLD, model__optimizer___target_="torch.nn.Identity")
+    new = changed(old, model__optimizer__grain=1)
+    assert compare(old, new).changed == ["model.optimizer.grain: None -> 1"]
+    assert compare(new, old).changed == ["model.optimizer.grain: 1 -> None"]
+
+
+def test_what_another_version_did_not_know_is_said(folder):
+    new = changed(seed=0)
+    new["model"]["autoencoder"] = {"grain": 2}
+    (line, other) = folder.check(new)
+    start = f"{folder.folder} is of another version: settings that it"
+    assert line == f"{start} did not know, with their defaults now: model.autoencoder.grain=2"
+    assert other == f"{start} had, and nothing knows now: model.autoencoder.dropout=0.0"
+    assert folder.check(CONFIG) == []
+    with pytest.raises(ValueError, match=r"other settings: model\.autoencoder\.grain: None -> 2\. Choose"):
+        folder.check(new, typed={"model.autoencoder.grain"})
+
+
+@pytest.mark.parametrize("found", [3, "2", None])
+@pytest.mark.parametrize("name", ["config.yaml", "status.json"])
+def test_what_a_newer_version_has_written_is_refused(folder, name, found):
+    folder.check(CONFIG)
+    path = folder.folder / name
+    content = yaml.safe_load(path.read_text())  # JSON is YAML
+    assert content["ldm_lab_format"] == 2
+    path.write_text(json.dumps({**content, "ldm_lab_format": found}))
+    message = rf"{name}: is of format {found}, this ldm_lab reads up to 2: update it"
+    with pytest.raises(LoadError, match=message):
+        folder.check(CONFIG) if name == "config.yaml" else folder.finished(64, "abc")
+    del content["ldm_lab_format"]  # of before there was a number
+    path.write_text(json.dumps(content))
+    folder.check(CONFIG)
+    assert folder.finished(64, "abc")
 
 
 def test_a_folder_takes_its_own_settings_and_longer_runs(folder):
@@ -91,7 +170,7 @@ def test_a_folder_takes_its_own_settings_and_longer_runs(folder):
 def test_many_changed_settings_have_a_line_each(folder, capsys):
     more = {f"model__optimizer__{name}": value for name, value in zip("abcdefghi", range(9), strict=True)}
     with pytest.raises(SystemExit) as end, reporting("testing"):
-        folder.check(changed(seed=1, **more))
+        folder.check(changed(seed=1, **more), typed=[f"model.optimizer.{name}" for name in "abcdefghi"])
     first, *rest = str(end.value).splitlines()
     assert "was started with 10 other settings, listed below. Choose another name=, or resume=force" in first
     assert rest == ["  seed: 0 -> 1", *[f"  model.optimizer.{name}: None -> {n}" for n, name in enumerate("abcdefghi")]]

@@ -1,15 +1,18 @@
-"""Ctrl-C, SIGTERM, SIGUSR1, SIGHUP: stop between two steps, with everything saved."""
+"""A signal, or a callback that asks for an end: stop between two steps, with everything saved."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from types import FrameType
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.trainer.states import TrainerFn
 
-from ldm_lab.errors import BROKEN_PIPE, Interrupted, heeded
+from ldm_lab.errors import BROKEN_PIPE, Interrupted, heeded, one_line
 from ldm_lab.terminal import cry
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.stage_module import StageModule
@@ -27,6 +30,9 @@ class Interrupt(Callback):
     With several ranks all must stop after the same step, whichever has got the signal, or the others wait for
     ever: they compare notes every `EVERY` steps. A validation is not waited for, nor is it done after the last step.
 
+    The same where a callback, of whatever rank, sets `trainer.should_stop`, but that a validation comes to its end.
+    Lightning would stop in the middle of a step, and validate where no validation is due.
+
     Attributes:
         received: the signal, of this rank or (where they have compared notes) another; None: no signal.
     """
@@ -35,12 +41,24 @@ class Interrupt(Callback):
     # A launcher passes on what the whole group has got already, so that one request comes twice. Of Ctrl-C it is a
     # person who repeats it.
     ONE_REQUEST = 5.0  # seconds
+    NO_SIGNAL = 0.5  # where ranks compare the numbers of signals: a callback asks
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._first: float | None = None  # when this rank got a signal
         self._speaks = False
+        self._least = 0  # steps before a callback may end the training: `trainer.min_steps`
         self._before = {number: signal.getsignal(number) for number in heeded()}
+
+    def setup(self, trainer: Trainer, module: StageModule, stage: str) -> None:
+        """Let Lightning stop where `_stop` allows it, and give each start the whole of `max_time`."""
+        if stage != TrainerFn.FITTING:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        self._least, loop.min_steps = loop.min_steps or 0, sys.maxsize
+        for callback in trainer.callbacks:
+            if isinstance(callback, Timer):  # who counts on would end the next start where the first has ended
+                callback.load_state_dict = lambda state: None
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
         """Take over the signals while training runs."""
@@ -61,33 +79,59 @@ class Interrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Save and stop where a signal came in."""
+        """Save and stop where somebody has asked for it; the last step ends the training anyway."""
         if module.images_seen % trainer.datamodule.global_batch_size or not self._asked(trainer, trainer.global_step):
+            return
+        if self.received is None and trainer.global_step >= trainer.max_steps:
             return
         for callback in trainer.callbacks:
             if isinstance(callback, Checkpoint):
                 callback.save(trainer)
-        trainer.should_stop = True
+        self._stop(trainer)
         trainer.limit_val_batches = 0  # or Lightning validates before it stops
 
     def on_validation_batch_start(
         self, trainer: Trainer, module: StageModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Break a validation off."""
-        if self._asked(trainer, batch_idx):
+        """Break a validation off, for a signal."""
+        if self._asked(trainer, batch_idx) and self.received is not None:
             raise BrokenOff
+
+    def on_validation_end(self, trainer: Trainer, module: StageModule) -> None:
+        """Stop where a validation gave the reason to; the state was saved before it."""
+        if trainer.state.fn == TrainerFn.FITTING and self._asked(trainer, count=0):
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        trainer.should_stop = True
+        trainer.fit_loop.epoch_loop.min_steps, trainer.fit_loop.min_epochs = None, 0
 
     def _asked(self, trainer: Trainer, count: int) -> bool:
         """Whether to stop, at a place that all ranks pass with the same `count`."""
         if trainer.world_size == 1:
-            return self.received is not None  # and no wait for the device
+            return self._wish(trainer) > 0  # and no wait for the device
         return count % self.EVERY == 0 and self.agree(trainer)
 
+    def _wish(self, trainer: Trainer) -> float:
+        asked = trainer.should_stop and trainer.global_step >= self._least
+        return float(self.received or self.NO_SIGNAL * asked)
+
     def agree(self, trainer: Trainer) -> bool:
-        """Let all ranks know of a signal that any of them has got; they wait for each other."""
-        flag = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
-        self.received = int(trainer.strategy.reduce(flag, reduce_op="max")) or None
-        return self.received is not None
+        """Let all ranks know of what any of them was asked; they wait for each other."""
+        wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
+        wish = float(trainer.strategy.reduce(wish, reduce_op="max"))
+        self.received = int(wish) or None
+        return wish > 0
+
+    def reason(self, trainer: Trainer) -> str:
+        """Why a training has ended before its end, without a signal."""
+        for callback in trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+                said = callback.stopping_reason_message.removesuffix("Signaling Trainer to stop.")
+                return f"EarlyStopping: {one_line(ValueError(said)).rstrip('.')}"
+            if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+                return "the time of trainer.max_time is over"
+        return "a callback has set trainer.should_stop"
 
     def teardown(self, trainer: Trainer, module: StageModule, stage: str) -> None:
         """Give the signals back."""

@@ -1,0 +1,94 @@
+"""Which settings of a run have changed, where its config may be of an older version of this package.
+
+A version adds keys, and drops some. A key that a config lacks stands for what the constructor does without it: its own
+default, and not what today's YAML files say.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldm_lab.settings import find, flatten, is_harmless
+
+MISSING = inspect.Parameter.empty
+OPEN = inspect.Parameter.VAR_KEYWORD
+
+
+@dataclass
+class Changes:
+    """Settings that matter and are not those of before.
+
+    Attributes:
+        changed: `key: old -> new`.
+        added: `key=value` that was not known before, and has its default now.
+        dropped: `key=value` that is not known any more.
+    """
+
+    changed: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], typed: Collection[str] = ()) -> Changes:
+    """What has changed from one config to another.
+
+    Args:
+        old: as the run was started, resolved, perhaps by an older version.
+        new: of now.
+        typed: keys that the user has given a value now: theirs are no defaults.
+    """
+    changes, before, after = Changes(), flatten(old), flatten(new)
+    for key in {**before, **after}:
+        if is_harmless(key) or (key in before and key in after and before[key] == after[key]):
+            continue
+        lacking, having = (old, new) if key not in before else (new, old)
+        place = first_lacking(lacking, key)
+        default = MISSING if place is None else default_of(new, place)
+        if default is not MISSING and default == find(having, place):
+            continue
+        if place is None or default is not MISSING or (lacking is old and key in typed):
+            changes.changed.append(f"{key}: {before.get(key)} -> {after.get(key)}")
+        elif lacking is old:
+            changes.added.append(f"{key}={after[key]}")
+        else:
+            changes.dropped.append(f"{key}={before[key]}")
+    return changes
+
+
+def first_lacking(tree: dict[str, Any], key: str) -> str | None:
+    """The shortest part of a dotted key that a tree does not have; `None` where it has a value in that place."""
+    node: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts, start=1):
+        if not isinstance(node, dict):
+            return None
+        if part not in node:
+            return ".".join(parts[:depth])
+        node = node[part]
+    return None
+
+
+def default_of(config: dict[str, Any], key: str) -> Any:  # noqa: ANN401
+    """What the constructor of the node around `key` takes where it is not given.
+
+    `MISSING`: there is none, it asks for the key, or does not know it; `OPEN`: it takes any key.
+    """
+    parent, _, name = key.rpartition(".")
+    module, _, kind = str(find(config, f"{parent}._target_")).rpartition(".")
+    try:
+        makes = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError):  # ValueError: there is no node, and so no name
+        return MISSING
+    bases = makes.__mro__[:-1] if isinstance(makes, type) else ()
+    for layer in [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [makes]:
+        parameters = inspect.signature(layer).parameters
+        if name in parameters:
+            default = parameters[name].default
+            return list(default) if isinstance(default, tuple) else default
+        if not any(parameter.kind is OPEN for parameter in parameters.values()):
+            return MISSING
+    return OPEN  # of all layers: each passes on what it does not know
