@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ldm_lab.saving import replacing, write_json
-from ldm_lab.untrusted import LoadError, blaming, check_plain, first_line, read_json, read_torch
+from ldm_lab.state_dicts import unwrapped
+from ldm_lab.untrusted import LoadError, blaming, check_plain, read_json, read_safetensors, read_torch
 from ldm_lab.version import __version__
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -185,7 +186,6 @@ class PretrainedModel(Configurable, nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and the weights (safetensors) into `folder`, each file whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {key: value.detach().contiguous().cpu() for key, value in self.exported_state_dict().items()}
         with replacing(folder / self.weights_name) as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
@@ -227,15 +227,16 @@ class PretrainedModel(Configurable, nn.Module):
         """Load `state` after checking that names and shapes are exactly those of this network.
 
         Args:
-            state: tensors by name; names of 2022 are understood where the class knows them.
+            state: tensors by name; names of 2022 are understood where the class knows them, and wrappers' words passed.
             origin: where they come from, for the message.
             assign: take the tensors themselves instead of copying their values.
 
         Raises:
             LoadError: a tensor is missing, left over or of another shape or kind.
         """
-        own, renamed = self.exported_state_dict(), self.rename_legacy_keys(state)
-        name = type(self).__name__
+        own, name = self.exported_state_dict(), type(self).__name__
+        with blaming(origin):
+            renamed = self.rename_legacy_keys(unwrapped(state, own))
         if len(renamed) < len(state):
             raise LoadError(f"{origin}: holds a tensor of this {name} twice, under its name of 2022 and that of today")
         state = renamed
@@ -281,11 +282,7 @@ def read_weights(folder: Path, name: str = WEIGHTS) -> dict[str, Tensor]:
     """The tensors of a model folder, on the CPU. Raises `LoadError` where there are none to be had safely."""
     path, legacy = folder / name, folder / LEGACY_WEIGHTS
     if path.is_file():
-        try:
-            # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
-            return {key: value.clone() for key, value in load_file(path).items()}
-        except Exception as error:  # a damaged file makes the reader fail in several ways
-            raise LoadError(f"{path}: cannot be read: {first_line(error)}") from error
+        return read_safetensors(path)
     if legacy.is_file():
         state = read_torch(legacy)
         if not isinstance(state, dict) or not all(_is_named_tensor(item) for item in state.items()):

@@ -162,7 +162,6 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.yaml`, making the folder where there is none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
