@@ -53,7 +53,7 @@ def job(overrides: list[str]) -> None:
         pipe.vqvae.enable_slicing()
     settings = {"seed": config.seed, "sampler": name, "steps": steps, "eta": eta, "precision": precision}
     settings |= {"compile": config.compile, "tiling": config.tiling}
-    names = ("denoising", "interpolate", "variation", "strength", "reconstruct")
+    names = ("denoising", "interpolate", "variation", "strength", "reconstruct", "max_pixels")
     wanted = pictures.Wanted(**{name: plain(config)[name] for name in names})
     wanted.check(pipe)
     if not (config.num_samples or wanted):

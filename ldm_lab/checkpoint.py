@@ -28,15 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab import hub
-from ldm_lab.errors import one_line
 from ldm_lab.interop import compvis
 from ldm_lab.interop.compvis import Part
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.saving import replacing
-from ldm_lab.serialization import Configurable, PretrainedModel
-from ldm_lab.untrusted import LoadError, check_plain, read_json, read_torch
+from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS, Configurable, PretrainedModel
+from ldm_lab.state_dicts import tensors_in, unwrapped
+from ldm_lab.untrusted import ZIP, LoadError, check_plain, first_bytes, is_safetensors, read_json, read_torch, reason
 
 ENTRY = "ldm_lab"
 ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}
@@ -52,8 +52,6 @@ def save(state: dict[str, Any], path: str | Path) -> None:
     Raises:
         SaveError: the disk refused.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)  # a path would do too, but torch's own writing forgets what the disk said
 
@@ -71,14 +69,31 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
-    if not mmap:
+    start = first_bytes(path)
+    if not mmap and (not start or start.startswith(ZIP)):  # others have no checksums
         verify(path)
     state = read_torch(path, mmap)
     entry = state.get(ENTRY) if isinstance(state, dict) and _are_tensors(state.get("state_dict")) else None
     if not isinstance(entry, dict) or not ENTRIES.keys() <= entry.keys():
-        raise LoadError(f"{path}: not a training checkpoint of ldm_lab")
+        raise LoadError(f"{path}: not a training checkpoint of ldm_lab{_but(state, path)}")
     _check_entry(entry, path)
     return state
+
+
+def _but(content: Any, path: Path) -> str:  # noqa: ANN401
+    """What a file holds instead, and what to do: the end of a message."""
+    tensors = tensors_in(content)
+    if tensors is None:
+        return ""
+    config = FirstStage.config_name
+    if (path.parent / config).is_file():
+        return f", but the weights of one network: name their folder, or that of the whole pipeline ({path.parent})"
+    name = WEIGHTS if is_safetensors(path) else LEGACY_WEIGHTS
+    return (
+        f", but a state dict ({len(tensors):,} tensors, such as {next(iter(tensors))!r}), and no config of its network:"
+        f" put it as {name} beside that {config}, and name the folder; of CompVis, give the whole checkpoint, with"
+        " tensors model.diffusion_model.* and first_stage_model.*, and its original_config="
+    )
 
 
 def _check_entry(entry: dict[str, Any], path: Path) -> None:
@@ -110,7 +125,7 @@ def verify(path: Path) -> None:
     try:
         damage = _damage(path)
     except Exception as error:  # a damaged file makes zipfile fail in any way there is
-        raise DamagedError(f"{path}: damaged ({one_line(error)})") from error
+        raise DamagedError(f"{path}: damaged ({reason(path, error)})") from error
     if damage:
         raise DamagedError(f"{path}: damaged ({damage})")
 
@@ -184,7 +199,8 @@ def _below(state: dict[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
     """The tensors with a prefix, which their names lose; none for what has no place (a scheduler)."""
     if prefix is None:
         return {}
-    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    named = unwrapped(state, [key for key in state if key.startswith(prefix)])
+    return {key[len(prefix) :]: value for key, value in named.items() if key.startswith(prefix)}
 
 
 def network(
@@ -247,14 +263,17 @@ def load_autoencoder(source: str | Path, plugins: Sequence[str] = ()) -> FirstSt
     """A first stage of any kind from wherever one may lie.
 
     Args:
-        source: a model folder, a pipeline folder (the first stage lies in `vqvae` or in `vae`), a run folder, a
-            training checkpoint, a checkpoint of CompVis of either stage, or a name on the hub.
+        source: a model folder or the weights in it, a pipeline folder (the first stage lies in `vqvae` or in `vae`), a
+            run folder, a training checkpoint, a checkpoint of CompVis of either stage, or a name on the hub.
         plugins: packages whose classes it may name too.
 
     Raises:
         LoadError: none is there, or it is damaged; the message says how one is made.
     """
     source, kinds = hub.local(source), tuple(FIRST_STAGES.values())
+    beside = source.with_name(FirstStage.config_name)
+    if source.name in (WEIGHTS, OWN_WEIGHTS, LEGACY_WEIGHTS) and beside.is_file():
+        source = source.parent
     if source.is_file():
         found = {"vqvae": compvis.read_first_stage(source)} if compvis.is_checkpoint(source) else parts(source)
         return network(found, "vqvae", kinds, plugins, str(source))

@@ -66,7 +66,6 @@ def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     from ldm_lab.saving import replacing
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 

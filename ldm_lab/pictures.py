@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldm_lab import randomness
-from ldm_lab.data.images import EXTENSIONS, FORMATS
-from ldm_lab.data.transforms import center_crop, resize_to_cover, to_rgb, to_tensor
+from ldm_lab.data.decode import EXTENSIONS, PixelLimitError, decode
+from ldm_lab.data.transforms import center_crop, resize_to_cover, to_tensor
 from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.errors import UserError
@@ -163,7 +162,9 @@ def image_size(pipe: LDMPipeline) -> tuple[int, int]:
     return height * pipe.vqvae.downsample_factor, width * pipe.vqvae.downsample_factor
 
 
-def read_images(source: str | Path, size: tuple[int, int], most: int, key: str) -> Tensor:
+def read_images(
+    source: str | Path, size: tuple[int, int], most: int, key: str, max_pixels: int | None = None
+) -> Tensor:
     """The images of a file or a folder (the first by name), resized and cropped as for training: `(B, 3, H, W)`.
 
     Raises:
@@ -176,8 +177,9 @@ def read_images(source: str | Path, size: tuple[int, int], most: int, key: str) 
     tensors = []
     for path in paths[:most]:
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                upright = to_rgb(image, (255, 255, 255))
+            upright = decode(path.read_bytes(), (255, 255, 255), max_pixels)
+        except PixelLimitError as error:
+            raise UserError(f"{key}={source}: {path.name}: {error}: max_pixels={error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on damaged data
             raise UserError(f"{key}={source}: {path.name} is not an image that can be read: {error}") from error
         tensors.append(to_tensor(center_crop(resize_to_cover(upright, size), size)))
@@ -192,7 +194,6 @@ def save_sheet(images: Tensor, path: Path, columns: int) -> None:
 def save_animation(frames: Sequence[Tensor], path: Path, columns: int | None = None) -> None:
     """Write frames, each of `(B, 3, H, W)` images in [-1, 1] as a grid, as an animated WebP that begins again."""
     sheets = [grid(to_uint8(to_unit(frame)), columns) for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
     lengths = [FRAME_MS] * (len(sheets) - 1) + [10 * FRAME_MS]  # time to look at what has come of it
     with replacing(path) as temporary:
         sheets[0].save(
@@ -210,6 +211,7 @@ class Wanted:
         variation: an image file; None: none.
         strength: of the variations.
         reconstruct: an image file or a folder; None: none.
+        max_pixels: of an image file; None leaves it to Pillow.
     """
 
     denoising: int = 0
@@ -217,6 +219,7 @@ class Wanted:
     variation: str | None = None
     strength: float = 0.6
     reconstruct: str | None = None
+    max_pixels: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self.denoising or self.interpolate or self.variation or self.reconstruct)
@@ -232,7 +235,7 @@ class Wanted:
         found, most = {}, {"variation": 1, "reconstruct": MOST_RECONSTRUCTED}
         for key, number in most.items():
             if source := getattr(self, key):
-                found[key] = read_images(source, image_size(pipe), number, key)
+                found[key] = read_images(source, image_size(pipe), number, key, self.max_pixels)
         return found
 
     def write(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> list[str]:

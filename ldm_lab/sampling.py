@@ -21,7 +21,7 @@ from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.errors import UserError
 from ldm_lab.images import grid, save_png, save_pngs
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.saving import replacing, write_json
+from ldm_lab.saving import replacing, require_writable, write_json
 from ldm_lab.states import State
 from ldm_lab.untrusted import read_json
 from ldm_lab.version import __version__
@@ -152,19 +152,26 @@ def identity(manifest: dict[str, Any]) -> str:
     return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def claim(folder: Path, manifest: dict[str, Any]) -> None:
+def claim(folder: Path, manifest: dict[str, Any], key: str = "output=") -> None:
     """Write the manifest, or check that the samples there are of the same model with the same settings.
 
     What a killed process was writing is removed.
 
+    Args:
+        folder: of the samples.
+        manifest: see `describe`.
+        key: what names another folder, for messages.
+
     Raises:
         UserError: the folder holds something else; nothing in it is touched.
+        SaveError: it cannot be written.
     """
     path = folder / MANIFEST
     unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them
     if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - {*unfinished, folder / locks.NAME}:
         raise UserError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
     if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
+        require_writable(folder, key)
         _remove(unfinished)
         write_json(path, manifest)
         return

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from ldm_lab import hub, weights
 from ldm_lab.configurable import Configurable, FrozenConfig, register_to_config
 from ldm_lab.errors import UserError
+from ldm_lab.state_dicts import unwrapped
 from ldm_lab.untrusted import LoadError, blaming, check_plain, first_line
 
 __all__ = ["Configurable", "FrozenConfig", "PretrainedModel", "register_to_config"]
@@ -109,9 +110,7 @@ class PretrainedModel(Configurable, nn.Module):
             ValueError: an argument cannot be used; the message names it.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # A part of the network may have been compiled, which puts a word into the names of its tensors.
-        named = {key.replace("_orig_mod.", ""): value for key, value in self.exported_state_dict().items()}
+        named = unwrapped(self.exported_state_dict())  # a part of the network may have been compiled
         tensors = {key: value.detach().contiguous().cpu() for key, value in named.items()}
         weights.write(folder, tensors, self.weights_stem, variant, safe_serialization, max_shard_size)
         self.save_config(folder)
@@ -188,15 +187,16 @@ class PretrainedModel(Configurable, nn.Module):
         """Load `state` after checking that names and shapes are exactly those of this network.
 
         Args:
-            state: tensors by name; names of 2022 are understood where the class knows them.
+            state: tensors by name; names of 2022 are understood where the class knows them, and wrappers' words passed.
             origin: where they come from, for the message.
             assign: take the tensors themselves instead of copying their values.
 
         Raises:
             LoadError: a tensor is missing, left over or of another shape or kind.
         """
-        own, renamed = self.exported_state_dict(), self.rename_legacy_keys(state)
-        name = type(self).__name__
+        own, name = self.exported_state_dict(), type(self).__name__
+        with blaming(origin):
+            renamed = self.rename_legacy_keys(unwrapped(state, own))
         if len(renamed) < len(state):
             raise LoadError(f"{origin}: holds a tensor of this {name} twice, under its name of 2022 and that of today")
         state = renamed

@@ -14,7 +14,7 @@ from ldm_lab.errors import UserError
 LOWEST = {
     "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
     "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
-    "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0,
+    "data.max_pixels": 1, "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0, "max_pixels": 1,
     "trainer.num_nodes": 1,
 }  # fmt: skip
 WORDS = {"data.batch_size": ("auto",)}  # instead of a number
@@ -37,8 +37,8 @@ HARMLESS_GROUPS = (
     "optimized_metric", "model.schedule.max_images", "model.gradient_checkpointing", "model.optimizer.fused",
 )  # fmt: skip
 HARMLESS_IN_DATA = (
-    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "latents", "latents_dtype",
-    "latents_precision",
+    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "max_pixels", "latents",
+    "latents_dtype", "latents_precision",
 )  # fmt: skip
 
 PACKAGE = Path(__file__).resolve().parent

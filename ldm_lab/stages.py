@@ -17,6 +17,7 @@ from ldm_lab.config import DictConfig, build, build_all, plain
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.errors import STOPPING, UserError
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.saving import require_writable
 from ldm_lab.settings import check_code, find
 from ldm_lab.training import batch_size, device, initial, preview, slurm
 from ldm_lab.training import plan as planning
@@ -95,6 +96,9 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
             for line in folder.check(plain(config), typed):
                 say(line)
         check_order(folders, [config.max_images for config in configs])
+        cached = find(plain(configs[-1]), "data.latents") == "cached"
+        if len(configs) > 1 and cached and not folders[0].finished(configs[0].max_images, None):
+            require_writable(configs[0].paths.cache, "paths.cache=")  # stage 2 will keep the latents of stage 1 there
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
         if config.model.get("train") == "decoder" and not config.init:
@@ -119,6 +123,7 @@ def plan(configs: list[DictConfig], command: str) -> None:
         return
     quiet()
     runs, name, needed = configs[0].paths.runs, configs[0].name, 0
+    require_writable(runs, "paths.runs=")
     preview.show_images(build(configs[0].data.module, "data"), Path(runs, f"plan_{name}.png"))
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
@@ -150,6 +155,8 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
         say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
         return status
+    if is_first_process():
+        require_writable(folder.folder, "paths.runs=")
     with locks.alone(folder.folder.parent, "another name=", is_first_process()):
         if stop := _train(config, settings, autoencoder, folder, typed):
             end_by(*stop)

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_lab.errors import UserError, own_line
@@ -43,6 +44,23 @@ PICKLED = re.compile(
     r"|pytorch_lightning\.callbacks\.[\w.]+ \w+"  # read as something empty, see `interop.compvis`
 )
 LEGACY_PICKLES = 5  # one after another, in files older than torch 1.6
+
+# Sound files of other kinds, known by their start.
+KINDS = {
+    b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in the place of the file itself: run git lfs pull",
+    b"\x93NUMPY": "an array of NumPy (.npy)",
+    b"\x89HDF": "a file of HDF5 (Keras, h5py)",
+    b"\x1f\x8b": "a file compressed with gzip: unpack it first",
+    b"7z\xbc\xaf": "an archive of 7-Zip: unpack it first",
+    b"Rar!": "an archive of RAR: unpack it first",
+    b"<": "a page of HTML or XML, perhaps what a download was answered with",
+    b"{": "text (JSON)",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"%PDF": "a PDF",
+}
+START = 64  # bytes that tell
+ZIP = b"PK\x03\x04"
 
 Scalar = (str, int, float, type(None))
 
@@ -77,6 +95,26 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def kind_of(start: bytes) -> str | None:
+    """The kind of a file that begins so, where that is one of `KINDS`."""
+    return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), None)
+
+
+def first_bytes(path: Path) -> bytes:
+    """How a file begins; empty where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(START)
+    except OSError:
+        return b""
+
+
+def reason(path: Path, error: BaseException) -> str:
+    """Why a file cannot be used: it is of another kind, else what its reader says."""
+    kind = kind_of(first_bytes(path))
+    return f"this is {kind}" if kind else first_line(error)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises `LoadError` where the file is missing or holds something else."""
     text = _read_text(path, MAX_TEXT)
@@ -106,6 +144,8 @@ def _read_text(path: Path, limit: int) -> str:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise LoadError(f"{path}: is larger than any config ({limit:,} bytes)")
+        if (kind := kind_of(content)) and not content.startswith(b"{"):
+            raise LoadError(f"{path}: this is {kind}")
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise LoadError(f"{path}: not readable as {path.suffix[1:].upper()}: {first_line(error)}") from error
@@ -159,24 +199,43 @@ def check_plain(value: Any, origin: object) -> dict[str, Any]:  # noqa: ANN401
     raise LoadError(f"{origin}: is nested more than {MAX_DEPTH} deep")
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as those of safetensors do: the length of a header, and JSON."""
+    start = first_bytes(path)
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**27
+
+
+def read_safetensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file of safetensors, on the CPU. Raises `LoadError` where it is damaged, or something else."""
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # a damaged file makes the reader fail in several ways
+        raise LoadError(f"{path}: cannot be read: {reason(path, error)}") from error
+    # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
+    return tensors if mmap else {key: value.clone() for key, value in tensors.items()}
+
+
 def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
-    """What `torch.save` wrote to `path`, on the CPU; nothing that the file holds is run.
+    """What `torch.save` wrote to `path`, or safetensors, on the CPU; nothing that the file holds is run.
 
     Args:
         path: the file.
-        mmap: leave the tensors on disk until they are used.
+        mmap: leave the tensors on disk until they are used, where the file is laid out for that.
 
     Raises:
-        LoadError: the file is damaged, or holds other things than tensors and plain data.
+        LoadError: the file is damaged, of another kind, or holds other things than tensors and plain data.
     """
-    # torch's own message advises to load it all the same
-    foreign = f"{path}: damaged, or holds more than tensors and plain data, which could run code and is not loaded"
-    if not all(map(PICKLED.fullmatch, pickled_names(path))):
-        raise LoadError(foreign)
+    if is_safetensors(path):
+        return read_safetensors(path, mmap)
+    code = "holds more than tensors and plain data, which could run code and is not loaded"
+    if names := sorted(name for name in pickled_names(path) if not PICKLED.fullmatch(name)):
+        first = ".".join(names[0].split())
+        raise LoadError(f"{path}: {code} ({first}; {len(names)} such): save its state_dict alone, where you trust it")
     try:
+        mmap = mmap and first_bytes(path).startswith(ZIP)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise LoadError(foreign) from error
+    except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
+        raise LoadError(f"{path}: damaged, or {code}") from error
     except Exception as error:  # a damaged file makes the unpickler fail in any way there is
         raise LoadError(f"{path}: cannot be read: {first_line(error)}") from error
     if sum(tensor.nbytes for tensor in _tensors(content)) > MAX_REPEATED * path.stat().st_size:
@@ -185,10 +244,20 @@ def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
 
 
 def pickled_names(path: Path) -> set[str]:
-    """Every `module name` that the pickles of a torch file name. Raises `LoadError` where they cannot be read."""
+    """Every `module name` that the pickles of a torch file name; none of safetensors.
+
+    Raises:
+        LoadError: it is neither, or damaged.
+    """
+    if not path.is_file():
+        raise LoadError(f"{path}: no such file")
+    if is_safetensors(path):
+        return set()
     try:
+        if kind := kind_of(first_bytes(path)):
+            raise LoadError(f"this is {kind}, not a file of torch or safetensors")
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04":
+            if file.read(4) == ZIP:
                 return _names(_pickle_of_archive(file))
             file.seek(0)
             return set().union(*(_names(file) for _ in range(LEGACY_PICKLES)))
@@ -205,6 +274,8 @@ def _pickle_of_archive(file: IO[bytes]) -> IO[bytes]:
         raise LoadError("the parts of this archive are larger than the whole: compressed, or laid over each other")
     pickles = [entry for entry in entries if entry.filename.rpartition("/")[2] == "data.pkl"]
     if len(pickles) != 1:
+        if entries and all(entry.filename.endswith(".npy") for entry in entries):
+            raise LoadError("this is an archive of NumPy's arrays (.npz), not a file of torch or safetensors")
         raise LoadError("damaged, or no file of torch: it has not one data.pkl")
     return archive.open(pickles[0])
 

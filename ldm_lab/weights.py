@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_lab.errors import UserError
 from ldm_lab.notices import say_once
 from ldm_lab.saving import replacing
-from ldm_lab.untrusted import LoadError, first_line, read_json, read_torch
+from ldm_lab.untrusted import LoadError, read_json, read_safetensors, read_torch
 
 STEM = "diffusion_pytorch_model"
 OWN_STEM = "model"  # of what diffusers does not have: there it finds no weights, and refuses
@@ -151,11 +151,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
             raise LoadError(f"{path}: does not hold tensors by name")
         return state
-    try:
-        # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
-        return {key: value.clone() for key, value in load_file(path).items()}
-    except Exception as error:  # a damaged file makes the reader fail in several ways
-        raise LoadError(f"{path}: cannot be read: {first_line(error)}") from error
+    return read_safetensors(path)
 
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:

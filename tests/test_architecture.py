@@ -15,6 +15,7 @@ LEAVES = {
     "configurable", "weights", "hub", "memory", "outputs",
     "terminal", "signatures",
     "locks",
+    "state_dicts",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -57,7 +58,8 @@ ROOMS = {
     "__init__": set(),
 }  # fmt: skip
 LEAF_EDGES = {
-    "serialization": {"configurable", "hub", "untrusted", "weights"}, "saving": {"untrusted"}, "images": {"saving"},
+    "serialization": {"configurable", "hub", "state_dicts", "untrusted", "weights"},
+    "saving": {"untrusted"}, "images": {"saving"}, "state_dicts": {"untrusted"},
     "configurable": {"hub", "notices", "saving", "untrusted", "version"}, "hub": {"untrusted", "weights"},
     "weights": {"notices", "saving", "untrusted"}, "memory": {"notices"},
     "config_files": {"sweep"}, "records": {"untrusted", "version"}, "untrusted": {"version"},

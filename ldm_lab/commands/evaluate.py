@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--snapshots", action="store_true", help="judge every snapshot of the run SRC, and name the best")
     add("--export-best", type=Path, metavar="FOLDER", help="with --snapshots: write the best there")
     add("--image-size", type=int, nargs="+", metavar="N", help="resize the images of SRC: a side, or height and width")
+    add("--max-pixels", type=int, metavar="N", help="of an image file, against what claims to be enormous")
     add("--num-reference", type=int, default=50_000, help="real images at most, spread evenly (default: %(default)s)")
     add("--save-reference", type=Path, metavar="FILE.npz", help="keep the statistics of the real images there")
     add("--bootstrap", type=int, default=200, help="replicates for the intervals; 0: none (default: %(default)s)")
@@ -56,8 +57,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags, checked. Raises `UserError` naming the flag."""
     options = parser().parse_args(argv)
     lowest = {"num_samples": 2, "steps": 1, "seed": 0, "batch_size": 1, "num_reference": 2, "bootstrap": 0}
-    for name, low in {**lowest, "devices": 1, "num_workers": 0}.items():
-        if (value := getattr(options, name)) < low:
+    for name, low in {**lowest, "devices": 1, "num_workers": 0, "max_pixels": 1}.items():
+        if (value := getattr(options, name)) is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
     sides = options.image_size
     if sides and (len(sides) > 2 or min(sides) < 1):
@@ -102,6 +103,7 @@ def main(argv: list[str]) -> None:
         devices=options.devices,
         num_workers=options.num_workers,
         plugins=options.plugins,
+        max_pixels=options.max_pixels,
     )
     if options.autoencoder:
         tools.evaluate_autoencoder(request)

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.drawing import REVISION
-from ldm_lab.errors import UserError
-from ldm_lab.saving import replacing
+from ldm_lab.saving import replacing, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +84,10 @@ class AvatarImages(ImageDataset):
         if self._is_whole():
             return
         count, size = self.shape[:2]
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            # Written elsewhere and renamed: whoever draws at the same time replaces the file by an equal one.
-            with replacing(self.file) as temporary, open(temporary, "wb") as file:
-                np.save(file, render(self.drawing_seed, count, size, processes=_usable_cores()))
-        except OSError as error:
-            raise UserError(f"paths.cache={self.file.parent}: the avatars cannot be kept there: {error}") from error
+        require_writable(self.file.parent, "paths.cache=")
+        # Written elsewhere and renamed: whoever draws at the same time replaces the file by an equal one.
+        with replacing(self.file) as temporary, open(temporary, "wb") as file:
+            np.save(file, render(self.drawing_seed, count, size, processes=_usable_cores()))
 
     def _is_whole(self) -> bool:
         if not self.file.exists():

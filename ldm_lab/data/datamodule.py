@@ -121,8 +121,11 @@ class ImageDataModule(lightning.LightningDataModule):
         self.val_set.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Check that every device gets its share; the data sets look at their images here for the first time."""
-        _, world_size = self._rank_and_world_size()
+        """Check that every device gets its share; the data sets look at their images here for the first time.
+
+        The first process says how many there are.
+        """
+        rank, world_size = self._rank_and_world_size()
         self.accumulation(world_size)
         if self.num_train < 1:
             raise UserError("the training set is empty")
@@ -131,6 +134,14 @@ class ImageDataModule(lightning.LightningDataModule):
                 f"{self.num_val} held-out images for {world_size} devices, but each needs one: "
                 "use fewer devices, or hold out more (data.val_fraction)"
             )
+        if rank == 0:
+            _print_once(self.census())
+
+    def census(self) -> str:
+        """How many images there are, and which files beside them are none: a line."""
+        line = f"images: {self.num_train:,} for training, {self.num_val:,} held out"
+        others = self.train_set.passed_over()
+        return f"{line}; passed over: {others}" if others else line
 
     def train_dataloader(self) -> Loader:
         """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,).
@@ -213,6 +224,12 @@ class Chosen(Dataset):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         return {**self.images[self.indices[place]], "position": place}
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    """Both stages, validation and training set up the same images."""
+    print(line, flush=True)
 
 
 def spread(count: int, size: int) -> list[int]:

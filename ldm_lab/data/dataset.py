@@ -80,6 +80,10 @@ class ImageDataset(Dataset):
         """What `dataset[index]` makes of image `index`, as plain data: equal for equal pixels."""
         return {"image_size": list(self.image_size), "crop": "center"}
 
+    def passed_over(self) -> str:
+        """Which files lie beside the images and are none, in words; "" for none."""
+        return ""
+
     def prepare(self) -> None:
         """Make what must lie on disk. Called by one process per machine before any image is read."""
 

@@ -9,14 +9,16 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from ldm_lab.errors import UserError
+from ldm_lab.untrusted import kind_of
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
@@ -24,6 +26,20 @@ AGAIN = "pack it again as a plain .tar or .zip"
 LARGEST = 2**30  # bytes that a member of an archive may have, unpacked
 
 Place = tuple[int, ...]  # where a file lies, as its `Files` needs it: kept as numbers, in one block for all files
+
+
+class Found(NamedTuple):
+    """The files of some endings below a root, sorted.
+
+    Attributes:
+        names: `(N,)`, bytes (see `os.fsencode`).
+        places: `(N, k)`, int64.
+        others: how many files of which other endings are there, "" for those without.
+    """
+
+    names: np.ndarray
+    places: np.ndarray
+    others: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -39,16 +55,8 @@ class Files:
         """Name (POSIX, relative to the root) and place of every file that is not hidden, in no particular order."""
         raise NotImplementedError
 
-    def find(self, suffixes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """The files whose names end in one of `suffixes`, in capitals or not, sorted.
-
-        Returns:
-            names: `(N,)`, bytes (see `os.fsencode`).
-            places: `(N, k)`, int64.
-
-        Raises:
-            UserError: the root cannot be listed.
-        """
+    def find(self, suffixes: tuple[str, ...]) -> Found:
+        """The files whose names end in one of `suffixes`, in capitals or not. Raises `UserError` as `members`."""
         return _sorted(self.members(), suffixes)
 
     def read(self, name: str, place: Place) -> bytes:
@@ -122,7 +130,7 @@ class Archive(Files):
         top = tops.pop() if len(tops) == 1 else ""
         return [(name[len(top) :], place) for name, place in shown]
 
-    def find(self, suffixes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, suffixes: tuple[str, ...]) -> Found:
         """As for every kind; listed once for the training and the held-out images."""
         return _find_once(self, suffixes, self.root.stat().st_mtime_ns)
 
@@ -216,7 +224,7 @@ def open_root(root: str | Path | None) -> Files:
 
 def _open_archive(path: Path) -> Archive:
     with open(path, "rb") as file:
-        start = file.read(8)
+        start = file.read(64)
     for magic, name in COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(
@@ -228,8 +236,9 @@ def _open_archive(path: Path) -> Archive:
         return TarArchive(path)
     if zipfile.is_zipfile(path):
         return ZipArchive(path)
+    kind = f" ({kind})" if (kind := kind_of(start)) else ""
     raise UserError(
-        f"data.root={path}: this is a file, and not a whole zip or tar archive; expected a folder of images"
+        f"data.root={path}: this is a file, and not a whole zip or tar archive{kind}; expected a folder of images"
     )
 
 
@@ -239,16 +248,21 @@ def is_hidden(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _find_once(archive: Archive, suffixes: tuple[str, ...], changed: int) -> tuple[np.ndarray, np.ndarray]:
+def _find_once(archive: Archive, suffixes: tuple[str, ...], changed: int) -> Found:
     return _sorted(archive.members(), suffixes)
 
 
-def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> Found:
     # Of two members of the same name the last one counts, as for those who unpack.
-    places = {os.fsencode(name): place for name, place in members if name.lower().endswith(suffixes)}
+    places, others = {}, Counter()
+    for name, place in members:
+        if name.lower().endswith(suffixes):
+            places[os.fsencode(name)] = place
+        else:
+            others[os.path.splitext(name)[1].lower()] += 1
     names = sorted(places)
     # Blocks of memory: millions of Python objects would be copied, page by page, into every worker.
-    return np.array(names, np.bytes_), np.array([places[name] for name in names], np.int64)
+    return Found(np.array(names, np.bytes_), np.array([places[name] for name in names], np.int64), others)
 
 
 def _check_size(size: int) -> None:

@@ -15,12 +15,11 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
-from ldm_lab.data.files import ARCHIVES, Files, Folder, open_root
-from ldm_lab.data.transforms import covering_size, to_rgb
+from ldm_lab.data.decode import EXTENSIONS, FORMATS, PixelLimitError, decode
+from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
+from ldm_lab.data.transforms import covering_size
 from ldm_lab.errors import UserError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever its name, a file is never handed to another decoder
+from ldm_lab.untrusted import kind_of
 
 
 class ImageError(UserError):
@@ -28,7 +27,7 @@ class ImageError(UserError):
 
 
 class FolderImages(ImageDataset):
-    """The images of a folder or archive, nested or not: jpg, png, webp, bmp, gif and tiff, in capitals or not.
+    """The images of a folder or archive, nested or not: those that end in one of `decode.EXTENSIONS`.
 
     Hidden files and folders (names that begin with a dot) are passed over; links are followed in folders
     and left out in archives. Images are sorted by their path relative to `root`. A hash of that path
@@ -51,7 +50,11 @@ class FolderImages(ImageDataset):
         flip: exchange left and right in half of the training images.
         background: colour behind transparent pictures, a name or `#rrggbb`.
         on_error: what to do about a file that cannot be decoded, "raise" or "skip".
+        max_pixels: of a picture; None leaves it to Pillow.
         seed: of crops and flips.
+
+    Attributes:
+        pixels_key: what sets `max_pixels`, for messages.
 
     Raises:
         UserError: an argument cannot be used, or the folder is missing or holds no images.
@@ -59,6 +62,7 @@ class FolderImages(ImageDataset):
     """
 
     MOST_IN_A_ROW = 100  # files to pass over before something else must be wrong
+    pixels_key = "data.max_pixels="
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class FolderImages(ImageDataset):
         flip: bool = False,
         background: str = "white",
         on_error: str = "raise",
+        max_pixels: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
@@ -84,23 +89,36 @@ class FolderImages(ImageDataset):
         if on_error not in ("raise", "skip"):
             raise UserError(f"data.on_error={on_error}: give raise or skip")
         self.on_error = on_error
+        self.max_pixels = max_pixels
 
     @functools.cached_property
-    def _found(self) -> tuple[np.ndarray, np.ndarray]:
-        """Names `(N,)` and places `(N, k)` of this split's images."""
-        names, places = self.files.find(EXTENSIONS)
-        if len(names) < 2:
-            found = "one image in it" if len(names) else f"no images in it{_instead(self.files)}"
+    def _found(self) -> Found:
+        """This split's images."""
+        found = self.files.find(EXTENSIONS)
+        if len(found.names) < 2:
+            there = "one image in it" if len(found.names) else f"no images in it{self._instead(found.others)}"
             wanted = ", ".join(extension[1:] for extension in EXTENSIONS)
-            raise UserError(f"data.root={self.files.root}: {found}; expected two or more files of type {wanted}")
-        held_out = is_held_out(names, self.val_fraction)
+            raise UserError(f"data.root={self.files.root}: {there}; expected two or more files of type {wanted}")
+        held_out = is_held_out(found.names, self.val_fraction)
         mine = held_out if self.split == "val" else ~held_out
-        return names[mine], places[mine]
+        return Found(found.names[mine], found.places[mine], found.others)
+
+    def _instead(self, others: Counter[str]) -> str:
+        """What a root without images holds: the end of a message."""
+        archives = sorted(name for name, _ in self.files.members() if name.lower().endswith(ARCHIVES))
+        if archives and isinstance(self.files, Folder):
+            first = self.files.root / archives[0]
+            return f", but {len(archives):,} archive(s): name one of them, data.root={first}"
+        return f", but {endings(others, 2)}" if others else ""
 
     @property
     def names(self) -> np.ndarray:
         """Paths of this split's images below `root`, POSIX, sorted; `(N,)`, bytes (see `os.fsencode`)."""
-        return self._found[0]
+        return self._found.names
+
+    def passed_over(self) -> str:
+        """How many files of which endings are no images; "" where there are none."""
+        return endings(self._found.others, 4)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -136,15 +154,25 @@ class FolderImages(ImageDataset):
         """Image `index`, upright, 8-bit RGB, in its own size."""
         name, place = self._locate(index)
         try:
-            with Image.open(BytesIO(self.files.read(name, place)), formats=FORMATS) as image:
-                upright = to_rgb(image, self.background)
-                covering_size(upright, self.image_size)
-                return upright
+            picture = decode(content := self.files.read(name, place), self.background, self.max_pixels)
+            covering_size(picture, self.image_size)
+            return picture
         except UnidentifiedImageError:
-            raise ImageError(f"{self.path(index)}: not an image; expected {', '.join(FORMATS)}") from None
+            found = kind_of(content) or "not an image"
+            raise ImageError(f"{self.path(index)}: {found}; expected {', '.join(FORMATS)}") from None
+        except PixelLimitError as error:
+            raise ImageError(f"{self.path(index)}: {error}: {self.pixels_key}{error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on damaged data
             reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
             raise ImageError(f"{self.path(index)}: cannot be read: {reason}") from error
+
+    def format(self, index: int) -> str | None:
+        """Pillow's name of the format of image `index`; None where it is none."""
+        try:
+            with Image.open(BytesIO(self.files.read(*self._locate(index))), formats=FORMATS) as image:
+                return image.format
+        except Exception:  # as when it is decoded
+            return None
 
     def fingerprint(self) -> str:
         """Stands for the relative paths and sizes of this split's files; a folder and its archive are alike."""
@@ -156,8 +184,8 @@ class FolderImages(ImageDataset):
         return sorted_marks(b"%d %b" % pair for pair in zip(sizes, self.names.tolist(), strict=True))
 
     def _locate(self, index: int) -> tuple[str, tuple[int, ...]]:
-        names, places = self._found
-        return os.fsdecode(names[index]), tuple(places[index].tolist())
+        found = self._found
+        return os.fsdecode(found.names[index]), tuple(found.places[index].tolist())
 
 
 def is_held_out(names: np.ndarray, val_fraction: float) -> np.ndarray:
@@ -169,12 +197,10 @@ def is_held_out(names: np.ndarray, val_fraction: float) -> np.ndarray:
     return chosen
 
 
-def _instead(files: Files) -> str:
-    """What a root without images holds: the end of a message."""
-    names = [name for name, _ in files.members()]
-    archives = sorted(name for name in names if name.lower().endswith(ARCHIVES))
-    if archives and isinstance(files, Folder):
-        return f", but {len(archives):,} archive(s): name one of them, data.root={files.root / archives[0]}"
-    kinds = Counter(os.path.splitext(name)[1].lower() for name in names).most_common(2)
-    found = [f"{count:,} {kind} files" if kind else f"{count:,} without an ending" for kind, count in kinds]
-    return f", but {' and '.join(found)}" if found else ""
+def endings(counts: Counter[str], most: int) -> str:
+    """The `most` frequent endings and how many files have them: `1,203 .txt files, 2 without an ending and 5 more`."""
+    shown = counts.most_common(most)
+    parts = [f"{count:,} {kind} files" if kind else f"{count:,} without an ending" for kind, count in shown]
+    if rest := counts.total() - sum(count for _, count in shown):
+        parts.append(f"{rest:,} more")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -11,7 +11,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from ldm_lab.errors import UserError
@@ -20,6 +20,15 @@ from ldm_lab.randomness import generator
 RGB = tuple[int, int, int]
 Size = tuple[int, int]  # (height, width) in pixels
 MOST_PIXELS = 2**27  # of a picture after scaling: 400 MB
+UPRIGHT = {  # what a viewer does for an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def parse_size(image_size: int | Sequence[int]) -> Size:
@@ -37,13 +46,16 @@ def _positive(value: object) -> bool:
 def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
     """Upright 8-bit RGB: EXIF rotation applied, transparency of any kind laid over `background`.
 
-    Sixteen bits span the same range as eight. Colour profiles are not applied.
+    EXIF data that cannot be read turn nothing. Sixteen bits span the same range as eight. Colour profiles are not
+    applied.
 
     Raises:
         UserError: the picture is grey in floats, or in integers of 32 bits or with a sign. Which of
             their values is white is nowhere said, and scaling each by its own would make them unequal.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if (turn := _turn(image)) is not None:
+        image = image.transpose(turn)
     if image.mode in ("F", "I"):
         raise UserError("floats or 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it at 255
@@ -53,6 +65,14 @@ def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright; None where it is, or its EXIF data are damaged."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # their reader raises almost anything
+        return None
 
 
 def covering_size(image: Image.Image, size: Size) -> tuple[int, int]:

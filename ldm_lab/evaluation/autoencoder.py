@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from ldm_lab.metrics.images import Pixels
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.metrics.reference import Reference, header
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.untrusted import LoadError
+from ldm_lab.untrusted import LoadError, first_bytes, kind_of
 
 
 def reconstructions(
@@ -73,7 +75,9 @@ def perceptual(weights: str | None) -> LPIPS | None:
         distance.setup()
     except UserError as error:
         if weights:
-            raise LoadError(f"--lpips-weights {weights}: no weights of torchvision's VGG16") from error
+            kind = kind_of(first_bytes(Path(weights)))
+            what = f"this is {kind}" if kind else "no weights of torchvision's VGG16"
+            raise LoadError(f"--lpips-weights {weights}: {what}") from error
         print("lpips is left out: torchvision's VGG16 cannot be had; --lpips-weights vgg16-397923af.pth", flush=True)
         return None
     return distance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
@@ -13,6 +14,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.metrics.images import FilePixels
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.records import read_run
+from ldm_lab.saving import SaveError, require_writable
 from ldm_lab.states import State
 from ldm_lab.untrusted import LoadError
 
@@ -54,7 +56,15 @@ def image_size(pipe: LDMPipeline) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-def draw(pipe: LDMPipeline, state: State, source: str, how: Sampling, trainer: Trainer, first: bool) -> FilePixels:
+def draw(
+    pipe: LDMPipeline,
+    state: State,
+    source: str,
+    how: Sampling,
+    trainer: Trainer,
+    first: bool,
+    output: Path | None = None,
+) -> FilePixels:
     """The samples, drawn as far as they are missing.
 
     Args:
@@ -64,23 +74,37 @@ def draw(pipe: LDMPipeline, state: State, source: str, how: Sampling, trainer: T
         how: they are drawn.
         trainer: shares the work among its devices.
         first: whether this process may write.
+        output: below it they go where nothing can be written beside the model.
 
     Raises:
         UserError: there is no such sampler, or the folder holds samples of something else.
+        SaveError: there is no place for them.
     """
     pipe.scheduler = samplers.choose(how.sampler, pipe.scheduler, how.eta)
     settings = {**how.settings(), "precision": trainer.precision, "compile": False, "tiling": False}
-    folder = sampling.default_folder(state, settings)
+    folder = _folder(sampling.default_folder(state, settings), how.num_samples, output)
     manifest = sampling.describe(pipe, source, settings)
     module = sampling.SamplingModule(pipe, folder, how.seed, how.steps, how.eta)
     missing = sampling.MissingSamples(folder, how.num_samples, how.batch_size)
     with locks.alone(folder, "another --seed", first):
         if first:
-            sampling.claim(folder, manifest)
+            sampling.claim(folder, manifest, "--output")
         trainer.predict(module, datamodule=missing, return_predictions=False)
         trainer.strategy.barrier()
     paths = [sampling.image_path(folder, index) for index in range(how.num_samples)]
     return FilePixels(paths, source, sampling.identity(manifest))
+
+
+def _folder(usual: Path, num_samples: int, output: Path | None) -> Path:
+    """The usual place of samples, unless some are missing there and it cannot be written."""
+    try:
+        if sampling.missing(usual, num_samples):
+            require_writable(usual, "--output")
+    except SaveError:
+        if output is None:
+            raise
+        return output / "samples" / usual.name
+    return usual
 
 
 def images_seen(state: State) -> int | None:

@@ -18,6 +18,7 @@ from ldm_lab.evaluation.scores import Scores
 from ldm_lab.evaluation.sources import Target
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.saving import SaveError, require_writable
 from ldm_lab.states import State
 from ldm_lab.training import device
 from ldm_lab.training.quiet import quiet
@@ -48,6 +49,7 @@ class Request:
         devices: the same.
         num_workers: loader processes on each device.
         plugins: packages whose classes a model or a config may name.
+        max_pixels: of an image file; None leaves it to Pillow.
     """
 
     source: str
@@ -67,6 +69,7 @@ class Request:
     devices: int
     num_workers: int
     plugins: Sequence[str]
+    max_pixels: int | None = None
 
     def trainer(self) -> Trainer:
         """Shares the work among the devices."""
@@ -92,7 +95,10 @@ class Request:
         Raises:
             UserError: nobody says with what, or it has another size.
         """
-        found = sources.named_data(self.data, size, self.said_of(run), self.most) if self.data else self.run_data(run)
+        if self.data:
+            found = sources.named_data(self.data, size, self.said_of(run), self.most, self.max_pixels)
+        else:
+            found = self.run_data(run)
         if found is None:
             raise UserError(f"{self.source}: no run that says what it was trained on: add --data FOLDER or stats.npz")
         if self.save_reference and found.images is None:
@@ -123,9 +129,9 @@ def evaluate(request: Request) -> Scores:
     with watched():
         if state is not None:
             return evaluate_state(request, state, trainer)[0]
-        images = sources.images_of(request.source, request.image_size)
+        images = sources.images_of(request.source, request.image_size, request.max_pixels)
         evaluator = request.evaluator(request.target(images.size), trainer)
-        evaluator.check(len(images))
+        evaluator.check(len(images), images.jpeg())
         return finish(request, evaluator, images, "images")
 
 
@@ -137,8 +143,9 @@ def evaluate_state(
     if evaluator is None:
         evaluator = request.evaluator(request.target(drawn.image_size(pipe), state.source), trainer)
         prepare(evaluator.target)
-        evaluator.check(request.sampling.num_samples)  # before anything is drawn
-    samples = drawn.draw(pipe, state, request.source, request.sampling, trainer, is_first_process())
+        # Before anything is drawn. A model was trained on images of its run as they are.
+        evaluator.check(request.sampling.num_samples, jpeg=0.0 if request.data else None)
+    samples = drawn.draw(pipe, state, request.source, request.sampling, trainer, is_first_process(), request.output)
     how = {"images_seen": drawn.images_seen(state), "sampling": request.sampling.settings()}
     return finish(request, evaluator, samples, "samples", state, **how), evaluator
 
@@ -160,6 +167,8 @@ def finish(
 ) -> Scores:
     """Measure, write and print."""
     folder = request.output or sources.home(request.source, state)
+    if is_first_process():
+        require_writable(folder, "--output")
     found = evaluator.features(images)  # first of all: it starts the other processes
     real = evaluator.reference
     content = results.describe(request.source, kind, images.fingerprint(), len(images), real, request.draws, **how)
@@ -171,7 +180,8 @@ def finish(
     report(request, content, scores, beside)
     print(f"  {path}", flush=True)
     if state is not None:
-        card.refresh(state.source)
+        with contextlib.suppress(SaveError):  # a model may lie where nothing can be written
+            card.refresh(state.source)
         values = {f"eval/{name}": score.value for name, score in scores.items()}
         used, made = ("samples", images.fingerprint()), ("evaluation", name.rpartition("_")[2])
         tracking.log_to_run(state.source / "diffusion", folder, used, made, content, values, how["images_seen"])
@@ -235,6 +245,9 @@ def evaluate_autoencoder(request: Request) -> Scores:
         raise UserError(f"{request.source} does not say of which images it is: add --data FOLDER and --image-size")
     target = request.target(size, path)
     images = target.images if request.data else target.held_out
+    folder = request.output or sources.home(request.source, State(Path(request.source), path))
+    if is_first_process():
+        require_writable(folder, "--output")
     trainer, lpips = request.trainer(), autoencoder.perceptual(request.lpips_weights)
     prepare(target)
     evaluator = request.evaluator(target, trainer)
@@ -245,8 +258,7 @@ def evaluate_autoencoder(request: Request) -> Scores:
     content = results.describe(request.source, "reconstructions", identity, len(images), real, request.draws)
     if not trainer.is_global_zero:
         return scores
-    state = State(Path(request.source), path)
-    written = results.write(request.output or sources.home(request.source, state), content, scores)
+    written = results.write(folder, content, scores)
     report(request, content, scores, {})
     print(f"  {written}", flush=True)
     return scores

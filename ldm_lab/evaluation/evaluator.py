@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ldm_lab.data.dataset import digest
 from ldm_lab.evaluation.rows import features
-from ldm_lab.evaluation.scores import Scores, caution, compare, memorised, neighbour_sheet, require_two
+from ldm_lab.evaluation.scores import Scores, caution, compare, memorised, neighbour_sheet, require_two, unlike
 from ldm_lab.evaluation.sources import Target
 from ldm_lab.metrics import features as kinds
 from ldm_lab.metrics import own, reference
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.metrics.reference import Reference
+from ldm_lab.saving import require_writable
 from ldm_lab.untrusted import LoadError
 
 
@@ -93,6 +94,8 @@ class Evaluator:
         path = self.cache_dir / "references" / f"{digest([json.dumps({**said, 'source': ''}, sort_keys=True)])}.npz"
         if self.trainer.strategy.broadcast(path.is_file()):
             return Reference(said, reference.load(path, self.extractor, images.transform()).features)
+        if self.trainer.is_global_zero:
+            require_writable(path.parent, "--cache")
         made = Reference(said, self.features(images))
         if self.trainer.is_global_zero:
             made.save(path)
@@ -128,13 +131,22 @@ class Evaluator:
             neighbour_sheet(neighbours, images, self.target.images, sheet)
         return scores, beside
 
-    def check(self, count: int) -> None:
-        """Say where so many images are too few. Raises `UserError` for less than two."""
+    def check(self, count: int, jpeg: float | None = None) -> None:
+        """Say where figures will be wrong: images are too few, or were compressed unlike the real ones.
+
+        Args:
+            count: how many images.
+            jpeg: see `Pixels.jpeg`.
+
+        Raises:
+            UserError: they are less than two.
+        """
         fewest = count if self.target.images is None else min(count, len(self.target.images))
         require_two(fewest)  # before an extractor is trained
-        said = caution(fewest, self.extractor.dimension)
-        if said and self.trainer.is_global_zero:
-            print(said, flush=True)
+        real = None if self.target.images is None else self.target.images.jpeg()
+        for said in (caution(fewest, self.extractor.dimension), unlike(jpeg, real)):
+            if said and self.trainer.is_global_zero:
+                print(said, flush=True)
 
 
 def exact_device(trainer: Trainer) -> torch.device:

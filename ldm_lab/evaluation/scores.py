@@ -59,6 +59,20 @@ def caution(images: int, dimension: int) -> str | None:
     )
 
 
+def unlike(jpeg: float | None, real: float | None) -> str | None:
+    """What to say where one set of images was compressed as JPEG and the other was not: see `Pixels.jpeg`.
+
+    Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", section 4.
+    """
+    if jpeg is None or real is None or abs(jpeg - real) <= 0.5:
+        return None
+    these, those = ("JPEG files", "not") if jpeg > real else ("no JPEG files", "")
+    return (
+        f"warning: the images are {these} and the real ones are {those or 'JPEG files'}: compression alone moves these"
+        " figures (Parmar et al. 2022); compare files of one kind"
+    )
+
+
 def memorised(samples: Tensor, train: Tensor, held_out: Tensor, draws: int, seed: int = 0) -> tuple[Scores, Tensor]:
     """How near samples lie to training images, as held-out images measure it.
 

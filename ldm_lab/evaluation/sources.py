@@ -59,12 +59,13 @@ def state_of(source: str) -> states.State | None:
     return states.find(source)
 
 
-def images_of(source: str, size: Sequence[int] | None = None) -> Pixels:
+def images_of(source: str, size: Sequence[int] | None = None, max_pixels: int | None = None) -> Pixels:
     """Images that are there.
 
     Args:
         source: an `.npz`, a folder or archive, or a folder that `sample.py` has written.
         size: (height, width) that they are resized and cropped to, as the loader does; None takes them as they are.
+        max_pixels: of an image file; None leaves it to Pillow.
 
     Raises:
         UserError: they are not all of one size.
@@ -75,9 +76,9 @@ def images_of(source: str, size: Sequence[int] | None = None) -> Pixels:
         return ArrayPixels(path)
     samples = path / "images" if (path / sampling.MANIFEST).is_file() else path
     if size:
-        return DataPixels(WholeFolder(samples, size), source)
-    first = WholeFolder(samples, 1).read(0)
-    return DataPixels(AsTheyAre(samples, (first.height, first.width)), source)
+        return DataPixels(WholeFolder(samples, size, max_pixels), source)
+    first = WholeFolder(samples, 1, max_pixels).read(0)
+    return DataPixels(AsTheyAre(samples, (first.height, first.width), max_pixels), source)
 
 
 class AsTheyAre(WholeFolder):
@@ -148,7 +149,9 @@ def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None)
         raise LoadError(f"{path}: {one_line(error)}; the images can be named with --data") from error
 
 
-def named_data(name: str, size: Sequence[int], of_run: Target | None, most: int | None = None) -> Target:
+def named_data(
+    name: str, size: Sequence[int], of_run: Target | None, most: int | None = None, max_pixels: int | None = None
+) -> Target:
     """What `--data` names: statistics, images in an `.npz`, or all images of a folder or archive.
 
     Args:
@@ -156,13 +159,14 @@ def named_data(name: str, size: Sequence[int], of_run: Target | None, most: int 
         size: (height, width) of the images that are compared with it.
         of_run: the data of the run that these are of, if they are.
         most: images to compare with, at most.
+        max_pixels: of an image file; None leaves it to Pillow.
 
     Raises:
         LoadError: it cannot be used.
     """
     path = Path(name)
     if path.suffix != ".npz":
-        known = DataPixels(WholeFolder(path, size), name)
+        known = DataPixels(WholeFolder(path, size, max_pixels), name)
         return Target(DataPixels(known.data, name, most), known=known)
     if not path.is_file():
         raise LoadError(f"--data {name}: no such file")

@@ -13,6 +13,7 @@ from torchvision.models import VGG16_Weights, vgg16
 
 from ldm_lab.errors import UserError
 from ldm_lab.models.layout import LaidOut
+from ldm_lab.untrusted import first_line, reason
 
 _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the features of VGG16
 _READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
@@ -162,7 +163,7 @@ def _read(path: str | Path) -> dict[str, Tensor]:
     except (*_READ_ERRORS, TypeError) as error:
         raise UserError(
             f"model.loss.perceptual.weights={path}: cannot be read as a state dict of VGG16 (expected torchvision's "
-            f"vgg16-397923af.pth): {_first_line(error)}"
+            f"vgg16-397923af.pth): {reason(Path(path), error)}"
         ) from error
 
 
@@ -172,10 +173,6 @@ def _downloaded() -> dict[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True, map_location="cpu")
     except _READ_ERRORS as error:
         raise UserError(
-            f"LPIPS needs torchvision's VGG16, and {weights.url} cannot be had ({_first_line(error)}): fetch the file "
+            f"LPIPS needs torchvision's VGG16, and {weights.url} cannot be had ({first_line(error)}): fetch the file "
             "elsewhere and set model.loss.perceptual.weights=/path/to/vgg16-397923af.pth"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,8 @@
 """How far two sets of images are apart, on features `(N, D)` of them: Fréchet distance, KID, precision, recall ...
 
 All sums are float64. Intervals are of the bootstrap (Efron & Tibshirani 1993, chapter 13) over the generated images,
-for recall and coverage over the real ones; they say how much a value owes to chance, not how far it is biased.
+for recall and coverage over the real ones. They lie in the range of their figure; they say how much a value owes to
+chance, not how far it is biased.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 def _frechet(one: Gaussian, other: Gaussian, product: Tensor) -> float:
     roots = _nonnegative(torch.linalg.eigvalsh(product)).sqrt()
     traces = one.covariance.trace() + other.covariance.trace() - 2 * roots.sum()
-    return float((one.mean - other.mean).square().sum() + traces)
+    return max(0.0, float((one.mean - other.mean).square().sum() + traces))  # not what rounding leaves below
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -87,7 +88,8 @@ def frechet(features: Tensor, reference: Gaussian, draws: int = 200, seed: int =
     for weights in _resampled(len(features), draws, seed, features.device):
         replicate = _weighted(features, weights)
         found.append(_frechet(replicate, reference, root @ replicate.covariance @ root))
-    return _centred(value, found)
+    estimate = _centred(value, found)
+    return estimate if estimate.low is None else estimate._replace(low=max(0.0, estimate.low))  # as every distance
 
 
 def _weighted(features: Tensor, weights: Tensor) -> Gaussian:
@@ -189,10 +191,13 @@ def nearest(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean(scores: Tensor, draws: int = 200, seed: int = 0) -> Estimate:
-    """The mean of a score per image, `(N,)`, of any type."""
+    """The mean of a score per image, `(N,)`, of any type; its interval stays among the scores, of shares in [0, 1].
+
+    A mean has no bias that replicates had twice: their percentiles stay where they are.
+    """
     scores = scores.double()
     found = [float(weights @ scores) / len(scores) for weights in _resampled(len(scores), draws, seed, scores.device)]
-    return _centred(float(scores.mean()), found)
+    return _percentiles(float(scores.mean()), found)
 
 
 def _resampled(count: int, draws: int, seed: int, device: torch.device) -> list[Tensor]:
@@ -202,17 +207,22 @@ def _resampled(count: int, draws: int, seed: int, device: torch.device) -> list[
     return [torch.bincount(chosen, minlength=count).double().to(device) for chosen in drawn]
 
 
+def _percentiles(value: float, replicates: list[float]) -> Estimate:
+    """The value, and the middle `LEVEL` of the replicates."""
+    if not replicates:
+        return Estimate(value)
+    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    low, high = torch.quantile(torch.tensor(replicates, dtype=torch.float64), ends).tolist()
+    return Estimate(value, min(low, value), max(high, value))
+
+
 def _centred(value: float, replicates: list[float]) -> Estimate:
     """The percentiles of the replicates, moved so that their mean is the value.
 
     A resampled set holds fewer different images: replicates of what depends on N have its bias twice.
     """
-    if not replicates:
-        return Estimate(value)
-    found = torch.tensor(replicates, dtype=torch.float64)
-    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = (value + torch.quantile(found, ends) - found.mean()).tolist()
-    return Estimate(value, low, high)
+    shift = value - sum(replicates) / len(replicates) if replicates else 0.0
+    return _percentiles(value, [replicate + shift for replicate in replicates])
 
 
 def _blocks(features: Tensor, others: int) -> list[tuple[int, Tensor]]:

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset, digest
-from ldm_lab.data.images import EXTENSIONS, FolderImages
+from ldm_lab.data.decode import EXTENSIONS
+from ldm_lab.data.files import Found
+from ldm_lab.data.images import FolderImages
 from ldm_lab.errors import UserError
-from ldm_lab.untrusted import LoadError, first_line
+from ldm_lab.untrusted import LoadError, reason
 
+PEEKED = 32  # files that are opened to see how they were compressed
 RESIZE = "bicubic with antialiasing (Pillow)"  # of `ldm_lab.data.transforms`
 
 
@@ -47,6 +50,10 @@ class Pixels(Dataset):
     def fingerprint(self) -> str:
         """A short text that changes with the images."""
         raise NotImplementedError
+
+    def jpeg(self) -> float | None:
+        """The share that was compressed as JPEG; None where nobody knows."""
+        return None
 
     def transform(self) -> dict[str, Any]:
         """How the images came to their size, as plain data; equal for equal pixels of equal files."""
@@ -88,6 +95,13 @@ class DataPixels(Pixels):
         """That of the data set, and how many of it."""
         return digest([self.data.fingerprint(), self.count])
 
+    def jpeg(self) -> float:
+        """Of some files, evenly spread; drawings were never compressed."""
+        if not isinstance(self.data, FolderImages):
+            return 0.0
+        found = [self.data.format(self.index(place)) for place in spread(min(PEEKED, len(self)), len(self))]
+        return sum(kind in ("JPEG", "MPO") for kind in found) / len(found)
+
     def transform(self) -> dict[str, Any]:
         """That of the data set, and how it resizes."""
         return {**self.data.transform(), "resize": RESIZE}
@@ -116,6 +130,10 @@ class FilePixels(Pixels):
     def __getitem__(self, index: int) -> Tensor:
         with Image.open(self.paths[index], formats=["PNG"]) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+    def jpeg(self) -> float:
+        """None of them."""
+        return 0.0
 
     def fingerprint(self) -> str:
         """Of their identity and number."""
@@ -170,19 +188,22 @@ class WholeFolder(FolderImages):
     Args:
         root: the folder, or a zip or tar archive.
         image_size: pixels, one number or (height, width).
+        max_pixels: of a picture; None leaves it to Pillow.
 
     Raises:
         UserError: the folder is missing or holds fewer than two images.
     """
 
-    def __init__(self, root: str | Path, image_size: int | Sequence[int]) -> None:
-        super().__init__(root, "train", image_size)
+    pixels_key = "--max-pixels "
+
+    def __init__(self, root: str | Path, image_size: int | Sequence[int], max_pixels: int | None = None) -> None:
+        super().__init__(root, "train", image_size, max_pixels=max_pixels)
 
     @cached_property
-    def _found(self) -> tuple[np.ndarray, np.ndarray]:
+    def _found(self) -> Found:
         found = self.files.find(EXTENSIONS)
-        if len(found[0]) < 2:
-            raise UserError(f"{self.files.root}: {len(found[0])} image(s) in it: two are the least")
+        if len(found.names) < 2:
+            raise UserError(f"{self.files.root}: {len(found.names)} image(s) in it: two are the least")
         return found
 
 
@@ -203,7 +224,7 @@ def open_array(path: Path, name: str) -> np.ndarray:
             return arrays[name]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         there = "" if not isinstance(error, KeyError) else f"it has no {name}: "
-        raise LoadError(f"{path}: not usable as .npz: {there}{first_line(error)}") from error
+        raise LoadError(f"{path}: not usable as .npz: {there}{reason(path, error)}") from error
 
 
 def _mapped(path: Path, file: Any) -> np.ndarray:  # noqa: ANN401

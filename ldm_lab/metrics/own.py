@@ -26,7 +26,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import DataPixels, Pixels, spread
 from ldm_lab.randomness import generator
-from ldm_lab.saving import replacing
+from ldm_lab.saving import replacing, require_writable
 from ldm_lab.transfer import to_device
 from ldm_lab.untrusted import LoadError, first_line
 
@@ -121,6 +121,9 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
     name, labels = LABELS.get(type(getattr(images, "data", None)), ("own", None))
     identity = [REVISION, seed, images.fingerprint(), images.transform(), SIDE, WIDTHS, MOST_IMAGES, BATCH, STEPS]
     path = folder(cache_dir) / f"{name}-{digest(identity)}.safetensors"
+    if path.is_file():
+        return read(path)
+    require_writable(path.parent, "paths.cache=")
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):  # one of several processes trains, the others take its result
         if not path.is_file():
@@ -146,7 +149,6 @@ def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:
 
 def write(extractor: Own, path: Path) -> None:
     """Keep it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     notes = {"name": extractor.name, "outputs": str(extractor.head.out_features)}
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in extractor.state_dict().items()}, temporary, notes)

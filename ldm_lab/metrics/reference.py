@@ -25,7 +25,7 @@ from ldm_lab.metrics.distribution import Gaussian, gaussian
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import Pixels, open_array
 from ldm_lab.saving import replacing
-from ldm_lab.untrusted import LoadError, check_plain
+from ldm_lab.untrusted import LoadError, check_plain, reason
 
 HEADER_KEYS = {"source", "fingerprint", "count", "transform", "extractor"}
 
@@ -51,7 +51,6 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"mu": self.gaussian.mean.cpu().numpy(), "sigma": self.gaussian.covariance.cpu().numpy()}
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, header=np.array(json.dumps(self.header)), features=self.features.cpu().numpy(), **arrays)
@@ -94,7 +93,7 @@ def names(path: Path) -> list[str]:
         with np.load(path, allow_pickle=False) as arrays:
             return list(arrays.keys())
     except Exception as error:  # a damaged archive makes the reader fail in several ways
-        raise LoadError(f"{path}: no .npz") from error
+        raise LoadError(f"{path}: no .npz: {reason(path, error)}") from error
 
 
 def load(path: Path, extractor: Extractor, transform: dict[str, Any]) -> Reference:

@@ -46,7 +46,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             self._write(checkpoint_state, Path(path))
 
     def _write(self, state: dict[str, Any], path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             with io.BufferedWriter(Output(temporary, self._stop)) as file:
                 torch.save(state, file)

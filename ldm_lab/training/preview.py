@@ -29,7 +29,7 @@ def show_images(data: ImageDataModule, sheet: Path) -> None:
         UserError: none can be decoded.
     """
     data.prepare_data()
-    print(f"images: {data.num_train:,} for training, {data.num_val:,} held out")
+    print(data.census())
     print(f"  sources     {describe_sizes(source_sizes(data), data.image_size)}")
     order = StreamBatchSampler(data.num_train, data.global_batch_size, 1, data.seed)
     places = range(min(CROPS, data.num_train))

@@ -182,6 +182,5 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write `config.yaml`, making the folder where there is none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump({FORMAT_KEY: FORMAT, **config}, sort_keys=False), encoding="utf-8")

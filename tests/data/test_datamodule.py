@@ -7,6 +7,8 @@ import torch
 
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.drawn import DrawnImages
+from ldm_lab.data.images import FolderImages
+from tests.data.pictures import save
 
 
 def module(rank=0, world_size=1, device="cpu", num_train=10, num_val=7, **arguments):
@@ -53,6 +55,24 @@ def test_batch_size_defaults_to_the_share_of_a_device():
     for world in (5, 24):
         with pytest.raises(ValueError, match=f"on {world} device"):
             module(world_size=world, num_val=99).setup("fit")
+
+
+def test_what_there_is_is_said_once_by_the_first_process(tmp_path, capsys):
+    for n in range(40):
+        save(tmp_path / f"{n}.png")
+    for name in ("a.txt", "b.txt", "c.TXT", "d.json", "e.npy", "f.md", "g.html", "h.xyz", "README", ".hidden", "i.txt"):
+        (tmp_path / name).touch()
+    sets = [FolderImages(tmp_path, split, 8, val_fraction=0.2) for split in ("train", "val")]
+    for rank in (1, 0, 0):
+        data = ImageDataModule(*sets, global_batch_size=4)
+        data.trainer = module(rank, world_size=2).trainer
+        data.setup("fit")
+    said = capsys.readouterr().out
+    images = f"images: {len(sets[0])} for training, {len(sets[1])} held out"
+    assert said.startswith(f"{images}; passed over: 4 .txt files, 1 .json files, ")
+    assert said.endswith(" and 3 more\n")
+    assert said.count("\n") == 1
+    assert module().census() == "images: 10 for training, 7 held out"
 
 
 def test_resuming_continues_the_stream():

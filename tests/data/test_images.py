@@ -155,3 +155,37 @@ def test_skip_ends_where_all_files_are_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(FolderImages, "MOST_IN_A_ROW", 2)
     with pytest.raises(ImageError, match=r"^2 file\(s\) in a row"):
         images[2]
+
+
+# --- enormous pictures
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    """Pillow refuses more than twice as many pixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif"])
+def test_a_picture_above_the_limit_names_the_key_that_raises_it(tmp_path, small_limit, suffix):
+    for n in range(3):
+        save(tmp_path / f"{n}.{suffix}", size=(60, 24))
+    for limit, said in ((None, "1,000"), (1439, "1,439")):
+        images = FolderImages(tmp_path, "train", 8, max_pixels=limit)
+        with pytest.raises(ImageError) as error:
+            images[0]
+        line = f"{images.path(0)}: 1,440 pixels, more than the {said} that a picture may have: data.max_pixels=1440"
+        assert str(error.value) == f"{line} takes it; data.on_error=skip passes over such files"
+        assert Image.MAX_IMAGE_PIXELS == 500
+    assert FolderImages(tmp_path, "train", 8, max_pixels=1440)[0]["image"].shape == (3, 8, 8)
+    assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_the_limit_holds_in_workers(tmp_path, small_limit):
+    images = noise_images(tmp_path, 4, max_pixels=24 * 60)
+    assert len(list(DataLoader(images, batch_size=2, num_workers=1))) == 2
+    images.max_pixels = 24 * 60 - 1
+    with pytest.raises(ImageError, match=r": data\.max_pixels=1440 takes it; data.on_error") as error:
+        list(DataLoader(images, batch_size=2, num_workers=1))
+    traceback.clear_frames(error.tb)

@@ -6,12 +6,10 @@ rules below. Anything else is an error.
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.serialization import safe_globals
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
@@ -19,6 +17,7 @@ from ldm_lab.interop.compvis import shapes
 from ldm_lab.interop.compvis.original_config import OriginalConfig
 from ldm_lab.interop.compvis.unet import unet_state
 from ldm_lab.notices import say_once
+from ldm_lab.state_dicts import State, tensors_in, unwrapped
 from ldm_lab.untrusted import LoadError, blaming, pickled_names, read_torch
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
@@ -45,8 +44,6 @@ _NOISE = {
 _SCALE = "scale_factor"
 _CONDITIONAL = ("cond_stage_model.", UNET + "label_emb.")
 _CROSS_ATTENTION = ".transformer_blocks."
-
-State = dict[str, Tensor]
 
 
 class Part(NamedTuple):
@@ -113,10 +110,11 @@ def read_first_stage(path: str | Path, original_config: str | Path | None = None
 
 
 def read_state(path: str | Path, mmap: bool = False) -> State:
-    """The `state_dict` of a checkpoint, on the CPU; nothing that the file holds is run or imported.
+    """The tensors of a checkpoint, on the CPU; nothing that the file holds is run or imported.
 
-    Lightning of that time kept the state of its callbacks by their class. Such a class, and no other, is read as an
-    empty one of ours.
+    They lie in its `state_dict`, in another usual place, or are all that the file holds, as safetensors too. Lightning
+    of that time kept the state of its callbacks by their class. Such a class, and no other, is read as an empty one of
+    ours.
 
     Raises:
         LoadError: the file is missing, damaged, or holds other things than tensors and plain data.
@@ -127,13 +125,12 @@ def read_state(path: str | Path, mmap: bool = False) -> State:
     names = (name.replace(" ", ".") for name in pickled_names(path))
     callbacks = [name for name in names if name.startswith("pytorch_lightning.callbacks.")]
     with safe_globals([(_Callback, name) for name in callbacks]):
-        content = read_torch(path, mmap and zipfile.is_zipfile(path))
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
+        content = read_torch(path, mmap)
+    state = tensors_in(content)
+    if state is None:
         raise LoadError(f"{path}: not a checkpoint of CompVis: there is no state_dict of tensors")
-    return state
+    with blaming(path):
+        return unwrapped(state)
 
 
 class _Callback:
@@ -159,7 +156,7 @@ def _separate(state: State, path: str | Path) -> dict[str, State]:
 
 def _averaged(state: dict[str, State], path: str | Path) -> State:
     """The moving average under the names of the weights that it follows; its own have lost their dots."""
-    average = state[EMA]
+    average = {name.replace("_orig_mod", ""): value for name, value in state[EMA].items()}  # of torch.compile
     if not average:
         raise LoadError(f"{path}: holds no moving average ({EMA}*): use_ema=False takes the weights themselves")
     names = {("diffusion_model." + name).replace(".", ""): name for name in state[UNET]}

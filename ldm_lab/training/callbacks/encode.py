@@ -24,6 +24,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.vq_model import VQModel
+from ldm_lab.saving import require_writable
 from ldm_lab.training.latents import are_cached, latent_cache
 from ldm_lab.training.memory import readable
 from ldm_lab.training.stage_module import StageModule
@@ -80,8 +81,10 @@ def tell(logger: Any, cache: LatentCache, new: bool) -> None:  # noqa: ANN401
 
 
 def check_room(cache: LatentCache, cache_dir: object) -> None:
-    """Raises `UserError` where the disk has no room for what is missing."""
+    """Raises `UserError` where the disk has no room for what is missing, or nothing may be written there."""
     needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
+    if needed:
+        require_writable(cache.folder, "paths.cache=")
     folder = next(path for path in cache.folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(

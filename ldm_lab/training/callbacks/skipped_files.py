@@ -81,7 +81,6 @@ class SkippedFiles(Callback):
             torch.distributed.all_gather_object(lists, list(self.lines))
             self._add(trainer, (line for lines in lists for line in lines))
         if trainer.is_global_zero and self.lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(f"{line}\n" for line in self.lines)
             with replacing(self.path) as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="surrogateescape")

@@ -88,7 +88,6 @@ class MetricsCSV(Logger):
             return
         started = time.monotonic()
         columns = sorted({key for row in self.experiment.values() for key in row} - {AXIS})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [AXIS, *columns])
             writer.writeheader()

@@ -81,7 +81,6 @@ class WandbLogger(Logger):
             with open(path, encoding="utf-8", errors="replace") as file:
                 if PLAIN_ID.fullmatch(found := file.read(100).strip()):
                     return found
-        self.folder.mkdir(parents=True, exist_ok=True)
         new = uuid4().hex[:12]
         with replacing(path) as temporary:
             temporary.write_text(new, encoding="utf-8")

@@ -1,0 +1,100 @@
+"""From the bytes of a file to a picture: which formats are taken, of how many pixels, whatever their metadata are."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from io import BytesIO
+
+from PIL import Image, features
+
+from ldm_lab.data.metadata import with_sound_tags, without_metadata
+from ldm_lab.data.transforms import RGB, to_rgb
+from ldm_lab.errors import UserError
+
+with contextlib.suppress(ImportError):  # photos of phones, where somebody has installed what reads them
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+
+class PixelLimitError(UserError):
+    """A picture is larger than the limit.
+
+    Attributes:
+        pixels: how many it has.
+    """
+
+    def __init__(self, pixels: int, limit: int) -> None:
+        super().__init__(f"{pixels:,} pixels, more than the {limit:,} that a picture may have")
+        self.pixels = pixels
+
+
+def _formats() -> dict[str, tuple[str, ...]]:
+    """Pillow's names of the formats that it reads here, and the endings of their files."""
+    found = {
+        "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+        "PNG": (".png",),
+        "WEBP": (".webp",),
+        "BMP": (".bmp",),
+        "GIF": (".gif",),
+        "TIFF": (".tif", ".tiff"),
+    }
+    if "avif" in features.modules and features.check_module("avif"):  # Pillow knows of it since 11.3
+        found["AVIF"] = (".avif",)
+    if features.check_codec("jpg_2000"):
+        found["JPEG2000"] = (".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c")
+    if "HEIF" in Image.OPEN:
+        found["HEIF"] = (".heic", ".heif", ".hif")
+    return found
+
+
+FORMATS = tuple(_formats())  # whatever its name, a file is never handed to another decoder
+EXTENSIONS = tuple(ending for endings in _formats().values() for ending in endings)
+
+
+def decode(content: bytes, background: RGB, max_pixels: int | None = None) -> Image.Image:
+    """A picture, upright, 8-bit RGB, in its own size; metadata that cannot be read are passed over.
+
+    Args:
+        content: of the file.
+        background: what is laid under transparent pictures.
+        max_pixels: of a picture; None leaves it to Pillow.
+
+    Raises:
+        PixelLimitError: it has more.
+        UnidentifiedImageError: it is of none of `FORMATS`.
+        Exception: decoders raise almost anything on damaged data.
+    """
+    content = with_sound_tags(content)
+    try:
+        return _decode(content, background, max_pixels)
+    except Exception:
+        for less in without_metadata(content):
+            with contextlib.suppress(Exception):
+                return _decode(less, background, max_pixels)
+        raise
+
+
+def _decode(content: bytes, background: RGB, max_pixels: int | None) -> Image.Image:
+    try:
+        with _limited(max_pixels), Image.open(BytesIO(content), formats=FORMATS) as image:
+            if max_pixels and image.width * image.height > max_pixels:
+                raise PixelLimitError(image.width * image.height, max_pixels)
+            return to_rgb(image, background)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels, limit = map(int, re.findall(r"\d+", str(error))[:2])
+        raise PixelLimitError(pixels, max_pixels or limit) from error
+
+
+@contextlib.contextmanager
+def _limited(max_pixels: int | None) -> Iterator[None]:
+    """Pillow's limit, which is a variable of its module, for as long as one picture is decoded."""
+    before = Image.MAX_IMAGE_PIXELS
+    if max_pixels:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
