@@ -108,8 +108,7 @@ def fit(
             trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
     interrupt = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupt))
-    interrupt.agree(trainer)
-    finished = interrupt.received is None and trainer.global_step >= trainer.max_steps
+    finished = interrupt.agree(trainer) <= Interrupt.NO_SIGNAL and trainer.global_step >= trainer.max_steps
     if finished and "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
         trainer.validate(module, data, verbose=False)
     if finished and is_first_process():

@@ -80,9 +80,10 @@ class Interrupt(Callback):
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Save and stop where somebody has asked for it; the last step ends the training anyway."""
-        if module.images_seen % trainer.datamodule.global_batch_size or not self._asked(trainer, trainer.global_step):
+        if module.images_seen % trainer.datamodule.global_batch_size:
             return
-        if self.received is None and trainer.global_step >= trainer.max_steps:
+        wish = self._asked(trainer, trainer.global_step)
+        if not wish or (wish == self.NO_SIGNAL and trainer.global_step >= trainer.max_steps):
             return
         for callback in trainer.callbacks:
             if isinstance(callback, Checkpoint):
@@ -94,7 +95,7 @@ class Interrupt(Callback):
         self, trainer: Trainer, module: StageModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Break a validation off, for a signal."""
-        if self._asked(trainer, batch_idx) and self.received is not None:
+        if self._asked(trainer, batch_idx) > self.NO_SIGNAL:
             raise BrokenOff
 
     def on_validation_end(self, trainer: Trainer, module: StageModule) -> None:
@@ -106,22 +107,26 @@ class Interrupt(Callback):
         trainer.should_stop = True
         trainer.fit_loop.epoch_loop.min_steps, trainer.fit_loop.min_epochs = None, 0
 
-    def _asked(self, trainer: Trainer, count: int) -> bool:
-        """Whether to stop, at a place that all ranks pass with the same `count`."""
+    def _asked(self, trainer: Trainer, count: int) -> float:
+        """Who asks for an end, at a place that all ranks pass with the same `count`: see `agree`."""
         if trainer.world_size == 1:
-            return self._wish(trainer) > 0  # and no wait for the device
-        return count % self.EVERY == 0 and self.agree(trainer)
+            return self._wish(trainer)  # and no wait for the device
+        return 0.0 if count % self.EVERY else self.agree(trainer)
 
     def _wish(self, trainer: Trainer) -> float:
         asked = trainer.should_stop and trainer.global_step >= self._least
         return float(self.received or self.NO_SIGNAL * asked)
 
-    def agree(self, trainer: Trainer) -> bool:
-        """Let all ranks know of what any of them was asked; they wait for each other."""
+    def agree(self, trainer: Trainer) -> float:
+        """Let all ranks know of what any of them was asked; they wait for each other.
+
+        Returns:
+            The signal, the same on all ranks; `NO_SIGNAL`: a callback asks; 0: nobody does.
+        """
         wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
         wish = float(trainer.strategy.reduce(wish, reduce_op="max"))
-        self.received = int(wish) or None
-        return wish > 0
+        self.received = self.received or int(wish) or None  # one may have come in while the others were waited for
+        return wish
 
     def reason(self, trainer: Trainer) -> str:
         """Why a training has ended before its end, without a signal."""
