@@ -34,9 +34,10 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.saving import replacing
-from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS, Configurable, PretrainedModel
+from ldm_lab.serialization import Configurable, PretrainedModel
 from ldm_lab.state_dicts import tensors_in, unwrapped
 from ldm_lab.untrusted import ZIP, LoadError, check_plain, first_bytes, is_safetensors, read_json, read_torch, reason
+from ldm_lab.weights import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
 
 ENTRY = "ldm_lab"
 ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}
