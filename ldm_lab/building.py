@@ -24,7 +24,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: ANN401
-    """Make the object that a `_target_` node describes, and those that it holds.
+    """Make the object that a `_target_` node describes, even one with `_partial_`, and those that it holds.
 
     Args:
         node: the node; `None` gives `None`.
@@ -38,7 +38,8 @@ def build(node: DictConfig | None, where: str, **parts: Any) -> Any:  # noqa: AN
     """
     if node is None:
         return None
-    return _made({key: value for key, value in plain(node).items() if key not in parts}, where, parts)
+    own = {key: value for key, value in plain(node).items() if key not in parts}
+    return _made({**own, "_partial_": False}, where, parts)
 
 
 def build_all(nodes: DictConfig, where: str) -> list[Any]:

@@ -149,7 +149,7 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
             return compose(name, overrides)
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return compose(name, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(one_line(error)) from error
 
 

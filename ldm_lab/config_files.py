@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from ldm_lab.errors import UserError
+from ldm_lab.errors import UserError, one_line
 from ldm_lab.sweep import search_lines
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -20,8 +20,14 @@ class ConfigError(UserError):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a file; none where it is empty."""
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    """The keys of a file; none where it is empty. Raises `ConfigError` where it is no mapping in YAML."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold keys with values, and holds a {type(content).__name__}")
+    return content
 
 
 def experiments() -> list[str]:

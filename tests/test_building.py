@@ -42,6 +42,7 @@ def test_nested_nodes_lists_and_partials():
     assert (found.size, first.size, first.word, second.size, second.word) == (2, 1, 1, 3, 7)
     assert build(OmegaConf.create({"_target_": f"{HERE}.PlugIn", "_args_": [5]}), "x").size == 5
     assert build(None, "x") is None
+    assert build(OmegaConf.create({**inner, "_partial_": True}), "x", word="3").word == 3
 
 
 def test_a_part_takes_the_place_of_an_entry():
@@ -75,9 +76,10 @@ def test_a_fault_of_a_plug_in_is_itself_and_says_what_was_built(settings, kind):
 
 
 def test_what_torch_and_lightning_refuse_is_the_user_s():
-    node = OmegaConf.create({"_target_": "torch.optim.Adam", "_partial_": True, "lr": -1.0})
-    with pytest.raises(ConfigError, match=r"^model\.optimizer: Invalid learning rate: -1\.0$"):
-        build(node, "model.optimizer")(params=[PARAMETER])  # when the training makes it
+    optimizer = {"_target_": "torch.optim.Adam", "_partial_": True, "lr": -1.0}
+    module = make(f"{HERE}.PlugIn", where="model", size=1, part=optimizer)
+    with pytest.raises(ConfigError, match=r"^model\.part: Invalid learning rate: -1\.0$"):
+        module.part(params=[PARAMETER])  # when the training makes it
     stopping = "lightning.pytorch.callbacks.EarlyStopping"
     assert "mode" in refusal(stopping, monitor="val/loss", mode="sideways")
     assert "unexpected keyword argument 'lur'" in refusal("torch.optim.SGD", lur=1)

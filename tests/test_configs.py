@@ -281,6 +281,18 @@ def test_only_the_command_line_and_local_settings_may_name_plugins(tmp_path, mon
     assert compose("plugins=[tests]")[0].plugins == ["tests"]
 
 
+@pytest.mark.parametrize("text", ["name: [1, 2", "\tname: x", "a: b: c", "- a\n- b", b"name: \xff"], ids=str)
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path, monkeypatch, text):
+    root = tmp_path / "configs"
+    shutil.copytree(CONFIGS, root)
+    for module in (ldm_lab.config, ldm_lab.config_files):
+        monkeypatch.setattr(module, "CONFIGS", root)
+    for file in ("experiment/mine.yaml", "local/default.yaml"):
+        (root / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert file.partition("/")[0] in one_line_error("experiment=mine" if "mine" in file else "experiment=celebahq")
+        (root / file).unlink()
+
+
 def test_a_class_of_a_package_that_is_no_plugin_is_refused_with_what_to_add():
     override = "+callbacks.mine._target_=tests.callbacks.Journal"
     assert one_line_error(override).endswith("add plugins=[tests]")
