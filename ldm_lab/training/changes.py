@@ -47,15 +47,15 @@ def compare(old: dict[str, Any], new: dict[str, Any], typed: Collection[str] = (
             continue
         lacking, having = (old, new) if key not in before else (new, old)
         place = first_lacking(lacking, key)
-        default = MISSING if place is None else default_of(new, place)
-        if default is not MISSING and default == find(having, place):
+        default = None if place is None else default_of(new, place)
+        if place is not None and default == find(having, place):
             continue
-        if place is None or default is not MISSING or (lacking is old and key in typed):
-            changes.changed.append(f"{key}: {before.get(key)} -> {after.get(key)}")
-        elif lacking is old:
+        if lacking is old and default in (MISSING, OPEN) and key not in typed:
             changes.added.append(f"{key}={after[key]}")
-        else:
+        elif lacking is new and default is MISSING:
             changes.dropped.append(f"{key}={before[key]}")
+        else:
+            changes.changed.append(f"{key}: {before.get(key)} -> {after.get(key)}")
     return changes
 
 

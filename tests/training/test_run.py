@@ -128,7 +128,7 @@ def test_a_key_that_no_constructor_knows_takes_its_default_and_is_named(place, v
 def test_a_constructor_that_takes_any_key_may_make_something_of_it():
     old = changed(OLD, model__optimizer___target_="torch.nn.Identity")
     new = changed(old, model__optimizer__grain=1)
-    assert compare(old, new).changed == ["model.optimizer.grain: None -> 1"]
+    assert compare(old, new).added == ["model.optimizer.grain=1"]
     assert compare(new, old).changed == ["model.optimizer.grain: 1 -> None"]
 
 
