@@ -56,14 +56,13 @@ def by_hand(pipe, scheduler, generator, steps, eta=0.0):
 
 
 @EACH
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_a_scheduler_of_diffusers_draws_what_its_own_loop_does(name, spacing):
-    pipe = swapped(name, timestep_spacing=spacing)
+def test_a_scheduler_of_diffusers_draws_what_its_own_loop_does(name):
+    pipe = swapped(name, timestep_spacing="leading")  # where the first level depends on the number of steps
     eta = 0.7 if name == "DDIMScheduler" else 0.0
     twin = getattr(diffusers, name).from_config(pipe.scheduler.config)
     for _ in range(2):  # the second call is as the first
-        drawn = pipe(2, seeded(), eta, num_inference_steps=6, output_type="latent").images
-        assert_close_relative(drawn, by_hand(pipe, twin, seeded(), 6, eta), 1e-5)
+        drawn = pipe(2, seeded(), eta, num_inference_steps=4, output_type="latent").images
+        assert_close_relative(drawn, by_hand(pipe, twin, seeded(), 4, eta), 1e-5)
 
 
 @EACH
@@ -71,13 +70,13 @@ def test_the_generator_governs_every_number_of_theirs_too(name):
     pipe, images = swapped(name), []
     for global_seed in (0, 1):
         torch.manual_seed(global_seed)
-        images.append(pipe(1, seeded(), num_inference_steps=3, output_type="latent").images)
+        images.append(pipe(1, seeded(), num_inference_steps=4, output_type="latent").images)
     assert torch.equal(*images)
 
 
 @EACH
 def test_a_pipeline_with_a_scheduler_of_diffusers_can_be_saved(name, tmp_path):
-    pipe = swapped(name)
+    pipe = swapped(name, timestep_spacing="trailing")  # see docs/checkpoints.md for the noise of "leading"
     drawn = pipe(1, seeded(), num_inference_steps=4, output_type="np").images
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["scheduler"] == ["diffusers", name]

@@ -39,7 +39,7 @@ class DDIMScheduler(Scheduler):
         thresholding: dynamic thresholding of the predicted x0, in place of clipping.
         dynamic_thresholding_ratio: its quantile.
         clip_sample_range: see `clip_sample`.
-        sample_max_value: upper bound of the threshold, at least 1.
+        sample_max_value: upper bound of the threshold.
         timestep_spacing: "leading", "trailing" or "linspace".
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 

@@ -51,7 +51,7 @@ class DDPMScheduler(Scheduler):
         thresholding: dynamic thresholding of the predicted x0, in place of clipping.
         dynamic_thresholding_ratio: its quantile.
         clip_sample_range: see `clip_sample`.
-        sample_max_value: upper bound of the threshold, at least 1.
+        sample_max_value: upper bound of the threshold.
         timestep_spacing: "leading", "trailing" or "linspace".
         steps_offset: added to the timesteps of "leading".
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".

@@ -90,9 +90,7 @@ class SchedulerSettings(Configurable):
         scheduler = super().from_config(values, **overrides)
         others = {key: value for key, value in values.items() if key not in scheduler.config}
         if unknown := sorted(others.keys() - SHARED):
-            say_once(
-                f"{cls.__name__} ignores the settings {', '.join(unknown)} of its config: it has none of these names"
-            )
+            say_once(f"{cls.__name__} ignores the settings {', '.join(unknown)} of its config: no scheduler has them")
         if others:
             defaults = scheduler.config.get("_use_default_values")
             scheduler.config = FrozenConfig({**others, **scheduler.config}, defaults)

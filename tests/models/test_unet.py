@@ -140,9 +140,15 @@ def test_folders_round_trip(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"center_input_sample": True}, "center_input_sample=True is not supported: use False"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier' is not supported: use 'positional'"),
-        ({"mid_block_type": None}, "mid_block_type=None is not supported: use 'UNetMidBlock2D'"),
+        ({"center_input_sample": "no"}, "center_input_sample='no' must be true or false"),
+        (
+            {"time_embedding_type": "learned"},
+            "time_embedding_type='learned' is not supported: use 'positional' or 'fourier'",
+        ),
+        (
+            {"mid_block_type": "UNetMidBlock2DCrossAttn"},
+            "mid_block_type='UNetMidBlock2DCrossAttn' is not supported: use 'UNetMidBlock2D' or None",
+        ),
         ({"mid_block_scale_factor": 2}, "mid_block_scale_factor=2 is not supported: use 1"),
         ({"downsample_padding": 2}, "downsample_padding=2 is not supported: use 1 or 0"),
         ({"downsample_type": "fir"}, "downsample_type='fir' is not supported: use 'conv' or 'resnet'"),
