@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ldm_lab.errors import ended_by
 from ldm_lab.threads import wait_asleep
+from ldm_lab.typed import at_home
 
 WRONG_USAGE = 2  # as argparse ends
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         sys.exit(WRONG_USAGE)
     else:
         with ended_by(ValueError, OSError):
-            importlib.import_module(f"ldm_lab.commands.{name}").main(arguments)
+            importlib.import_module(f"ldm_lab.commands.{name}").main([at_home(argument) for argument in arguments])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from ldm_lab import typed
 from ldm_lab.serialization import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
 from ldm_lab.untrusted import LoadError, read_json
 
@@ -38,7 +39,7 @@ def is_name(source: str | Path) -> bool:
 
 def local(source: str | Path) -> Path:
     """A path as it is; of a name on the hub, where the model was downloaded to. Raises `LoadError` as `fetch`."""
-    return fetch(str(source)) if is_name(source) else Path(source)
+    return fetch(str(source)) if is_name(source) else typed.path(source)
 
 
 def fetch(

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab import checkpoint, states
+from ldm_lab import checkpoint, states, typed
 from ldm_lab.compiled import compile_for_inference
 from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
@@ -206,7 +206,7 @@ class LDMPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the folder that `from_pretrained`, ours or the namesake's, loads. The index is written last."""
-        folder = Path(folder)
+        folder = typed.path(folder)
         for name, component in self.components.items():
             component.save_pretrained(folder / name)
             if component.library != "diffusers":
@@ -273,6 +273,7 @@ class LDMPipeline:
             LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
                 missing or left over; one line says which.
         """
+        path = typed.path(path)
         return cls._from_parts(path, compvis.read(path, original_config, use_ema)).to(device=device, dtype=torch_dtype)
 
     @classmethod

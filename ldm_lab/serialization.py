@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ldm_lab import typed
 from ldm_lab.saving import replacing, write_json
 from ldm_lab.untrusted import LoadError, blaming, check_plain, first_line, read_json, read_torch
 from ldm_lab.version import __version__
@@ -140,12 +141,12 @@ class Configurable:
 
     def save_config(self, folder: str | Path) -> None:
         """Write `folder/config_name`."""
-        write_json(Path(folder) / self.config_name, self.to_json())
+        write_json(typed.path(folder) / self.config_name, self.to_json())
 
     @classmethod
     def load_config(cls, folder: str | Path, subfolder: str | None = None) -> dict[str, Any]:
         """Read `folder[/subfolder]/config_name` as plain data."""
-        return read_json(Path(folder, subfolder or "") / cls.config_name)
+        return read_json(typed.path(folder) / (subfolder or "") / cls.config_name)
 
 
 def _is_ours(kind: type) -> bool:
@@ -184,7 +185,7 @@ class PretrainedModel(Configurable, nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and the weights (safetensors) into `folder`, each file whole or not at all."""
-        folder = Path(folder)
+        folder = typed.path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {key: value.detach().contiguous().cpu() for key, value in self.exported_state_dict().items()}
         with replacing(folder / self.weights_name) as temporary:
@@ -201,7 +202,7 @@ class PretrainedModel(Configurable, nn.Module):
             LoadError: the folder, its config or its weights are missing, damaged or of another
                 architecture. A tensor missing or left over is an error: nothing is initialised silently.
         """
-        folder = Path(folder, subfolder or "")
+        folder = typed.path(folder) / (subfolder or "")
         model = cls.skeleton(cls.load_config(folder), origin=str(folder / cls.config_name))
         model.load_weights(read_weights(folder, model.weights_name), origin=str(folder), assign=True)
         return model.to(dtype=torch_dtype).eval()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_lab import checkpoint, hub
+from ldm_lab import checkpoint, hub, typed
 from ldm_lab.lengths import parse_images, short
 from ldm_lab.notices import say_once
 from ldm_lab.untrusted import LoadError, read_json
@@ -74,11 +74,11 @@ def search(source: str | Path, stage: str) -> State | None:
     Raises:
         LoadError: there is no such file, folder or snapshot.
     """
-    path = Path(source)
+    path = typed.path(source)
     if path.is_file():
         return _checkpoint(path, path)
     if not path.exists():
-        return _snapshot(str(source))
+        return _snapshot(str(path))
     folder = _stage_folder(path, stage)
     if not trains_on(folder):
         for result in (path, folder / "final"):

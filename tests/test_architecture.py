@@ -12,6 +12,7 @@ PACKAGE = ROOT / "ldm_lab"
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
     "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
+    "typed", "kinds", "config_keys",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -53,8 +54,9 @@ ROOMS = {
     "__init__": set(),
 }  # fmt: skip
 LEAF_EDGES = {
-    "serialization": {"version", "untrusted", "saving"}, "saving": {"untrusted"}, "images": {"saving"},
-    "config_files": {"sweep"}, "records": {"untrusted"},
+    "serialization": {"version", "untrusted", "saving", "typed"}, "saving": {"untrusted"}, "images": {"saving"},
+    "config_files": {"sweep"}, "records": {"typed", "untrusted"}, "sweep": {"typed"}, "settings": {"typed"},
+    "kinds": {"settings"}, "config_keys": {"config_files", "settings"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip
