@@ -25,7 +25,7 @@ def job(overrides: list[str]) -> None:
     """Draw what is missing of the samples asked for."""
     config = compose_sample(overrides)
 
-    from ldm_lab import locks, pictures, sampling, states, tracking
+    from ldm_lab import kinds, locks, pictures, sampling, states, tracking
     from ldm_lab.diffusion import samplers
     from ldm_lab.errors import UserError, doing
     from ldm_lab.pipeline import LDMPipeline
@@ -35,6 +35,7 @@ def job(overrides: list[str]) -> None:
     from ldm_lab.training.watch import watched
 
     quiet()
+    kinds.check(plain(config))
     device.check(plain(config.trainer))
     state = states.find(config.ckpt)
     if config.original_config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ldm_lab import typed
 from ldm_lab.config import Recipe, run
 from ldm_lab.errors import doing
 
@@ -49,7 +50,7 @@ def job(overrides: list[str]) -> float | None:
             config.autoencoder = f"{before.paths.stage}/final"
         with watched(), doing(f"training stage {config.stage} of {config.paths.runs}/{config.name}"):
             metrics = stages.train(config, command, recipe.typed)
-    sampling = f"python sample.py ckpt={configs[-1].paths.runs}/{configs[-1].name}"
+    sampling = typed.command("sample.py", f"ckpt={configs[-1].paths.runs}/{configs[-1].name}")
     say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else recipe.command('diffusion')}")
     return stages.optimized(metrics, configs[-1].optimized_metric)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ldm_lab.errors import reporting
 from ldm_lab.terminal import lenient
 from ldm_lab.threads import wait_asleep
+from ldm_lab.typed import at_home
 
 WRONG_USAGE = 2  # as argparse ends
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
             print(f"error: {name}: there is no such tool\n{listing()}", file=sys.stderr)
             sys.exit(WRONG_USAGE)
         else:
-            importlib.import_module(f"ldm_lab.commands.{name}").main(arguments)
+            importlib.import_module(f"ldm_lab.commands.{name}").main([at_home(argument) for argument in arguments])
 
 
 if __name__ == "__main__":

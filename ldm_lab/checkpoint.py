@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab import hub
+from ldm_lab import hub, typed
 from ldm_lab.interop import compvis
 from ldm_lab.interop.compvis import Part
 from ldm_lab.models.first_stage import FirstStage
@@ -67,7 +67,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         LoadError: no such file, not a checkpoint of this package, or damaged.
     """
-    path = Path(path)
+    path = typed.path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
     start = first_bytes(path)

@@ -7,10 +7,10 @@ goes to every stage that knows its key. A stage on its own is a recipe of one.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,9 +25,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab import settings
+from ldm_lab import settings, typed
 from ldm_lab.building import build, build_all, plain  # noqa: F401  the door to all of it
-from ldm_lab.config_files import CONFIGS, ConfigError, local_plugins, near, option_for, searched, stages
+from ldm_lab.config_files import CONFIGS, ConfigError, choices, local_plugins, option_for, searched, stages
+from ldm_lab.config_keys import takers, where_known
 from ldm_lab.errors import listen, one_line, reporting
 from ldm_lab.lengths import parse_images
 from ldm_lab.sweep import job_name, pack, unpack
@@ -39,9 +40,13 @@ LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", 
 
 
 def stem(path: str | None) -> str:
-    """`${stem:PATH}` in a config: the last part of a path, `flowers` of `/data/flowers` or `/data/flowers.zip`."""
-    path = Path(path or "folder").expanduser().absolute()
-    return path.name if path.is_dir() or not path.suffix else path.stem
+    """`${stem:PATH}` in a config: the last part of a path, `flowers` of `/data/flowers` or `/data/flowers.zip`.
+
+    What a shell would need quoted becomes `_`: it is a name that people type.
+    """
+    path = typed.path(path or "folder").absolute()
+    name = path.name if path.is_dir() or not path.suffix else path.stem
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "folder"
 
 
 OmegaConf.register_new_resolver("stem", stem, replace=True)
@@ -58,11 +63,11 @@ class Recipe:
     @classmethod
     def parse(cls, overrides: list[str], default: str = "avatars") -> Recipe:
         """Read `key=value` strings. Raises `ConfigError` for bad syntax or an unknown experiment."""
-        parsed = parse_overrides(overrides)
+        parsed = one_job(parse_overrides(overrides))
         if searches := [o for o in parsed if o.key_or_group == "hparams_search"]:
             raise ConfigError(f"{searches[0].input_line} is a sweep of many jobs: add -m")
-        names = [o.value() for o in parsed if o.key_or_group == "experiment"]
-        experiment = str(names[-1]) if names else default
+        names = [o.input_line.partition("=")[2] for o in parsed if o.key_or_group == "experiment"]
+        experiment = names[-1] if names else default
         return cls(experiment, stages(experiment), tuple(o for o in parsed if o.key_or_group != "experiment"))
 
     def compose(self, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[DictConfig]:
@@ -71,11 +76,18 @@ class Recipe:
         Args:
             changes: stage -> dotted key -> value: what takes the place of settings that were not typed.
         """
-        bases = [_compose("train", [f"experiment={stage}", *self._groups(stage)]) for stage in self.stages]
-        lines = [_where_known(base) for base in bases]
-        for override in self.overrides:
-            for stage in [] if is_group(override) else takers(override, bases):
-                lines[stage].append(override.input_line or "")
+        for o in self.overrides:
+            if is_group(o) and not any(option(o, _kind(stage)) for stage in self.stages):
+                there = ", ".join(choices(o.key_or_group, _kind(self.stages[-1])))
+                raise ConfigError(f"{o.input_line}: is not of {' or '.join(self.stages)}; there are: {there}")
+            if o.is_delete() and not is_group(o) and not o.key_or_group.startswith(("callbacks.", "logger.", "model.")):
+                raise ConfigError(f"{o.input_line}: is needed; give it another value")
+        bases = [_raw(_compose("train", [f"experiment={stage}", *self._groups(stage)])) for stage in self.stages]
+        lines = [where_known(base) for base in bases]
+        for o in self.overrides:
+            adds = o.is_add() or o.is_force_add()
+            for stage in [] if is_group(o) else takers(o.input_line, o.key_or_group, adds, bases):
+                lines[stage].append(o.input_line)
         configs = [
             _compose("train", [f"experiment={stage}", *self._groups(stage), *mine])
             for stage, mine in zip(self.stages, lines, strict=True)
@@ -84,10 +96,7 @@ class Recipe:
             for key, value in changes.get(config.stage, {}).items():
                 OmegaConf.update(config, key, value, force_add=True)
         plugins = plugins_given(self.overrides)
-        configs = [check(config, plugins) for config in configs]
-        for override in self.overrides:
-            _refuse_other_lengths(override, configs[0])
-        return configs
+        return [check(config, plugins) for config in configs]
 
     @property
     def typed(self) -> set[str]:
@@ -97,21 +106,47 @@ class Recipe:
     def command(self, stage: str) -> str:
         """What to type for one stage of this run."""
         experiment = self.stages[-1].rpartition("/")[0]
-        where = [o.input_line for o in self.overrides if o.key_or_group in ("debug", "name", "data.root", "paths.runs")]
-        return " ".join(["python train.py", f"experiment={experiment}/{stage}", *where])
+        where = ("debug", "model", "plugins", "name", "data", "data.root", "paths.runs")
+        mine = [o for o in self.overrides if o.key_or_group in where and (not is_group(o) or option(o, stage))]
+        return typed.command("train.py", f"experiment={experiment}/{stage}", *(o.input_line for o in mine))
 
     def _groups(self, stage: str) -> list[str]:
         """The overrides that pick a file (`trainer=ddp`), for one stage."""
-        kind = stage.rsplit("/", 1)[-1]
+        kind = _kind(stage)
         return [line for o in self.overrides if is_group(o) and (line := option(o, kind))]
 
 
-def parse_overrides(lines: list[str]) -> list[Override]:
-    """`key=value` strings, parsed by Hydra's grammar."""
-    try:
-        return OverridesParser.create().parse_overrides(lines)
-    except HydraException as error:
-        raise ConfigError(f"{' '.join(lines)}: not of the form key=value ({one_line(error)})") from error
+def _kind(stage: str) -> str:
+    return stage.rpartition("/")[2]
+
+
+def parse_overrides(lines: list[str], several: bool = False) -> list[Override]:
+    """`key=value` strings, parsed by Hydra's grammar, which paths and names are spared (see `typed.as_text`).
+
+    Args:
+        lines: as typed.
+        several: whether they are of a sweep.
+
+    Raises:
+        ConfigError: a line is not of that form.
+    """
+    parser, parsed = OverridesParser.create(), []
+    for line in lines:
+        try:
+            parsed.append(parser.parse_override(typed.as_text(line, several)))
+        except HydraException as error:
+            signs = "; signs beside letters, digits and ./- stand in quotes of their own: \"key='a (b)'\""
+            raise ConfigError(f"{line}: not of the form key=value{signs if '=' in line else ''}") from error
+    return parsed
+
+
+def one_job(overrides: list[Override]) -> list[Override]:
+    """The overrides themselves. Raises `ConfigError` where they stand for several jobs."""
+    for o in overrides:
+        if o.is_sweep_override():
+            key, _, values = o.input_line.partition("=")
+            raise ConfigError(f"{o.input_line}: a list is {key}=[{values}]; a job for each value takes -m (--multirun)")
+    return overrides
 
 
 def is_group(override: Override) -> bool:
@@ -121,7 +156,7 @@ def is_group(override: Override) -> bool:
 
 def option(override: Override, stage: str) -> str | None:
     """An override that picks a file, as one stage takes it; see `option_for`."""
-    return option_for(override.input_line or "", override.key_or_group, override.value(), stage)
+    return option_for(override.input_line, override.key_or_group, override.value(), stage)
 
 
 def plugins_given(overrides: Iterable[Override]) -> Any:  # noqa: ANN401
@@ -132,12 +167,12 @@ def plugins_given(overrides: Iterable[Override]) -> Any:  # noqa: ANN401
 
 def compose_sample(overrides: list[str]) -> DictConfig:
     """The config of `sample.py`."""
-    parsed = parse_overrides(overrides)
+    parsed = one_job(parse_overrides(overrides))
     lines = [option(o, "sample") if is_group(o) else o.input_line for o in parsed]
-    base = _compose("sample", [])
-    for override in parsed:
-        if not is_group(override) and not _knows(base, override.key_or_group):
-            raise ConfigError(f"{override.input_line}: no such key; {near(override.key_or_group, _keys(base))}")
+    base = _raw(_compose("sample", []))
+    for o in parsed:
+        if not is_group(o):
+            takers(o.input_line, o.key_or_group, o.is_add() or o.is_force_add(), [base])
     config = _compose("sample", lines)
     config.plugins = plugins_given(parsed)  # those of local/, too, which has no other settings for sampling
     return check(config, config.plugins)
@@ -153,50 +188,9 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(one_line(error)) from error
 
 
-def takers(override: Override, bases: list[DictConfig]) -> list[int]:
-    """Which of the stages an override is for, by place: those that have its key.
-
-    If none has, one that adds a key (`+key=value`) is for those with a place for it, else for all.
-    """
-    everyone = list(range(len(bases)))
-    if override.key_or_group.startswith("hydra."):
-        return everyone
-    if found := [place for place in everyone if _knows(bases[place], override.key_or_group)]:
-        return found
-    if override.is_add() or override.is_force_add():
-        parent = override.key_or_group.rpartition(".")[0]
-        return [place for place in everyone if _node(bases[place], parent) is not None] or everyone
-    known = sorted({key for base in bases for key in _keys(base)})
-    raise ConfigError(f"{override.input_line}: no stage has this key; {near(override.key_or_group, known)}")
-
-
-def _where_known(config: DictConfig) -> list[str]:
-    """The overrides that a config file (`debug=tiny`) has for keys that not every stage has."""
-    return [f"{key}={value}" for key, value in config.get("where_known", {}).items() if _knows(config, key)]
-
-
-def _knows(config: DictConfig, key: str) -> bool:
-    parent, _, last = key.rpartition(".")
-    return last in list(_node(config, parent) or [])  # `in node` is false for keys without a value
-
-
-def _node(config: DictConfig, key: str) -> DictConfig | None:
-    """The part of a config at `key`, which must hold keys itself."""
-    try:
-        node = OmegaConf.select(config, key) if key else config
-    except OmegaConfBaseException:
-        return None
-    return node if OmegaConf.is_dict(node) else None
-
-
-def _keys(config: DictConfig, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        keys.append(f"{prefix}{key}")
-        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
-            child = config[key]
-            keys += _keys(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else []
-    return keys
+def _raw(config: DictConfig) -> dict[str, Any]:
+    """A config as plain data, with what is not given yet and what refers to other keys as text."""
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
 def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
@@ -207,12 +201,15 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
         plugins: those that the user has named.
     """
     try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"{missing[0]}= must be given")
         if config.plugins != plugins:
             raise ConfigError(
                 f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
             )
         for check_early in (settings.check_code, settings.check_choices):
             check_early(plain(config))  # before an epoch is counted, for which data sets are built
+        _refuse_other_lengths(config)
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):
                 epoch = _epoch(config) if text.strip().endswith("ep") else None
@@ -220,9 +217,9 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing or not config.get("name", "unnamed"):
-        raise ConfigError(f"{(missing or ['name'])[0]}= must be given")
+    for key, value in settings.flatten(plain(config)).items():
+        if isinstance(value, str) and typed.is_path(key):
+            OmegaConf.update(config, key, typed.home(value))
     settings.check(plain(config))
     return config
 
@@ -232,14 +229,14 @@ def _epoch(config: DictConfig) -> int:
     return build(config.data.module, "data").num_train
 
 
-def _refuse_other_lengths(override: Override, config: DictConfig) -> None:
+def _refuse_other_lengths(config: DictConfig) -> None:
     """Epochs and steps are answered with the equal number of images."""
-    key, value = override.key_or_group, override.value()
-    if key in ("trainer.max_epochs", "trainer.max_steps") and isinstance(value, int) and value > 0:
-        unit = key.rpartition("_")[2]
-        size = _epoch(config) if unit == "epochs" else config.data.global_batch_size
-        equal = f"{value} {unit} of {size:,} images are max_images={value * size}"
-        raise ConfigError(f"{key}={value}: the length of a stage is counted in images; {equal}")
+    for unit in ("epochs", "steps"):
+        value = config.trainer.get(f"max_{unit}")
+        if "stage" in config and isinstance(value, int) and value > 0:
+            size = _epoch(config) if unit == "epochs" else config.data.global_batch_size
+            equal = f"{value} {unit} of {size:,} images are max_images={value * size}"
+            raise ConfigError(f"trainer.max_{unit}={value}: the length of a stage is counted in images; {equal}")
 
 
 def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
@@ -250,29 +247,28 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
         job: takes the overrides of one job.
         usage: the text of `--help`.
     """
-    flags = [a for a in sys.argv[1:] if a.startswith("-") and "=" not in a]
-    overrides = [a for a in sys.argv[1:] if a not in flags and not ("--cfg" in flags and a == "job")]
     wait_asleep()
     listen()
     with lenient(), reporting(f"running {script}.py"):
-        if {"-h", "--help"} & set(flags):
+        flags, overrides = typed.parted(sys.argv[1:])
+        if "--help" in flags:
             print(usage)
-        elif {"-m", "--multirun"} & set(flags):
+        elif flags == {"-m"} and script == "train":
             sweep(overrides, job)
-        elif flags and flags != ["--cfg"]:
-            raise ConfigError(f"{flags[0]}: unknown flag; there are --help, --cfg and -m (see {script}.py --help)")
-        elif flags:
+        elif flags == {"--cfg"}:
             configs = [compose_sample(overrides)] if script == "sample" else Recipe.parse(overrides).compose()
             print("---\n".join(yaml.safe_dump(plain(config), sort_keys=False) for config in configs), end="")
+        elif flags:
+            raise ConfigError(f"{' '.join(sorted(flags))}: not for {script}.py; see {script}.py --help")
         else:
             job(overrides)
 
 
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     """Run `job` once for each combination of the swept values in `lines`, each under a name of its own."""
-    lines = [mine for line in lines for mine in searched(line)]
+    lines = [typed.as_text(mine, several=True) for line in lines for mine in searched(line)]
     ours = [line for line in lines if not line.startswith(("hydra.", "hydra/"))]
-    parsed = parse_overrides(ours)
+    parsed = parse_overrides(ours, several=True)
     recipe = Recipe.parse([_first(override) for override in parsed])
     configs = recipe.compose()
     for config in configs:
@@ -285,23 +281,28 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
     given = any(override.key_or_group == "autoencoder" for override in parsed)
     # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
-    shared = [f"autoencoder='{configs[0].autoencoder}'"] if configs[0].autoencoder and not given else []
+    shared = [f"autoencoder={typed.quoted(configs[0].autoencoder)}"] if configs[0].autoencoder and not given else []
 
     @hydra.main(config_path=str(CONFIGS), config_name="sweep", version_base="1.3")
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
         with reporting(f"running {' '.join(mine)} of the sweep"):  # Hydra would show a traceback
-            return job([*unnamed, *shared, f"name='{job_name(configs[0].name, swept, mine)}'"])
+            return job([*unnamed, *shared, f"name={typed.quoted(job_name(configs[0].name, swept, mine))}"])
 
-    sys.argv = [sys.argv[0], "-m", f"paths.runs='{configs[0].paths.runs}'", *pack(lines)]
+    sys.argv = [sys.argv[0], "-m", f"paths.runs={typed.quoted(configs[0].paths.runs)}", *pack(lines)]
     run_job()
+
+
+def is_searched() -> bool:
+    """Whether this is a job of a search, which compares what comes of its jobs."""
+    return HydraConfig.initialized() and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
 
 
 def _first(override: Override) -> str:
     """An override with the first of its swept values: what a first job could be."""
     if not override.is_sweep_override():
-        return override.input_line or ""
+        return override.input_line
     if override.is_interval_sweep():
         return f"{override.get_key_element()}={override.value().start}"
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"

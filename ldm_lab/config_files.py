@@ -13,6 +13,7 @@ from ldm_lab.sweep import search_lines
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STAGES = ("autoencoder", "diffusion")
+OPTIONAL = ("debug", "length", "local")  # groups that may be left out
 
 
 class ConfigError(UserError):
@@ -58,25 +59,42 @@ def option_for(line: str, group: str, value: Any, stage: str) -> str | None:  # 
     Args:
         line: the override as typed.
         group: the folder of `configs/`.
-        value: the option; anything but a name (`null`, a list) goes to every stage.
+        value: the option; a list goes to every stage.
         stage: "autoencoder", "diffusion" or "sample".
+
+    Raises:
+        ConfigError: there is no such option.
     """
-    if not isinstance(value, str):
+    if isinstance(value, list) or (value is None and group in OPTIONAL):
         return line
-    path = CONFIGS / group / value
+    path = CONFIGS / group / str(value)
     if path.is_dir():
         return f"{group}={value}/{stage}"
-    if not path.with_suffix(".yaml").is_file():
-        options = sorted(p.stem for p in (CONFIGS / group).iterdir() if p.suffix == ".yaml" or p.is_dir())
-        raise ConfigError(f"{line}: there is no such option; {near(value, options)}")
-    if value in STAGES and value != stage:  # callbacks=diffusion
-        return None
-    if group == "model" and stage in STAGES:
-        module = read_yaml(path.with_suffix(".yaml")).get("_target_")
-        if module is None:
-            raise ConfigError(f"{line}: {path}.yaml needs a `_target_` of its own, which says whose stage it is")
-        return line if f".{stage}_module." in module else None
-    return line
+    if value is None or not path.with_name(f"{path.name}.yaml").is_file():
+        none = f"; {group}=none switches it off" if value is None and "none" in _options(group) else ""
+        raise ConfigError(f"{line}: there is no such option; {near(str(value), _options(group))}{none}")
+    return line if _is_of(group, path, stage) else None
+
+
+def choices(group: str, stage: str) -> list[str]:
+    """The options of a group that a stage may take."""
+    return [name for name in _options(group) if _is_of(group, CONFIGS / group / name, stage)]
+
+
+def _options(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONFIGS / group).iterdir() if p.suffix == ".yaml" or p.is_dir())
+
+
+def _is_of(group: str, path: Path, stage: str) -> bool:
+    if path.is_dir() or path.name in STAGES:  # callbacks=diffusion, model=small/diffusion
+        return path.is_dir() or path.name == stage
+    if group != "model" or stage not in STAGES:
+        return True
+    module = read_yaml(path.with_suffix(".yaml")).get("_target_")
+    if module is None:
+        file = path.with_suffix(".yaml")
+        raise ConfigError(f"model={path.name}: {file} needs a `_target_` of its own, which says whose stage it is")
+    return f".{stage}_module." in module
 
 
 def searched(line: str) -> list[str]:
@@ -93,7 +111,7 @@ def searched(line: str) -> list[str]:
 
 def near(word: str, words: list[str]) -> str:
     """A hint: the closest of `words`, or all of them where they are few."""
-    if len(words) <= 16:
+    if len(words) <= 20:
         return f"there are: {', '.join(words)}"
     close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
     ends = [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from typing_extensions import Self
 
-from ldm_lab import hub
+from ldm_lab import hub, typed
 from ldm_lab.notices import say_once
 from ldm_lab.saving import write_json
 from ldm_lab.untrusted import LoadError, read_json
@@ -167,7 +167,7 @@ class Configurable:
 
     def save_config(self, folder: str | Path) -> None:
         """Write `folder/config_name`."""
-        write_json(Path(folder) / self.config_name, self.to_json())
+        write_json(typed.path(folder) / self.config_name, self.to_json())
 
     @classmethod
     def load_config(cls, source: str | Path, subfolder: str | None = None, **download: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ldm_lab import typed
 from ldm_lab.untrusted import LoadError, read_json
 from ldm_lab.weights import OWN_STEM, STEM, choose, shards, variants
 
@@ -54,7 +55,7 @@ def local(source: str | Path, subfolder: str | None = None, revision: str | None
         return fetch(str(source), revision, subfolder=subfolder, **download) / (subfolder or "")
     if revision:
         raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
-    return Path(source, subfolder or "")
+    return typed.path(source) / (subfolder or "")
 
 
 def fetch(

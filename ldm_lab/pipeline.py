@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab import checkpoint, parts, states
+from ldm_lab import checkpoint, parts, states, typed
 from ldm_lab.compiled import compile_for_inference
 from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
@@ -222,7 +222,7 @@ class LDMPipeline(MemorySwitches):
         The arguments are those of a network's `save_pretrained`; one that is compiled is written as it was before.
         """
         files = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        parts.write(Path(folder), self.components, **files)
+        parts.write(typed.path(folder), self.components, **files)
 
     @classmethod
     def from_pretrained(
@@ -300,7 +300,8 @@ class LDMPipeline(MemorySwitches):
             LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
                 missing or left over; one line says which.
         """
-        found = parts.of_checkpoint(Path(path), compvis.read(path, original_config, use_ema), cls.classes, {}, ())
+        path = typed.path(path)
+        found = parts.of_checkpoint(path, compvis.read(path, original_config, use_ema), cls.classes, {}, ())
         with blaming(path):
             pipe = cls(**found)
         return pipe.to(device=device, dtype=floating_type(torch_dtype))

@@ -23,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from ldm_lab import typed
 from ldm_lab.errors import UserError
 from ldm_lab.untrusted import LoadError, first_line, read_json, read_yaml
 from ldm_lab.version import FORMAT_KEY
@@ -149,7 +150,7 @@ def read_run(folder: str | Path) -> RunRecord:
     Raises:
         LoadError: the folder is neither.
     """
-    folder = Path(folder)
+    folder = typed.path(folder)
     own = _stage(folder)
     if own:
         return RunRecord(folder, {own.stage: own})

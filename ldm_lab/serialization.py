@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ldm_lab import hub, weights
+from ldm_lab import hub, typed, weights
 from ldm_lab.configurable import Configurable, FrozenConfig, register_to_config
 from ldm_lab.errors import UserError
 from ldm_lab.state_dicts import unwrapped
@@ -109,7 +109,7 @@ class PretrainedModel(Configurable, nn.Module):
             SaveError: the disk refused.
             ValueError: an argument cannot be used; the message names it.
         """
-        folder = Path(folder)
+        folder = typed.path(folder)
         named = unwrapped(self.exported_state_dict())  # a part of the network may have been compiled
         tensors = {key: value.detach().contiguous().cpu() for key, value in named.items()}
         weights.write(folder, tensors, self.weights_stem, variant, safe_serialization, max_shard_size)

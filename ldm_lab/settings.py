@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lab.errors import UserError
+from ldm_lab.typed import is_text
 
+MOST = 2**63 - 1  # the largest whole number that torch takes
 # Whole numbers, and the lowest that each may be.
 LOWEST = {
     "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
@@ -17,9 +20,19 @@ LOWEST = {
     "data.max_pixels": 1, "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0, "max_pixels": 1,
     "trainer.num_nodes": 1,
 }  # fmt: skip
-WORDS = {"data.batch_size": ("auto",)}  # instead of a number
+# Numbers that need not be whole.
+ABOVE_0, FROM_0 = ("model.optimizer.lr", "model.scaling_factor"), ("sampler.eta", "trainer.gradient_clip_val")
+WORDS = {  # instead of a number
+    "data.batch_size": ("auto", None), "data.val_batch_size": (None,), "snapshots": (None,),
+    "model.scaling_factor": ("measure",), "sampler.eta": (None,), "trainer.gradient_clip_val": (None,),
+}  # fmt: skip
+NEEDED = (
+    "name", "ckpt", "resume", "paths.runs", "paths.stage", "paths.cache", "optimized_metric", "data.module", "strength",
+    "interpolate", "sampler.name",
+)  # fmt: skip
 SWITCHES = ("compile", "plan", "tiling", "slicing")
 CHOICES = {
+    "stage": ("autoencoder", "diffusion"),
     "data.latents": ("cached", "online"),
     "data.latents_dtype": ("float16", "bfloat16", "float32"),
     "data.latents_precision": ("float32", "bfloat16"),
@@ -27,6 +40,24 @@ CHOICES = {
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")  # of `trainer.precision`
 SAMPLING_PRECISIONS = ("bf16-true", "16-true")  # beside them: networks whose weights are rounded
 ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's
+
+# Arguments of `lightning.Trainer` that do nothing here, or harm: what to type instead.
+_LENGTH = "the length of a stage is max_images=; debug=tiny tries everything in seconds"
+_ACCUMULATION = "gradients are accumulated until data.global_batch_size= is complete; a device holds data.batch_size="
+ELSEWHERE = {
+    "accumulate_grad_batches": _ACCUMULATION,
+    **dict.fromkeys(("fast_dev_run", "limit_train_batches", "overfit_batches"), _LENGTH),
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps"), _LENGTH),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "validate_every= counts images"),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), "training neither tests nor predicts"),
+    "reload_dataloaders_every_n_epochs": "the stream of training images has no epochs",
+    "use_distributed_sampler": "the sampler already shares the stream among the devices",
+    "enable_checkpointing": "checkpoint_every= and snapshots= say when to save",
+    "default_root_dir": "everything is written below paths.runs=",
+    "logger": "the group logger= says what is logged where",
+    "callbacks": "the group callbacks= takes them, +callbacks.mine._target_=...",
+    "plugins": "precision and devices have keys of their own, trainer.precision= and trainer.strategy=",
+}
 
 # What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
 # and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
@@ -47,32 +78,59 @@ PUBLIC = re.compile(r"(torch\.(nn|optim|optim\.lr_scheduler)|lightning|lightning
 
 
 def check(config: dict[str, Any]) -> None:
-    """Refuse numbers out of range and classes from elsewhere. Raises `UserError`."""
-    for key, low in LOWEST.items():
-        value = find(config, key)
-        if value is None or value in WORDS.get(key, ()):
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            words = "".join(f" or {word}" for word in WORDS.get(key, ()))
-            raise UserError(f"{key}={value}: must be a whole number, at least {low}{words}")
+    """Refuse what is missing, numbers out of range and classes from elsewhere. Raises `UserError`."""
+    _check_texts(config)
+    _check_numbers(config)
     check_choices(config)
+    check_trainer(config)
     for key in SWITCHES:
         if not isinstance(value := config.get(key, False), bool):
-            raise UserError(f"{key}={value}: must be true or false")
+            raise UserError(f"{key}={shown(value)}: must be true or false")
     cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
     if cached and find(config, "data.module.train_set.random_crop"):
         raise UserError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
-    rate = find(config, "model.optimizer.lr")
-    if rate is not None and (not isinstance(rate, (int, float)) or rate <= 0):
-        raise UserError(f"model.optimizer.lr={rate}: must be a number above 0")
     check_code(config)
+
+
+def _check_texts(config: dict[str, Any]) -> None:
+    for key in NEEDED:
+        if find(config, key, ...) is None:
+            raise UserError(f"{key}=null: must be given a value")
+    for key, value in flatten(config).items():
+        if value == "" and is_text(key):
+            raise UserError(f"{key}= must be given a value, or be left out")
+        if isinstance(value, (bool, int, float)) and is_text(key):
+            raise UserError(f"{key}={shown(value)}: is no text; in a YAML file, put it in quotes")
+
+
+def _check_numbers(config: dict[str, Any]) -> None:
+    for key in (*LOWEST, *ABOVE_0, *FROM_0):
+        value, words, low = find(config, key, ...), WORDS.get(key, ()), LOWEST.get(key, 0)
+        whole = key in LOWEST
+        if value is ... or value in words:
+            continue
+        is_number = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
+        if not is_number or not low <= value <= MOST or (key in ABOVE_0 and value == 0):
+            least = "above 0" if key in ABOVE_0 else f"at least {low}"
+            most = f" and at most {MOST}" if is_number and value > MOST else ""
+            beside = "".join(f" or {shown(word)}" for word in words)
+            wanted = f"a whole number, {least}" if whole else f"a number {least}"
+            raise UserError(f"{key}={shown(value)}: must be {wanted}{most}{beside}")
+
+
+def check_trainer(config: dict[str, Any]) -> None:
+    """Refuse arguments of Lightning's trainer that do nothing here. Raises `ValueError` with what to type instead."""
+    for key, value in (config.get("trainer") or {}).items():
+        if key in ELSEWHERE and value not in (None, -1) and value is not False:
+            instead = ELSEWHERE[key] if "stage" in config else "num_samples= says how many to draw"
+            raise UserError(f"trainer.{key}={shown(value)}: does nothing here; {instead}")
 
 
 def check_choices(config: dict[str, Any]) -> None:
     """Refuse words that a setting does not know. Raises `UserError`."""
     for key, choices in CHOICES.items():
-        if (value := find(config, key)) is not None and value not in choices:
-            raise UserError(f"{key}={value}: give {one_of(choices)}")
+        if (value := find(config, key, ...)) is not ... and value not in choices:
+            raise UserError(f"{key}={shown(value)}: give {one_of(choices)}")
     known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
     value = find(config, "trainer.precision")
     if value is not None and str(value) not in (*known, *ALIASES):
@@ -87,7 +145,7 @@ def one_of(choices: Sequence[str]) -> str:
 
 def check_code(config: dict[str, Any]) -> None:
     """Refuse classes from elsewhere. Raises `UserError`."""
-    plugins = config.get("plugins") or []
+    plugins = config.get("plugins", [])
     check_plugins(plugins)
     for key, target in targets(config):
         check_target(key, target, plugins)
@@ -96,7 +154,7 @@ def check_code(config: dict[str, Any]) -> None:
 def check_plugins(plugins: Any) -> None:  # noqa: ANN401
     """Refuse what is not a list of packages that are there. Raises `UserError`."""
     if not isinstance(plugins, list) or not all(isinstance(name, str) and name.isidentifier() for name in plugins):
-        raise UserError(f"plugins={plugins}: must be a list of package names, such as plugins=[my_pkg]")
+        raise UserError(f"plugins={shown(plugins)}: must be a list of package names, such as plugins=[my_pkg]")
     for name in plugins:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"plugins=[{name}]: there is no such package; install it, or put {name}/ beside train.py")
@@ -128,12 +186,19 @@ def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: 
             yield from targets(child, f"{prefix}{place}.")
 
 
-def find(tree: dict[str, Any], key: str) -> Any:  # noqa: ANN401
-    """The value at a dotted key, `None` where there is none."""
+def find(tree: dict[str, Any], key: str, absent: Any = None) -> Any:  # noqa: ANN401
+    """The value at a dotted key, `absent` where there is none."""
     node: Any = tree
     for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
+        node = node.get(part, absent) if isinstance(node, dict) else absent
     return node
+
+
+def shown(value: Any) -> str:  # noqa: ANN401
+    """A value as it is typed."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401

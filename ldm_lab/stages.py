@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
-from ldm_lab import locks
+from ldm_lab import kinds, locks
 from ldm_lab.checkpoint import fingerprint
-from ldm_lab.config import DictConfig, build, build_all, plain
+from ldm_lab.config import DictConfig, build, build_all, is_searched, plain
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.errors import STOPPING, UserError
 from ldm_lab.models.first_stage import FirstStage
@@ -89,6 +90,7 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
         typed: keys that the user has given a value.
     """
     for config in configs:
+        kinds.check(plain(config))
         device.check(plain(config.trainer))
     folders = [RunFolder(Path(config.paths.stage)) for config in configs]
     if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
@@ -105,12 +107,21 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
             raise UserError("model.train=decoder: of which autoencoder? Name it with init=")
         with torch.device("meta"):  # no memory for weights
             made = networks(config, autoencoder)
+        try_training(config.model)
         network = made["unet" if config.stage == "diffusion" else "autoencoder"]
         size = f"{type(network).__name__} with {network.num_parameters() / 1e6:,.1f} M parameters"
         say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
         autoencoder = made["autoencoder"]
         check_fit(config.data.image_size, autoencoder, made.get("unet"))
         build_all(config.callbacks, "callbacks")  # what they refuse, they refuse before stage 1 is trained
+
+
+def try_training(model: DictConfig) -> None:
+    """Make what the module of a stage makes of its weights later: what they refuse, they refuse before stage 1."""
+    weights = nn.Linear(1, 1)
+    build(model.optimizer, "model.optimizer", params=weights.parameters())
+    build(model.schedule, "model.schedule")
+    build(model.get("ema"), "model.ema", network=weights)
 
 
 def plan(configs: list[DictConfig], command: str) -> None:
@@ -196,9 +207,9 @@ def end_by(status: int, line: str) -> NoReturn:
     sys.exit()
 
 
-def optimized(metrics: dict[str, Any], name: str) -> float:
-    """The metric that a sweep compares. Raises `UserError` where the last stage has none of that name."""
-    if name not in metrics:
-        there = ", ".join(key for key in metrics if "/" in key)
+def optimized(metrics: dict[str, Any], name: str) -> float | None:
+    """The metric that a search compares. Raises `UserError` where a search finds none of that name."""
+    if name not in metrics and is_searched():
+        there = ", ".join(key for key in metrics if "/" in key) or "no metrics: nothing was validated"
         raise UserError(f"optimized_metric={name}: the last stage has {there}")
-    return metrics[name]
+    return metrics.get(name)

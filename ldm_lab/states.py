@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_lab import checkpoint, hub
+from ldm_lab import checkpoint, hub, typed
 from ldm_lab.errors import UserError
 from ldm_lab.hub import INDEX
 from ldm_lab.lengths import parse_images, short
@@ -78,11 +78,11 @@ def search(source: str | Path, stage: str) -> State | None:
     Raises:
         LoadError: there is no such file, folder or snapshot.
     """
-    path = Path(source)
+    path = typed.path(source)
     if path.is_file():
         return _checkpoint(path, path)
     if not path.exists():
-        return _snapshot(str(source))
+        return _snapshot(str(path))
     folder = _stage_folder(path, stage)
     if not trains_on(folder):
         for result in (path, folder / "final"):

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ldm_lab.typed import word
+
 _LETTERS = {"": "s", "+": "a", "++": "f", "~": "d"}
 _SIGILS = {letter: sigil for sigil, letter in _LETTERS.items()}
 _PACKED = re.compile(r"^\+{0,2}set\.([safd])\d+\.(.*)$")
@@ -35,9 +37,12 @@ def unpack(lines: list[str]) -> list[str]:
 
 
 def job_name(base: str, swept: list[str], lines: list[str]) -> str:
-    """A job's run name: a function of its swept values, so that the same command finds its runs again."""
-    values = [line.lstrip("+~") for line in lines if line.lstrip("+~").split("=", 1)[0] in swept]
-    return re.sub(r"[^\w.=,-]+", "_", "-".join([base, *values]))
+    """A job's run name: a function of its swept values, so that the same command finds its runs again.
+
+    Beside `base` it holds nothing that a shell or Hydra would need quoted: `avatars-seed-1`.
+    """
+    settings = [line.lstrip("+~").partition("=") for line in lines]
+    return "-".join([base, *(f"{word(key)}-{word(value)}" for key, _, value in settings if key in swept)])
 
 
 def search_lines(search: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ LEAVES = {
     "terminal", "signatures",
     "locks",
     "state_dicts",
+    "typed", "kinds", "config_keys",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -58,12 +59,14 @@ ROOMS = {
     "__init__": set(),
 }  # fmt: skip
 LEAF_EDGES = {
-    "serialization": {"configurable", "hub", "state_dicts", "untrusted", "weights"},
+    "serialization": {"configurable", "hub", "state_dicts", "typed", "untrusted", "weights"},
     "saving": {"untrusted"}, "images": {"saving"}, "state_dicts": {"untrusted"},
-    "configurable": {"hub", "notices", "saving", "untrusted", "version"}, "hub": {"untrusted", "weights"},
+    "configurable": {"hub", "notices", "saving", "typed", "untrusted", "version"},
+    "hub": {"typed", "untrusted", "weights"},
     "weights": {"notices", "saving", "untrusted"}, "memory": {"notices"},
-    "config_files": {"sweep"}, "records": {"untrusted", "version"}, "untrusted": {"version"},
-    "locks": {"notices", "untrusted"},
+    "config_files": {"sweep"}, "records": {"typed", "untrusted", "version"}, "untrusted": {"version"},
+    "locks": {"notices", "untrusted"}, "sweep": {"typed"}, "settings": {"typed"},
+    "kinds": {"settings"}, "config_keys": {"config_files", "settings"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip

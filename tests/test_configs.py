@@ -149,9 +149,22 @@ def test_groups_can_be_exchanged():
         (["checkpoint_every=0"], ["checkpoint_every=0", "at least 1"]),
         (["data.batch_size=2.5"], ["data.batch_size=2.5", "whole number"]),
         (["seed=-1"], ["seed=-1", "at least 0"]),
+        (["seed=18446744073709551616"], ["seed=18446744073709551616", "at most 9223372036854775807"]),
+        (["max_images=null"], ["max_images=null", "whole number"]),
+        (["plugins=null"], ["plugins=null", "list of package names"]),
+        (["name=null"], ["name=null", "must be given"]),
+        (["paths.runs="], ["paths.runs=", "must be given"]),
+        (["~seed"], ["~seed", "is needed"]),
+        (["logger=null"], ["logger=null", "logger=none"]),
+        (["~callbacks"], ["~callbacks", "callbacks=none"]),
+        (["data=null"], ["data=null", "avatars, drawn, image_folder"]),
+        (["experiment=null"], ["experiment=null", "celebahq"]),
+        (["experiment=avatars/diffusion", "model=kl_avatars"], ["model=kl_avatars", "ldm_avatars, ldm_f4"]),
+        (["+trainer.accumulate_grad_batches=4"], ["trainer.accumulate_grad_batches=4", "data.batch_size="]),
+        (["trainer.limit_train_batches=0.1"], ["trainer.limit_train_batches=0.1", "max_images="]),
         (["model.optimizer.lr=fast"], ["model.optimizer.lr=fast", "above 0"]),
         (["name="], ["name", "must be given"]),
-        (["seed=1,2"], ["seed=1,2", "--multirun"]),
+        (["seed=1,2"], ["seed=1,2", "-m (--multirun)"]),
         (["seed"], ["seed", "not of the form key=value"]),
         (["name=${nothing}"], ["nothing"]),
     ],
@@ -250,11 +263,27 @@ def test_a_folder_of_images_gives_its_name_to_the_run(tmp_path):
     assert compose("experiment=folder", "data.root=x", "name=mine")[0].name == "mine"
 
 
+def test_a_model_that_is_chosen_for_ones_own_images_works_there():
+    for path in sorted(CONFIGS.glob("model/*.yaml")):
+        kind = "diffusion" if path.stem.startswith("ldm") else "autoencoder"
+        (config,) = compose(f"experiment=folder/{kind}", "data.root=x", f"model={path.stem}")
+        small = yaml.safe_load((CONFIGS / f"length/{kind}.yaml").read_text())
+        assert (config.max_images, config.data.module.global_batch_size) == (
+            small["max_images"],
+            small["data"]["global_batch_size"],
+        )
+        network = config.model.unet if kind == "diffusion" else config.model.autoencoder
+        channels = {key: 4 for key in ("in_channels", "out_channels") if network.get(key, 0) is None}
+        with torch.device("meta"):
+            assert build(network, "network", **channels).num_parameters() > 0
+
+
 @pytest.mark.parametrize("size", ["small", "base", "paper"])
 def test_a_size_brings_networks_batch_and_length_for_both_stages(size):
     stages = compose("experiment=folder", "data.root=x", f"model={size}")
     for config, option in zip(stages, ("autoencoder", "diffusion"), strict=True):
-        file = yaml.safe_load((CONFIGS / f"model/{size}/{option}.yaml").read_text())
+        where = f"length/{option}.yaml" if size == "small" else f"model/{size}/{option}.yaml"
+        file = yaml.safe_load((CONFIGS / where).read_text())
         assert config.data.module.global_batch_size == file["data"]["global_batch_size"]
         assert config.max_images == parse_images(file["max_images"], "")
         assert f".{option}_module." in config.model._target_

@@ -1,8 +1,11 @@
 """What a config may hold."""
 
+import inspect
+
+import lightning
 import pytest
 
-from ldm_lab.settings import check, find
+from ldm_lab.settings import ELSEWHERE, check, check_trainer, find
 
 
 def with_target(target, **more):
@@ -73,3 +76,33 @@ def test_find_looks_nothing_up_where_nothing_is():
     assert find({"a": {"b": 1}}, "a.b") == 1
     assert find({"a": {"b": 1}}, "a.c.d") is None
     assert find({"a": 3}, "a.b") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "instead"),
+    [
+        ("accumulate_grad_batches", 4, "data.batch_size="),
+        ("limit_train_batches", 0, "max_images="),
+        ("fast_dev_run", True, "debug=tiny"),
+        ("overfit_batches", 0.1, "max_images="),
+        ("max_steps", "10", "max_images="),
+        ("val_check_interval", 0.5, "validate_every="),
+        ("enable_checkpointing", True, "checkpoint_every="),
+        ("default_root_dir", "/x", "paths.runs="),
+        ("callbacks", [], "callbacks="),
+    ],
+)
+def test_what_lightning_would_do_otherwise_is_answered_with_our_key(key, value, instead):
+    with pytest.raises(ValueError, match=rf"^trainer\.{key}=.*: does nothing here; .*{instead}") as error:
+        check_trainer({"stage": "autoencoder", "trainer": {key: value}})
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"does nothing here; num_samples= "):
+        check_trainer({"trainer": {key: value}})
+
+
+def test_what_the_trainer_does_is_left_to_it():
+    """Its arguments by their names: one that Lightning drops or renames is found here."""
+    arguments = inspect.signature(lightning.Trainer.__init__).parameters
+    assert set(ELSEWHERE) <= set(arguments)
+    check_trainer({"stage": "", "trainer": {"max_time": "00:01:00:00", "limit_val_batches": 0, "max_epochs": -1}})
+    check_trainer({"stage": "", "trainer": dict.fromkeys(arguments)})

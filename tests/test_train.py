@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from ldm_lab import stages
 from ldm_lab.data.drawn import DrawnImages
+from ldm_lab.errors import UserError
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.untrusted import LoadError
@@ -171,6 +173,21 @@ def test_what_cannot_be_is_refused_before_stage_1(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, CELEBAHQ, *overrides)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_validation_both_stages_finish(tmp_path, monkeypatch):
+    """There is no metric then, which only a search needs."""
+    without = ["callbacks=none", "logger=none", "max_images=8", "checkpoint_every=8", "+trainer.limit_val_batches=0"]
+    assert train(tmp_path, CELEBAHQ, *without) is None
+    for stage in STAGES:
+        assert json.loads((tmp_path / "celebahq" / stage / "status.json").read_text())["finished"] is True
+    monkeypatch.setattr(stages, "is_searched", lambda: True)
+    with pytest.raises(
+        UserError, match=r"^optimized_metric=val/loss: the last stage has no metrics: nothing was valid"
+    ):
+        stages.optimized({"max_images": 8}, "val/loss")
+    with pytest.raises(UserError, match=r"^optimized_metric=val/fid: the last stage has val/loss$"):
+        stages.optimized({"val/loss": 1.0}, "val/fid")
 
 
 def test_a_missing_autoencoder_is_named_with_the_command_that_makes_it(tmp_path):

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm_lab import typed
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.transforms import is_flipped
 from ldm_lab.errors import UserError
@@ -82,7 +83,7 @@ class LatentCache:
         layout = {"count": count, "shape": list(shape), "dtype": dtype, "shard_size": self.shard_size}
         self.meta = {"format": FORMAT, **what, **layout}
         self.key = digest([json.dumps(self.meta, sort_keys=True)])
-        self.folder = Path(root).expanduser() / self.key
+        self.folder = typed.path(root) / self.key
 
     @property
     def shards(self) -> range:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm_lab import typed
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.errors import UserError
@@ -138,7 +139,7 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
 
 def folder(cache_dir: str | Path) -> Path:
     """Where extractors are kept."""
-    return Path(cache_dir).expanduser() / "extractors"
+    return typed.path(cache_dir) / "extractors"
 
 
 def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:

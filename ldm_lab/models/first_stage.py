@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ldm_lab import typed
 from ldm_lab.interop import compvis
 from ldm_lab.models.arguments import (
     require,
@@ -138,6 +139,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
             LoadError: a file is missing or damaged, holds another kind of first stage, or a tensor is missing or left
                 over; one line says which.
         """
+        path = typed.path(path)
         config, tensors = compvis.read_first_stage(path, original_config)
         if config["_class_name"] != cls.__name__:
             raise LoadError(f"{path}: holds a first stage of class {config['_class_name']}, not {cls.__name__}")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Self
 
+from ldm_lab import typed
 from ldm_lab.interop.compvis.autoencoder import kl_config, kl_model_state, vq_config, vq_model_state
 from ldm_lab.interop.compvis.translate import check
 from ldm_lab.interop.compvis.unet import unet_config
@@ -61,7 +62,7 @@ class OriginalConfig:
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """From a file. Raises `LoadError` where it is not there or not YAML."""
-        return cls(read_yaml(Path(path)), path)
+        return cls(read_yaml(typed.path(path)), path)
 
     @property
     def is_one(self) -> bool:

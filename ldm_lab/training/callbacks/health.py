@@ -17,6 +17,7 @@ from ldm_lab.records import Curve, StageRecord
 from ldm_lab.training.callbacks.episode import Episode
 from ldm_lab.training.callbacks.pictures import show
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.typed import command
 
 
 class Health(Callback):
@@ -88,8 +89,8 @@ class Health(Callback):
         episode = self.episodes.setdefault(finding.check, Episode(patience))
         if episode.note(module.images_seen, bad=finding.verdict == BAD, good=finding.verdict == OK):
             tqdm.write(
-                f"warning: {module.stage}, since {episode.since:,} images: {finding}. python -m ldm_lab doctor"
-                f" {self.stage_folder} says more"
+                f"warning: {module.stage}, since {episode.since:,} images: {finding}."
+                f" {command('-m', 'ldm_lab', 'doctor', str(self.stage_folder))} says more"
             )
 
 
