@@ -55,8 +55,6 @@ KINDS = {
     b"Rar!": "an archive of RAR: unpack it first",
     b"<": "a page of HTML or XML, perhaps what a download was answered with",
     b"{": "text (JSON)",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
     b"%PDF": "a PDF",
 }
 START = 64  # bytes that tell

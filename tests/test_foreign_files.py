@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm_lab import LDMPipeline, UNet2DModel, VQModel, checkpoint
@@ -49,12 +48,6 @@ def array(write):
     return buffer.getvalue()
 
 
-def png():
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 READERS = (find, LDMPipeline.from_single_file, checkpoint.load_autoencoder, VQModel.from_single_file)
 KINDS = {
     "Git LFS": (POINTER.encode(), ADVICE),
@@ -64,7 +57,6 @@ KINDS = {
     "HTML": (b"<!DOCTYPE html>\n<html><title>Log in</title></html>", "a page of HTML or XML"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "a file of HDF5"),
     "JSON": (b'{"_class_name": "UNet2DModel"}', "text (JSON)"),
-    "a picture": (png(), "a picture"),
 }
 
 

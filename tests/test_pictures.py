@@ -11,7 +11,7 @@ import sample
 from ldm_lab import LDMPipeline, pictures
 from ldm_lab.diffusion import samplers
 from ldm_lab.images import to_unit
-from ldm_lab.pictures import slerp
+from ldm_lab.pictures import read_images, slerp
 from tests.test_sample_command import MODEL, command
 
 
@@ -111,6 +111,25 @@ def test_the_command_writes_them_without_samples_too(tmp_path, capsys):
     assert (output / "images/000000.png").is_file()
 
 
+def test_a_picture_above_the_limit_names_the_key(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 40)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for limit in (None, 1199):
+        with pytest.raises(ValueError, match=r"^reconstruct=.*: x\.png: 1,200 pixels, .*: max_pixels=1200 takes it$"):
+            read_images(tmp_path, (8, 8), 4, "reconstruct", limit)
+    assert read_images(tmp_path, (8, 8), 4, "reconstruct", 1200).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("a letter", "expected JPEG, PNG"), ("version https://git-lfs.github.com/spec/", "git lfs pull")],
+)
+def test_a_file_that_is_none_says_what_was_expected(tmp_path, content, said):
+    (tmp_path / "x.png").write_text(content)
+    with pytest.raises(ValueError, match=rf"^variation=.*x\.png is not an image that can be read: .*{said}"):
+        read_images(tmp_path / "x.png", (8, 8), 1, "variation")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -120,6 +139,7 @@ def test_the_command_writes_them_without_samples_too(tmp_path, capsys):
         ({"interpolate": "[3]"}, r"^interpolate=\[3\]: name two"),
         ({"variation": "nowhere.png"}, "^variation=nowhere.png: no image file"),
         ({"reconstruct": MODEL / "model_index.json"}, "^reconstruct=.*model_index.json is not an image"),
+        ({"max_pixels": 0}, "^max_pixels=0: must be a whole number, at least 1$"),
         ({"variation": "x.png", "strength": 0}, r"^strength=0: must lie in"),
     ],
 )

@@ -7,16 +7,21 @@ import re
 from collections.abc import Iterator
 from io import BytesIO
 
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from ldm_lab.data.metadata import with_sound_tags, without_metadata
 from ldm_lab.data.transforms import RGB, to_rgb
 from ldm_lab.errors import UserError
+from ldm_lab.untrusted import kind_of
 
 with contextlib.suppress(ImportError):  # photos of phones, where somebody has installed what reads them
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+
+
+class NoImageError(UserError):
+    """A file is of none of `FORMATS`."""
 
 
 class PixelLimitError(UserError):
@@ -64,7 +69,7 @@ def decode(content: bytes, background: RGB, max_pixels: int | None = None) -> Im
 
     Raises:
         PixelLimitError: it has more.
-        UnidentifiedImageError: it is of none of `FORMATS`.
+        NoImageError: it is of none of `FORMATS`.
         Exception: decoders raise almost anything on damaged data.
     """
     content = with_sound_tags(content)
@@ -83,6 +88,8 @@ def _decode(content: bytes, background: RGB, max_pixels: int | None) -> Image.Im
             if max_pixels and image.width * image.height > max_pixels:
                 raise PixelLimitError(image.width * image.height, max_pixels)
             return to_rgb(image, background)
+    except UnidentifiedImageError as error:
+        raise NoImageError(f"{kind_of(content) or 'not an image'}; expected {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels, limit = map(int, re.findall(r"\d+", str(error))[:2])
         raise PixelLimitError(pixels, max_pixels or limit) from error

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor
 
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
-from ldm_lab.data.decode import EXTENSIONS, FORMATS, PixelLimitError, decode
+from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
 from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
 from ldm_lab.data.transforms import covering_size
 from ldm_lab.errors import UserError
-from ldm_lab.untrusted import kind_of
 
 
 class ImageError(UserError):
@@ -154,12 +153,11 @@ class FolderImages(ImageDataset):
         """Image `index`, upright, 8-bit RGB, in its own size."""
         name, place = self._locate(index)
         try:
-            picture = decode(content := self.files.read(name, place), self.background, self.max_pixels)
+            picture = decode(self.files.read(name, place), self.background, self.max_pixels)
             covering_size(picture, self.image_size)
             return picture
-        except UnidentifiedImageError:
-            found = kind_of(content) or "not an image"
-            raise ImageError(f"{self.path(index)}: {found}; expected {', '.join(FORMATS)}") from None
+        except NoImageError as error:
+            raise ImageError(f"{self.path(index)}: {error}") from None
         except PixelLimitError as error:
             raise ImageError(f"{self.path(index)}: {error}: {self.pixels_key}{error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on damaged data

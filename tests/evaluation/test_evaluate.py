@@ -69,6 +69,52 @@ def test_a_run_is_compared_with_its_training_images(run, cache, capsys):
     assert "fd_own" in said
 
 
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (
+            ("JPEG", "PNG"),
+            "warning: the images are JPEG files and the real ones are not: compression alone moves these",
+        ),
+        (("PNG", "JPEG"), "warning: the images are no JPEG files and the real ones are JPEG files: compression alone"),
+        (("PNG", "WEBP"), None),
+        (("JPEG", "JPEG"), None),
+    ],
+)
+def test_other_compression_is_warned_of(tmp_path, cache, capsys, kinds, said):
+    """What the content is, not the name."""
+    for folder, kind in zip(("drawn", "real"), kinds, strict=True):
+        (tmp_path / folder).mkdir()
+        for n in range(8):
+            noise = np.random.default_rng(n).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / folder / f"{n}.png", kind)
+    evaluate(request(tmp_path / "drawn", cache, data=str(tmp_path / "real"), draws=0))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "JPEG" in line]
+    assert [line.startswith(said) for line in lines] == ([True] if said else [])
+
+
+def test_drawn_samples_are_no_jpeg_files_but_their_training_images_may_be(run, tmp_path, cache, capsys):
+    (tmp_path / "real").mkdir()
+    for n in range(8):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (32, 32, 3), np.uint8)).save(
+            tmp_path / f"real/{n}.jpg"
+        )
+    evaluate(request(run, cache, data=str(tmp_path / "real"), num_samples=6, draws=0))
+    assert "the real ones are JPEG files" in capsys.readouterr().out
+    evaluate(request(run, cache, num_samples=6, draws=0))
+    assert "JPEG" not in capsys.readouterr().out
+
+
+def test_a_picture_above_the_limit_names_the_flag(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for n in range(8):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{n}.png")
+    for wanted in ({}, {"max_pixels": 255}):
+        with pytest.raises(ValueError, match=r"0\.png: 256 pixels, .*: --max-pixels 256 takes it"):
+            evaluate(request(tmp_path, cache, data=str(tmp_path), draws=0, **wanted))
+    evaluate(request(tmp_path, cache, data=str(tmp_path), draws=0, max_pixels=256))
+
+
 def test_the_same_again_draws_nothing_and_writes_the_same_file(run, cache, monkeypatch):
     evaluate(request(run, cache))
     (path,) = (run / "eval").glob("*.json")

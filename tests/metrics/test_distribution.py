@@ -173,6 +173,27 @@ def test_the_interval_of_a_mean_is_that_of_the_textbook():
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
 
 
+@pytest.mark.parametrize("hits", [0, 1, 2, 10, 38, 39, 40])
+@pytest.mark.parametrize("draws", [1, 2, 7, 200])
+def test_the_interval_of_a_share_is_one_of_shares(hits, draws):
+    scores = torch.arange(40) < hits
+    for seed in range(20):
+        found = mean(scores, draws, seed)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_intervals_of_all_figures_stay_in_their_range():
+    """Sets that are nearly all precise and covered, and nearly equal: chance alone would lead beyond."""
+    x, y = draw(120, 2).split(60)
+    for seed in range(5):
+        found = manifold(x, torch.cat([x, y]), draws=20, seed=seed)
+        for name in ("precision", "recall", "coverage"):
+            assert 0 <= found[name].low <= found[name].value <= found[name].high <= 1, name
+        assert found["density"].low >= 0
+        same = frechet(x, gaussian(x), draws=20, seed=seed)
+        assert 0 <= same.low <= same.value <= same.high
+
+
 # torch-fidelity
 
 
