@@ -24,6 +24,7 @@ LOWEST = {
 ABOVE_0, FROM_0 = ("model.optimizer.lr", "model.scaling_factor"), ("sampler.eta", "trainer.gradient_clip_val")
 WORDS = {  # instead of a number
     "data.batch_size": ("auto", None), "data.val_batch_size": (None,), "snapshots": (None,),
+    "data.max_pixels": (None,), "max_pixels": (None,),
     "model.scaling_factor": ("measure",), "sampler.eta": (None,), "trainer.gradient_clip_val": (None,),
 }  # fmt: skip
 NEEDED = (
