@@ -42,14 +42,14 @@ def holder(folder, loader=False):
         process.join()
 
 
-def test_who_comes_second_is_told_who_is_there(tmp_path):
+def test_who_comes_second_is_told_who_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "name=a b"])
     since = time.strftime("%Y-%m-%d %H:")
     with holder(tmp_path / "run") as other, pytest.raises(ValueError) as refusal, locks.alone(tmp_path / "run", "b"):
         pytest.fail("both are in")
     message = str(refusal.value)
     assert message.startswith(f"{tmp_path}/run is in use by process {other.pid} on {os.uname().nodename} since {since}")
-    assert message.endswith("): wait for it, end it, or choose b")
-    assert sys.argv[0] in message
+    assert message.endswith(" (train.py 'name=a b'): wait for it, end it, or choose b")
 
 
 @pytest.mark.parametrize("loader", [False, True])
