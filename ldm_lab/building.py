@@ -76,7 +76,7 @@ def _found(target: str, where: str) -> Callable[..., Any]:
         raise ConfigError(f"{where}: {one_line(error.__cause__ or error)}") from error
 
 
-def _call(make: Callable[..., Any], where: str, *args: Any, **settings: Any) -> Any:  # noqa: ANN401
+def _call(make: Callable[..., Any], where: str, /, *args: Any, **settings: Any) -> Any:  # noqa: ANN401
     target = make.func  # of Hydra's partial
     try:
         signatures.check(target, args, settings)

@@ -71,7 +71,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
     start = first_bytes(path)
-    if not mmap and (not start or start.startswith(ZIP)):  # others have no checksums
+    if not mmap and (ZIP.startswith(start) or start.startswith(ZIP)):  # others have no checksums
         verify(path)
     state = read_torch(path, mmap)
     entry = state.get(ENTRY) if isinstance(state, dict) and _are_tensors(state.get("state_dict")) else None

@@ -48,6 +48,7 @@ def alone(folder: Path, elsewhere: str, first: bool = True) -> Iterator[None]:
         UserError: another command is there; the message says which, on which machine and since when.
     """
     path = folder / NAME
+    made = [at for at in (folder, *folder.parents) if not at.exists()] if first else []
     descriptor = _locked(path, elsewhere) if first else None
     try:
         yield
@@ -55,6 +56,9 @@ def alone(folder: Path, elsewhere: str, first: bool = True) -> Iterator[None]:
         if descriptor is not None:
             path.unlink(missing_ok=True)  # while it is locked: nobody else's is removed
             os.close(descriptor)
+            with contextlib.suppress(OSError):  # of a command that was refused nothing stays
+                for at in made:
+                    at.rmdir()
 
 
 def _locked(path: Path, elsewhere: str) -> int | None:

@@ -111,9 +111,9 @@ def _check_numbers(config: dict[str, Any]) -> None:
         if value is ... or value in words:
             continue
         is_number = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
-        if not is_number or not low <= value <= MOST or (key in ABOVE_0 and value == 0):
+        if not is_number or not low <= value or (whole and value > MOST) or (key in ABOVE_0 and value == 0):
             least = "above 0" if key in ABOVE_0 else f"at least {low}"
-            most = f" and at most {MOST}" if is_number and value > MOST else ""
+            most = f" and at most {MOST}" if is_number and whole and value > MOST else ""
             beside = "".join(f" or {shown(word)}" for word in words)
             wanted = f"a whole number, {least}" if whole else f"a number {least}"
             raise UserError(f"{key}={shown(value)}: must be {wanted}{most}{beside}")

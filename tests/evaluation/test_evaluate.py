@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.models import vgg16
 
 from ldm_lab import sampling
+from ldm_lab.errors import UserError
 from ldm_lab.evaluation.evaluate import evaluate, evaluate_autoencoder, evaluate_snapshots
 from ldm_lab.losses import perceptual
 from ldm_lab.metrics import own
@@ -251,7 +252,7 @@ def test_images_that_are_gone_can_be_named(run, cache, tmp_path):
 
 
 def test_a_first_stage_alone(run, cache, capsys, monkeypatch):
-    monkeypatch.setattr(perceptual, "_downloaded", lambda: (_ for _ in ()).throw(ValueError("no route to host")))
+    monkeypatch.setattr(perceptual, "_downloaded", lambda: (_ for _ in ()).throw(UserError("no route to host")))
     scores = evaluate_autoencoder(request(run, cache))
     (content,) = written(run)
     assert (content["kind"], content["num_samples"], content["sampling"]) == ("reconstructions", 16, None)

@@ -126,7 +126,7 @@ PLAIN = {
     "configs.unet.block_out_channels": [bomb(), endless(), torch.zeros(3), {1, 2}],
     "configs.unet": [{"a": bomb()}, {1: 2}, 7, {}],
     "configs.unet._class_name": [bomb(), "os.system", None, {"a": 1}],
-    "configs.scheduler": [None, [], {"num_train_timesteps": 10**12}, {"trained_betas": [0.1] * 10**5}],
+    "configs.scheduler": [None, [], {"num_train_timesteps": 10**12}, {"trained_betas": [0.1, 2.0]}],
     "configs.scheduler._class_name": ["os.system", "../x"],
     "configs": [[], {}, {"unet": {}}, bomb()],
     "prefixes": [[], {"unet": 7}, {"unet": None, "vqvae": 1}],
