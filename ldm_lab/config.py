@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_lab import settings, typed
 from ldm_lab.building import build, build_all, plain  # noqa: F401  the door to all of it
-from ldm_lab.config_files import CONFIGS, ConfigError, choices, local_plugins, option_for, searched, stages
+from ldm_lab.config_files import CONFIGS, ConfigError, choices, local_plugins, option_for, read_yaml, searched, stages
 from ldm_lab.config_keys import takers, where_known
 from ldm_lab.errors import listen, one_line, reporting
 from ldm_lab.lengths import parse_images
@@ -185,6 +185,8 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        for path in sorted(CONFIGS.rglob("*.yaml")):
+            read_yaml(path)  # names the file, which Hydra does not always
         raise ConfigError(one_line(error)) from error
 
 
