@@ -23,6 +23,7 @@ NAME = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<model>\w[\w.-]*)(@\w[\w.-]*)?", re.
 FILES = (".ckpt", ".pt", ".safetensors", ".yaml")  # a file was meant, though it is not there
 
 INDEX, CONFIG = "model_index.json", "config.json"
+DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # arguments of any download
 PIPELINES = ("LDMPipeline", "LatentDiffusionUncondPipeline")  # the class in an index, today and in 2022
 
 # Seconds to wait for the hub's first word, unless HF_HUB_ETAG_TIMEOUT says otherwise: a mistyped path must not hang

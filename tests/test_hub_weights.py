@@ -135,10 +135,13 @@ def test_a_network_of_another_pipeline(world, served):  # noqa: F811
     assert served("owner/text") == sorted(files)
 
 
-def test_a_scheduler(served):
+def test_a_scheduler(world, served):  # noqa: F811
     scheduler = DDIMScheduler.from_pretrained("owner/tiny", subfolder="scheduler")
     assert scheduler.config == DDIMScheduler.from_pretrained(TINY, "scheduler").config
     assert served("owner/tiny") == ["scheduler/scheduler_config.json"]
+    options = {"revision": "main", "token": "hf_mine", "timestep_spacing": "trailing"}
+    assert DDIMScheduler.from_pretrained("owner/tiny", "scheduler", **options).config.timestep_spacing == "trailing"
+    assert world.tokens[-1] == "Bearer hf_mine"
 
 
 def test_a_part_that_is_given_is_not_downloaded(world, served):  # noqa: F811

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from ldm_lab import hub
 from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
 from ldm_lab.diffusion.spacing import SPACINGS
@@ -67,12 +68,15 @@ class SchedulerSettings(Configurable):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, subfolder: str | None = None, **overrides: Any) -> Self:  # noqa: ANN401
-        """Build from `folder[/subfolder]/scheduler_config.json`, ours or the namesake's.
+        """Build from `folder[/subfolder]/scheduler_config.json`, ours or the namesake's, or from a name on the hub.
+
+        Keyword arguments replace entries of the config; those of `hub.DOWNLOAD` are for the hub.
 
         Raises:
             LoadError: the file is missing, is not JSON, or holds a setting that is not allowed.
         """
-        config = cls.load_config(folder, subfolder)
+        download = {key: overrides.pop(key) for key in hub.DOWNLOAD if key in overrides}
+        config = cls.load_config(folder, subfolder, **download)
         with blaming(Path(folder, subfolder or "") / cls.config_name):
             return cls.from_config(config, **overrides)
 
