@@ -172,7 +172,8 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
         if stop := _train(config, settings, autoencoder, folder, typed):
             end_by(*stop)
     metrics = folder.status()
-    say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if "/" in key)
+    say(f"{folder.folder} is finished{': ' if shown else ''}{shown}")
     return metrics
 
 
