@@ -1,11 +1,10 @@
-"""Both stages and the pipeline on a GPU, held against the CPU. `-m slow` rehearses the same tests on the CPU."""
+"""Both stages and the pipeline on a GPU, held against the CPU. `-m soak` rehearses the same tests on the CPU."""
 
 import math
 
 import pytest
 import torch
 
-from ldm_lab.nn.cpu import has_bfloat16
 from ldm_lab.pipeline import LDMPipeline
 from tests.runs import final_weights, metrics, train
 from tests.test_resume import STAGES, interrupt, status
@@ -17,7 +16,7 @@ GPU = [
 ]
 # Options of configs/trainer.
 TRAINERS = pytest.mark.parametrize(
-    "trainer", [pytest.param("gpu", marks=GPU), pytest.param("cpu", marks=pytest.mark.slow)]
+    "trainer", [pytest.param("gpu", marks=GPU), pytest.param("cpu", marks=pytest.mark.soak)]
 )
 DEVICES = {"gpu": "cuda", "cpu": "cpu"}
 
@@ -44,8 +43,6 @@ def test_both_stages_train_as_on_the_cpu(tiny_runs, tmp_path, trainer, experimen
 @TRAINERS
 @pytest.mark.parametrize("latents", ["cached", "online"])
 def test_both_stages_train_in_bfloat16(tiny_runs, tmp_path, trainer, latents):
-    if trainer == "cpu" and latents == "online" and not has_bfloat16():
-        pytest.skip("this CPU emulates bfloat16: the other case takes a minute as it is")
     train(tmp_path, RECIPE, f"trainer={trainer}", "trainer.precision=bf16-mixed", f"data.latents={latents}")
     assert_like_that_on_the_cpu(tmp_path / "celebahq", tiny_runs / "celebahq")
     for stage in STAGES:

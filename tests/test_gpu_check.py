@@ -183,7 +183,7 @@ def test_wrong_flags_end_in_one_line(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_all_parts_in_small_form(tmp_path):
     """Every part gives its figures; JSON and Markdown agree; nothing but the folder is written."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
