@@ -90,6 +90,6 @@ def _call(make: Callable[..., Any], where: str, /, *args: Any, **settings: Any) 
 
 def _is_refusal(error: Exception, target: Callable[..., Any]) -> bool:
     """Whether an exception is about what the user has chosen. Libraries have no class of their own for that."""
-    if target.__module__.split(".")[0] not in LIBRARIES:
+    if signatures.package(target) not in LIBRARIES:
         return isinstance(error, (UserError, InstantiationException))
     return isinstance(error, (ValueError, TypeError)) or type(error).__name__ == "MisconfigurationException"

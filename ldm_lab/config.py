@@ -228,7 +228,7 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
 
 def _epoch(config: DictConfig) -> int:
     """Training images in one epoch."""
-    return build(config.data.module, "data").num_train
+    return build(config.data.module, "data.module").num_train
 
 
 def _refuse_other_lengths(config: DictConfig) -> None:

@@ -29,13 +29,19 @@ def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, 
         signature.bind_partial(*args, **settings)  # a name that is unknown tells more than one that is missing
         given = signature.bind(*args, **settings).arguments
     except TypeError as error:
-        raise UserError(f"{make.__qualname__}: {error}; it takes {', '.join(signature.parameters)}") from error
-    if make.__module__.split(".")[0] != __package__:
+        name = getattr(make, "__qualname__", type(make).__name__)
+        raise UserError(f"{name}: {error}; it takes {', '.join(signature.parameters)}") from error
+    if package(make) != __package__:
         return
     hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)
     for name, value in given.items():
         if signature.parameters[name].kind not in VARIADIC and not fits(value, hints.get(name, Any)):
             raise UserError(f"{name}={value!r}: must be {_words(hints[name])}")
+
+
+def package(make: Callable[..., Any]) -> str:
+    """The package that a callable belongs to; "" where it does not say."""
+    return str(getattr(make, "__module__", None) or "").split(".")[0]
 
 
 def fits(value: Any, hint: Any) -> bool:  # noqa: ANN401

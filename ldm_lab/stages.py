@@ -60,7 +60,7 @@ def parts(
     config: DictConfig, autoencoder: FirstStage | None
 ) -> tuple[StageModule, ImageDataModule, Callable[..., Any]]:
     """What a stage is trained with: its module, its images, and what makes a `lightning.Trainer` with its settings."""
-    data = build(config.data.module, "data")
+    data = build(config.data.module, "data.module")
     module = build(config.model, "model", **networks(config, autoencoder))
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
     return module, data, functools.partial(build, config.trainer, "trainer", precision=precision)
@@ -135,7 +135,7 @@ def plan(configs: list[DictConfig], command: str) -> None:
     quiet()
     runs, name, needed = configs[0].paths.runs, configs[0].name, 0
     require_writable(runs, "paths.runs=")
-    preview.show_images(build(configs[0].data.module, "data"), Path(runs, f"plan_{name}.png"))
+    preview.show_images(build(configs[0].data.module, "data.module"), Path(runs, f"plan_{name}.png"))
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
         module, data, make_trainer = parts(config, autoencoder)

@@ -58,6 +58,16 @@ def test_arguments_that_a_signature_does_not_have_are_one_line():
     assert "callbacks.mine.part.0: PlugIn" in refusal(f"{HERE}.PlugIn", size=1, part=[{"_target_": f"{HERE}.PlugIn"}])
 
 
+def test_arguments_that_pass_through_to_a_base_class_are_looked_at_too():
+    loss, distance = (
+        "ldm_lab.losses.autoencoder.AutoencoderLoss",
+        {"_target_": "ldm_lab.losses.perceptual.MultiScaleL1"},
+    )
+    assert "unexpected keyword argument 'colour'" in refusal(loss, perceptual=distance, colour=1)
+    assert "missing a required argument: 'perceptual'" in refusal(loss)
+    assert refusal(loss, perceptual=distance, perceptual_weight="much").endswith("='much': must be float")
+
+
 def test_a_user_error_of_a_plug_in_is_one_line():
     assert refusal(f"{HERE}.PlugIn", size=-1) == "callbacks.mine: size=-1: must not be negative"
 
