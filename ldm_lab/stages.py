@@ -169,7 +169,8 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     if received := fit(module, data, trainer, folder, settings, schedule_of):
         end_by(received, f"stopped and saved at {module.images_seen:,} images; the same command continues")
     metrics = folder.status()
-    say(f"{folder.folder} is finished: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if "/" in k))
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if "/" in key)
+    say(f"{folder.folder} is finished{': ' if shown else ''}{shown}")
     return metrics
 
 

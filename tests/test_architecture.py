@@ -12,7 +12,7 @@ PACKAGE = ROOT / "ldm_lab"
 LEAVES = {
     "version", "randomness", "serialization", "images", "sweep", "lengths", "settings", "config_files", "errors",
     "notices", "untrusted", "saving", "compiled", "records", "card", "tracking", "threads", "float32", "transfer",
-    "typed", "kinds", "config_keys",
+    "typed", "kinds", "config_keys", "overrides",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -56,14 +56,14 @@ ROOMS = {
 LEAF_EDGES = {
     "serialization": {"version", "untrusted", "saving", "typed"}, "saving": {"untrusted"}, "images": {"saving"},
     "config_files": {"sweep"}, "records": {"typed", "untrusted"}, "sweep": {"typed"}, "settings": {"typed"},
-    "kinds": {"settings"}, "config_keys": {"config_files", "settings"},
+    "kinds": {"settings"}, "config_keys": {"config_files", "settings"}, "overrides": {"config_files", "typed"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip
 
 # Libraries that only some may import.
 LIGHTNING = {"training", "data.datamodule", "sampling", "evaluation"}
-HYDRA = {"config"}
+HYDRA = {"config", "overrides"}
 
 
 def modules():
