@@ -1,4 +1,4 @@
-"""The one module, beside the two entries, that knows Hydra: from a command line to built objects.
+"""The module that knows Hydra, beside `overrides`, which knows its grammar: from a command line to built objects.
 
 A recipe (`experiment=celebahq`) lists stages (`celebahq/autoencoder`, `celebahq/diffusion`). It is
 expanded here, before Hydra composes anything: each stage is an ordinary, flat config, and an override
@@ -19,7 +19,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -31,6 +30,7 @@ from ldm_lab.config_files import CONFIGS, ConfigError, choices, local_plugins, o
 from ldm_lab.config_keys import takers, where_known
 from ldm_lab.errors import listen, one_line, reporting
 from ldm_lab.lengths import parse_images
+from ldm_lab.overrides import as_typed, first, one_job, parse_overrides
 from ldm_lab.sweep import job_name, pack, unpack
 from ldm_lab.terminal import lenient
 from ldm_lab.threads import wait_asleep
@@ -108,7 +108,7 @@ class Recipe:
         experiment = self.stages[-1].rpartition("/")[0]
         where = ("debug", "model", "plugins", "name", "data", "data.root", "paths.runs")
         mine = [o for o in self.overrides if o.key_or_group in where and (not is_group(o) or option(o, stage))]
-        return typed.command("train.py", f"experiment={experiment}/{stage}", *(o.input_line for o in mine))
+        return typed.command("train.py", f"experiment={experiment}/{stage}", *map(as_typed, mine))
 
     def _groups(self, stage: str) -> list[str]:
         """The overrides that pick a file (`trainer=ddp`), for one stage."""
@@ -118,35 +118,6 @@ class Recipe:
 
 def _kind(stage: str) -> str:
     return stage.rpartition("/")[2]
-
-
-def parse_overrides(lines: list[str], several: bool = False) -> list[Override]:
-    """`key=value` strings, parsed by Hydra's grammar, which paths and names are spared (see `typed.as_text`).
-
-    Args:
-        lines: as typed.
-        several: whether they are of a sweep.
-
-    Raises:
-        ConfigError: a line is not of that form.
-    """
-    parser, parsed = OverridesParser.create(), []
-    for line in lines:
-        try:
-            parsed.append(parser.parse_override(typed.as_text(line, several)))
-        except HydraException as error:
-            signs = "; signs beside letters, digits and ./- stand in quotes of their own: \"key='a (b)'\""
-            raise ConfigError(f"{line}: not of the form key=value{signs if '=' in line else ''}") from error
-    return parsed
-
-
-def one_job(overrides: list[Override]) -> list[Override]:
-    """The overrides themselves. Raises `ConfigError` where they stand for several jobs."""
-    for o in overrides:
-        if o.is_sweep_override():
-            key, _, values = o.input_line.partition("=")
-            raise ConfigError(f"{o.input_line}: a list is {key}=[{values}]; a job for each value takes -m (--multirun)")
-    return overrides
 
 
 def is_group(override: Override) -> bool:
@@ -271,7 +242,7 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     lines = [typed.as_text(mine, several=True) for line in lines for mine in searched(line)]
     ours = [line for line in lines if not line.startswith(("hydra.", "hydra/"))]
     parsed = parse_overrides(ours, several=True)
-    recipe = Recipe.parse([_first(override) for override in parsed])
+    recipe = Recipe.parse([first(override) for override in parsed])
     configs = recipe.compose()
     for config in configs:
         several = config.trainer.devices != 1 or config.trainer.num_nodes != 1  # `strategy=auto` makes ddp of them
@@ -299,12 +270,3 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
 def is_searched() -> bool:
     """Whether this is a job of a search, which compares what comes of its jobs."""
     return HydraConfig.initialized() and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
-
-
-def _first(override: Override) -> str:
-    """An override with the first of its swept values: what a first job could be."""
-    if not override.is_sweep_override():
-        return override.input_line
-    if override.is_interval_sweep():
-        return f"{override.get_key_element()}={override.value().start}"
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"

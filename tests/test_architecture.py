@@ -16,7 +16,7 @@ LEAVES = {
     "terminal", "signatures",
     "locks",
     "state_dicts",
-    "typed", "kinds", "config_keys",
+    "typed", "kinds", "config_keys", "overrides",
 }  # fmt: skip
 
 # Room -> rooms it may import, beside itself and the leaves.
@@ -66,7 +66,7 @@ LEAF_EDGES = {
     "weights": {"notices", "saving", "untrusted"}, "memory": {"notices"},
     "config_files": {"sweep"}, "records": {"typed", "untrusted", "version"}, "untrusted": {"version"},
     "locks": {"notices", "untrusted"}, "sweep": {"typed"}, "settings": {"typed"},
-    "kinds": {"settings"}, "config_keys": {"config_files", "settings"},
+    "kinds": {"settings"}, "config_keys": {"config_files", "settings"}, "overrides": {"config_files", "typed"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip

@@ -134,6 +134,7 @@ def test_the_command_for_an_autoencoder_can_be_typed_and_makes_the_same():
     recipe = Recipe.parse(["experiment=folder/diffusion", *typed_by_user])
     python, script, *overrides = shlex.split(recipe.command("autoencoder"))
     assert (python, script) == ("python", "train.py")
+    assert "name=anna's" in overrides
     again = Recipe.parse(overrides)
     assert again.stages == ("folder/autoencoder",)
     assert {o.key_or_group: o.value() for o in again.overrides} == {
