@@ -73,7 +73,7 @@ LEAF_EDGES = {
 
 # Libraries that only some may import.
 LIGHTNING = {"training", "data.datamodule", "sampling", "evaluation"}
-HYDRA = {"config", "building"}
+HYDRA = {"config", "building", "overrides"}
 
 
 def modules():
