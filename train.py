@@ -8,7 +8,7 @@ from ldm_lab.errors import doing
 
 USAGE = """Train a latent diffusion model: an autoencoder, then diffusion on its latents.
 
-  python train.py                                        the demo, a quarter of an hour on two CPU cores
+  python train.py                                        the demo, seventeen minutes on two CPU cores
   python train.py experiment=folder data.root=FOLDER     your own images; plan=true only measures
   python train.py experiment=celebahq data.root=FOLDER   both stages; the same command again resumes
   python train.py experiment=celebahq/autoencoder        one stage
@@ -33,7 +33,7 @@ def job(overrides: list[str]) -> float | None:
         configs = [config for config in configs if config.stage != "autoencoder"]
         say(f"autoencoder={configs[0].autoencoder} is given: its stage is skipped")
     if not overrides:
-        say("This is the demo: cartoon faces, both stages, about a quarter of an hour on two CPU cores.")
+        say("This is the demo: cartoon faces, both stages, about seventeen minutes on two CPU cores.")
         say("Others: python train.py experiment=folder data.root=FOLDER; more with --help")
     say(f"{recipe.experiment} -> {configs[0].paths.runs}/{configs[0].name}")
     if configs[0].init:
