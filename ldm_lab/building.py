@@ -92,4 +92,5 @@ def _is_refusal(error: Exception, target: Callable[..., Any]) -> bool:
     """Whether an exception is about what the user has chosen. Libraries have no class of their own for that."""
     if signatures.package(target) not in LIBRARIES:
         return isinstance(error, (UserError, InstantiationException))
-    return isinstance(error, (ValueError, TypeError)) or type(error).__name__ == "MisconfigurationException"
+    refusals = (ValueError, TypeError, LookupError)
+    return isinstance(error, refusals) or type(error).__name__ == "MisconfigurationException"

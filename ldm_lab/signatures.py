@@ -22,21 +22,43 @@ def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, 
         UserError: one is unknown, missing, or of another type.
     """
     try:
-        signature = inspect.signature(make)
+        parameters, hints = _parameters(make)
     except (TypeError, ValueError):  # some that are built in have none
         return
+    signature = inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
     try:
         signature.bind_partial(*args, **settings)  # a name that is unknown tells more than one that is missing
         given = signature.bind(*args, **settings).arguments
     except TypeError as error:
         name = getattr(make, "__qualname__", type(make).__name__)
-        raise UserError(f"{name}: {error}; it takes {', '.join(signature.parameters)}") from error
-    if package(make) != __package__:
-        return
-    hints = typing.get_type_hints(make.__init__ if isinstance(make, type) else make)
+        raise UserError(f"{name}: {error}; it takes {', '.join(parameters)}") from error
     for name, value in given.items():
-        if signature.parameters[name].kind not in VARIADIC and not fits(value, hints.get(name, Any)):
+        if parameters[name].kind not in VARIADIC and not fits(value, hints.get(name, Any)):
             raise UserError(f"{name}={value!r}: must be {_words(hints[name])}")
+
+
+def _parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """What a callable takes, by name, and the types of that; of a class of ours also what it hands to its bases.
+
+    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its annotations are.
+    """
+    parameters = dict(inspect.signature(make).parameters)
+    if package(make) != __package__:
+        return parameters, {}
+    if not isinstance(make, type):
+        return parameters, typing.get_type_hints(make)
+    hints = typing.get_type_hints(make.__init__)
+    for base in make.__mro__[1:]:
+        more = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        if not more or "__init__" not in vars(base):
+            continue
+        del parameters[more[0]]
+        _, *theirs = inspect.signature(base.__init__).parameters.values()
+        for parameter in theirs:
+            kind = parameter.kind if parameter.kind in VARIADIC else inspect.Parameter.KEYWORD_ONLY
+            parameters.setdefault(parameter.name, parameter.replace(kind=kind))
+        hints = typing.get_type_hints(base.__init__) | hints
+    return parameters, hints
 
 
 def package(make: Callable[..., Any]) -> str:

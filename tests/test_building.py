@@ -66,6 +66,22 @@ def test_arguments_that_pass_through_to_a_base_class_are_looked_at_too():
     assert "unexpected keyword argument 'colour'" in refusal(loss, perceptual=distance, colour=1)
     assert "missing a required argument: 'perceptual'" in refusal(loss)
     assert refusal(loss, perceptual=distance, perceptual_weight="much").endswith("='much': must be float")
+    for module in ("autoencoder_module.AutoencoderModule", "diffusion_module.DiffusionModule"):
+        assert "unexpected keyword argument 'colour'" in refusal(f"ldm_lab.training.{module}", colour=1)
+    assert "missing a required argument" in refusal("ldm_lab.training.diffusion_module.DiffusionModule")
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("ldm_lab.models.codebook.CodebookUsage", {"num_codes": -1}),
+        ("ldm_lab.models.discriminator.PatchDiscriminator", {"channels": -1}),
+        ("ldm_lab.models.discriminator.PatchDiscriminator", {"num_layers": 0}),
+        ("torch.optim.Adam", {"params": [], "betas": []}),
+    ],
+)
+def test_a_number_that_cannot_be_is_one_line(target, settings):
+    assert refusal(target, **settings).startswith("callbacks.mine: ")
 
 
 def test_a_user_error_of_a_plug_in_is_one_line():

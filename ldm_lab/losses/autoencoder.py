@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ldm_lab import signatures
 from ldm_lab.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_hinge, generator_hinge
 from ldm_lab.losses.perceptual import PerceptualDistance
 
@@ -141,9 +140,7 @@ class AutoencoderLoss(FirstStageLoss):
     penalty = "codebook"
 
     def __init__(self, *shared: Any, codebook_weight: float = 1.0, **more: Any) -> None:  # noqa: ANN401
-        more = {**more, "penalty_weight": codebook_weight}
-        signatures.check(FirstStageLoss, shared, more)
-        super().__init__(*shared, **more)
+        super().__init__(*shared, penalty_weight=codebook_weight, **more)
 
     def scale(self, images: Tensor) -> int:
         """1: the mean over the pixels."""
@@ -167,9 +164,7 @@ class KLAutoencoderLoss(FirstStageLoss):
     penalty = "kl"
 
     def __init__(self, *shared: Any, kl_weight: float = 1e-6, **more: Any) -> None:  # noqa: ANN401
-        more = {**more, "penalty_weight": kl_weight}
-        signatures.check(FirstStageLoss, shared, more)
-        super().__init__(*shared, **more)
+        super().__init__(*shared, penalty_weight=kl_weight, **more)
 
     def scale(self, images: Tensor) -> int:
         """3HW: the sum over the pixels of an image."""

@@ -6,9 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ldm_lab.models.arguments import require_positive
 from ldm_lab.models.quantizer import VectorQuantizer, code_counts, perplexity
 from ldm_lab.randomness import generator
 from ldm_lab.transfer import to_device
+from ldm_lab.untrusted import MAX_CODES
 
 JITTER = 0.01  # standard deviations of the latents
 
@@ -54,6 +56,7 @@ class CodebookUsage(nn.Module):
         until_step: int | None = None,
     ) -> None:
         super().__init__()
+        require_positive(MAX_CODES, num_codes=num_codes)
         self.num_codes = num_codes
         self.init_step = init_step
         self.decay = decay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ldm_lab.models.arguments import require_positive
 from ldm_lab.models.layout import LaidOut
 
 
@@ -22,6 +23,7 @@ class PatchDiscriminator(LaidOut):
 
     def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
+        require_positive(in_channels=in_channels, channels=channels, num_layers=num_layers)
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(in_channels, channels, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, num_layers + 1):

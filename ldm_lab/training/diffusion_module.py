@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm_lab import randomness
 from ldm_lab.diffusion.objective import DenoisingObjective
 from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
@@ -64,6 +65,8 @@ class DiffusionModule(StageModule):
         self.scheduler, self.objective = scheduler, objective
         self.measures_scale = scaling_factor == "measure"
         if not self.measures_scale:
+            if isinstance(scaling_factor, str):
+                raise UserError(f"model.scaling_factor={scaling_factor}: give a number, or measure")
             autoencoder.register_to_config(scaling_factor=float(scaling_factor))
 
     def parameter_groups(self) -> list[dict[str, Any]]:

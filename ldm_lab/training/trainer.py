@@ -8,7 +8,7 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from ldm_lab import float32, signatures
+from ldm_lab import float32
 from ldm_lab.errors import UserError, one_line
 from ldm_lab.training.launcher import Launcher
 
@@ -33,7 +33,6 @@ class Trainer(lightning.Trainer):
             choices = ", ".join(float32.PRECISIONS)
             raise UserError(f"trainer.float32_matmul_precision={float32_matmul_precision}: must be one of {choices}")
         self.on_nan = on_nan
-        signatures.check(lightning.Trainer, (), settings)
         try:
             super().__init__(**settings)
         except (MisconfigurationException, TypeError, ValueError) as error:  # Lightning's ways to refuse
