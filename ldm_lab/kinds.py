@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-import math
-import types
-import typing
 from typing import Any
 
+from ldm_lab import signatures
 from ldm_lab.errors import UserError
-from ldm_lab.settings import MOST, find, shown, targets
+from ldm_lab.settings import find, shown, targets
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 # Arguments of this package that count something: 1 at least. Its other whole numbers are not negative.
 COUNTS = (
     "every_images", "images", "steps", "frames", "samples", "nearest", "among", "side", "bars", "patience", "num_train",
@@ -33,24 +27,15 @@ def check(config: dict[str, Any]) -> None:
     """
     for place, target in targets(config):
         node = place.removesuffix("._target_")
+        hints, ours = _declared(target), target.startswith(f"{__package__}.") and not node.startswith("trainer")
         for name, value in (find(config, node) or {}).items():
-            kinds = declared(target).get(name)
-            low = (1 if name in COUNTS else 0) if target.startswith(f"{__package__}.") else -MOST
-            if kinds is None or isinstance(value, (dict, list)) or (value is None and f"{node}.{name}" in OPEN):
+            key = f"{node}.{name}"
+            if name not in hints or isinstance(value, (dict, list)) or (value is None and key in OPEN):
                 continue
-            if not any(_fits(value, kind) for kind in kinds):
-                wanted = " or ".join(WORDS.get(kind, "a value") for kind in kinds)
-                raise UserError(f"{_shortest(config, f'{node}.{name}')}={shown(value)}: must be {wanted}")
-            if type(value) is int and value < low and not node.startswith("trainer"):
-                raise UserError(f"{_shortest(config, f'{node}.{name}')}={value}: must be at least {low}")
-
-
-def _fits(value: Any, kind: Any) -> bool:  # noqa: ANN401
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if kind in WORDS:
-        return type(value) is kind and (kind is not int or abs(value) <= MOST)
-    return kind is Any or value is not None  # of other kinds, what is given is the constructor's to judge
+            if not signatures.fits(value, hints[name]):
+                raise UserError(f"{_shortest(config, key)}={shown(value)}: must be {signatures.words(hints[name])}")
+            if ours and type(value) is int and value < (low := int(name in COUNTS)):
+                raise UserError(f"{_shortest(config, key)}={value}: must be at least {low}")
 
 
 def _shortest(config: dict[str, Any], key: str) -> str:
@@ -60,36 +45,10 @@ def _shortest(config: dict[str, Any], key: str) -> str:
     return short if repr(find(config, short, ...)) == repr(find(config, key)) else key
 
 
-@functools.cache
-def declared(target: str) -> dict[str, tuple[Any, ...]]:
-    """Argument -> the kinds that its annotation allows; arguments without one are left out."""
-    module, _, name = target.rpartition(".")
+def _declared(target: str) -> dict[str, Any]:
+    """Argument -> its type, of what a `_target_` names; arguments without an annotation are left out."""
     try:
-        made = getattr(importlib.import_module(module), name)
-    except Exception:  # whatever an import may raise: whoever builds it says so
+        _, hints = signatures.declared(signatures.named(target))
+    except (TypeError, ValueError):  # there is no such thing, or it has no signature
         return {}
-    found: dict[str, tuple[Any, ...]] = {}
-    known: set[str] = set()
-    for owner in made.__mro__ if inspect.isclass(made) else (made,):
-        function = vars(owner).get("__init__") if inspect.isclass(owner) else owner
-        if not inspect.isfunction(function):
-            continue
-        hints, parameters = _hints(function), inspect.signature(function).parameters
-        found |= {name: _alternatives(hints[name]) for name in parameters if name in hints and name not in known}
-        known |= set(parameters)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break  # nothing goes to the constructor of the base
-    return found
-
-
-def _hints(function: Any) -> dict[str, Any]:  # noqa: ANN401
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # names that are imported for a type checker alone
-        return {}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return typing.get_args(hint)
-    return (hint,)
+    return hints

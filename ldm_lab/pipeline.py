@@ -263,7 +263,7 @@ class LDMPipeline(MemorySwitches):
 
         Raises:
             LoadError: nothing of the kind is there, or it is damaged; one line says what and where.
-            ValueError: an argument cannot be used; the message names it.
+            UserError: an argument cannot be used; the message names it.
         """
         dtype, device = floating_type(dtype or torch_dtype), one_device(device_map) or device
         given = {"vqvae": vqvae, "unet": unet, "scheduler": scheduler}

@@ -107,7 +107,7 @@ class PretrainedModel(Configurable, nn.Module):
 
         Raises:
             SaveError: the disk refused.
-            ValueError: an argument cannot be used; the message names it.
+            UserError: an argument cannot be used; the message names it.
         """
         folder = typed.path(folder)
         named = unwrapped(self.exported_state_dict())  # a part of the network may have been compiled
@@ -155,7 +155,7 @@ class PretrainedModel(Configurable, nn.Module):
         Raises:
             LoadError: the folder, its config or its weights are missing, damaged or of another
                 architecture. A tensor missing or left over is an error: nothing is initialised silently.
-            ValueError: an argument cannot be used; the message names it.
+            UserError: an argument cannot be used; the message names it.
         """
         cls.check_arguments(overrides)
         dtype, device = floating_type(dtype or torch_dtype), one_device(device_map)

@@ -120,7 +120,7 @@ def _check_numbers(config: dict[str, Any]) -> None:
 
 
 def check_trainer(config: dict[str, Any]) -> None:
-    """Refuse arguments of Lightning's trainer that do nothing here. Raises `ValueError` with what to type instead."""
+    """Refuse arguments of Lightning's trainer that do nothing here. Raises `UserError` with what to type instead."""
     for key, value in (config.get("trainer") or {}).items():
         if key in ELSEWHERE and value not in (None, -1) and value is not False:
             instead = ELSEWHERE[key] if "stage" in config else "num_samples= says how many to draw"

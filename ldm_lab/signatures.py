@@ -1,28 +1,47 @@
-"""Whether a callable takes the arguments that a user has chosen, asked before it is called."""
+"""What callables take, asked before a user's values are handed over: names, defaults and types of arguments."""
 
 from __future__ import annotations
 
 import collections.abc
+import functools
+import importlib
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any
 
 from ldm_lab.errors import UserError
+from ldm_lab.settings import MOST
 
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-PLAIN = (type(None), bool, int, float, str, list, dict)  # what a config holds
+MORE = inspect.Parameter.VAR_KEYWORD
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, MORE)
+PLAIN = (NoneType, bool, int, float, str, list, dict)  # what a config holds
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def named(target: str) -> Any:  # noqa: ANN401
+    """What a `_target_` names; `None` where it cannot be imported, of which whoever builds it says more."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except Exception:  # whatever an import may raise
+        return None
 
 
 def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, Any]) -> None:
     """Compare arguments with a signature; of callables of this package also plain data with its annotations.
 
+    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its annotations are.
+
     Raises:
         UserError: one is unknown, missing, or of another type.
     """
     try:
-        parameters, hints = _parameters(make)
+        parameters, hints = declared(make)
+        if package(make) != __package__:
+            parameters, hints = dict(inspect.signature(make).parameters), {}
     except (TypeError, ValueError):  # some that are built in have none
         return
     signature = inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
@@ -34,22 +53,22 @@ def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, 
         raise UserError(f"{name}: {error}; it takes {', '.join(parameters)}") from error
     for name, value in given.items():
         if parameters[name].kind not in VARIADIC and not fits(value, hints.get(name, Any)):
-            raise UserError(f"{name}={value!r}: must be {_words(hints[name])}")
+            raise UserError(f"{name}={value!r}: must be {words(hints[name])}")
 
 
-def _parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
-    """What a callable takes, by name, and the types of that; of a class of ours also what it hands to its bases.
+@functools.cache
+def declared(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """The arguments of a callable by name, and their types; of a class also those that `**more` hands to its bases.
 
-    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its annotations are.
+    Raises:
+        TypeError, ValueError: it has no signature.
     """
     parameters = dict(inspect.signature(make).parameters)
-    if package(make) != __package__:
-        return parameters, {}
     if not isinstance(make, type):
-        return parameters, typing.get_type_hints(make)
-    hints = typing.get_type_hints(make.__init__)
+        return parameters, _hints(make)
+    hints = _hints(make.__init__)
     for base in make.__mro__[1:]:
-        more = [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        more = [name for name, parameter in parameters.items() if parameter.kind is MORE]
         if not more or "__init__" not in vars(base):
             continue
         del parameters[more[0]]
@@ -57,8 +76,15 @@ def _parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter],
         for parameter in theirs:
             kind = parameter.kind if parameter.kind in VARIADIC else inspect.Parameter.KEYWORD_ONLY
             parameters.setdefault(parameter.name, parameter.replace(kind=kind))
-        hints = typing.get_type_hints(base.__init__) | hints
+        hints = _hints(base.__init__) | hints
     return parameters, hints
+
+
+def _hints(function: Any) -> dict[str, Any]:  # noqa: ANN401
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that are imported for a type checker alone
+        return {}
 
 
 def package(make: Callable[..., Any]) -> str:
@@ -73,23 +99,24 @@ def fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
         return True
     if origin in (typing.Union, UnionType):
         return any(fits(value, one) for one in inner)
-    if origin is collections.abc.Callable:
+    if origin is collections.abc.Callable or getattr(hint, "_is_protocol", False):
         return False
     if origin in (list, tuple, collections.abc.Sequence):
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return type(value) in (int, float) and math.isfinite(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return type(value) is int and abs(value) <= MOST
     kind = origin or hint
     return isinstance(value, kind) if isinstance(kind, type) else True
 
 
-def _words(hint: Any) -> str:  # noqa: ANN401
-    """An annotation as a message says it: `int, list of int or None`."""
-    inner = [_words(one) for one in typing.get_args(hint)]
-    if typing.get_origin(hint) in (typing.Union, UnionType):
-        return f"{', '.join(inner[:-1])} or {inner[-1]}"
-    if typing.get_origin(hint) in (list, tuple, collections.abc.Sequence):
-        return f"list of {inner[0]}"
-    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+def words(hint: Any) -> str:  # noqa: ANN401
+    """An annotation as a message says it: `a whole number, list of a whole number or null`."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        *first, last = map(words, inner)
+        return f"{', '.join(first)} or {last}"
+    if origin in (list, tuple, collections.abc.Sequence):
+        return f"list of {words(inner[0])}"
+    return WORDS.get(hint) or getattr(hint, "__name__", str(hint))

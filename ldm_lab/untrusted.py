@@ -142,7 +142,8 @@ def _read_text(path: Path, limit: int) -> str:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise LoadError(f"{path}: is larger than any config ({limit:,} bytes)")
-        is_text = content.startswith(b"<" if path.suffix in (".yaml", ".yml") else b"{")  # of which a key may begin so
+        is_yaml = path.suffix in (".yaml", ".yml")  # a key may begin with `<`, and JSON is YAML
+        is_text = content.startswith((b"<", b"{") if is_yaml else b"{")
         if not is_text and (kind := kind_of(content)):
             raise LoadError(f"{path}: this is {kind}")
         return content.decode("utf-8")

@@ -171,7 +171,7 @@ def write(
     Every file is on disk before the first takes its place, so that the weights of two savings are never mixed.
 
     Args:
-        folder: it exists.
+        folder: it is made where there is none.
         tensors: by name.
         stem: what the names of the files begin with.
         variant: a word in their names; None: without.

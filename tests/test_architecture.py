@@ -66,7 +66,8 @@ LEAF_EDGES = {
     "weights": {"notices", "saving", "untrusted"}, "memory": {"notices"},
     "config_files": {"sweep"}, "records": {"typed", "untrusted", "version"}, "untrusted": {"version"},
     "locks": {"notices", "untrusted"}, "sweep": {"typed"}, "settings": {"typed"},
-    "kinds": {"settings"}, "config_keys": {"config_files", "settings"}, "overrides": {"config_files", "typed"},
+    "kinds": {"settings", "signatures"}, "signatures": {"settings"},
+    "config_keys": {"config_files", "settings"}, "overrides": {"config_files", "typed"},
     "card": {"records", "saving", "settings", "untrusted", "version"},
     "tracking": {"records", "saving", "untrusted"},
 }  # fmt: skip

@@ -156,7 +156,7 @@ class DPMSolverMultistepScheduler(Scheduler):
             require(config.final_sigmas_type == "sigma_min", "final_sigmas_type", config.final_sigmas_type, wanted)
 
     def rates(self, timesteps: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Scheduler.rates`. Raises `ValueError` with `use_flow_sigmas`: its levels are not those of the betas."""
+        """See `Scheduler.rates`. Raises `UserError` with `use_flow_sigmas`: its levels are not those of the betas."""
         if self.config.use_flow_sigmas:
             raise UserError("use_flow_sigmas=True: the scheduler samples, and cannot add noise at a timestep")
         return super().rates(timesteps, batch)
@@ -170,7 +170,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         """Choose the timesteps that sampling visits, as `Scheduler.set_timesteps`, or levels between them.
 
         Raises:
-            ValueError: also for `timesteps` where the config asks for other levels than theirs.
+            UserError: also for `timesteps` where the config asks for other levels than theirs.
         """
         between = next((key for key in (*SPREADS, "use_flow_sigmas") if self.config[key]), None)
         if between is None:

@@ -271,7 +271,7 @@ def at_least_float32(sample: Tensor) -> Tensor:
 
 
 def index_of(timestep: SupportsIndex) -> int:
-    """A timestep as a number. Raises `ValueError` where it is none, or not one."""
+    """A timestep as a number. Raises `UserError` where it is none, or not one."""
     try:
         return operator.index(timestep)
     except TypeError:

@@ -28,7 +28,7 @@ def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
 
 
 def whole(key: str, value: SupportsIndex) -> int:
-    """A whole number of any library, numpy's and torch's too. Raises `ValueError` unless it is above 0."""
+    """A whole number of any library, numpy's and torch's too. Raises `UserError` unless it is above 0."""
     try:
         number = operator.index(value)
     except TypeError:

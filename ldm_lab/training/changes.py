@@ -6,16 +6,16 @@ default, and not what today's YAML files say.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm_lab import signatures
 from ldm_lab.settings import find, flatten, is_harmless
 
 MISSING = inspect.Parameter.empty
-OPEN = inspect.Parameter.VAR_KEYWORD
+OPEN = signatures.MORE
 
 
 @dataclass
@@ -78,17 +78,11 @@ def default_of(config: dict[str, Any], key: str) -> Any:  # noqa: ANN401
     `MISSING`: there is none, it asks for the key, or does not know it; `OPEN`: it takes any key.
     """
     parent, _, name = key.rpartition(".")
-    module, _, kind = str(find(config, f"{parent}._target_")).rpartition(".")
-    try:
-        makes = getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError, ValueError):  # ValueError: there is no node, and so no name
+    makes = signatures.named(str(find(config, f"{parent}._target_")))
+    if makes is None:
         return MISSING
-    bases = makes.__mro__[:-1] if isinstance(makes, type) else ()
-    for layer in [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [makes]:
-        parameters = inspect.signature(layer).parameters
-        if name in parameters:
-            default = parameters[name].default
-            return list(default) if isinstance(default, tuple) else default
-        if not any(parameter.kind is OPEN for parameter in parameters.values()):
-            return MISSING
-    return OPEN  # of all layers: each passes on what it does not know
+    parameters, _ = signatures.declared(makes)
+    if name in parameters:
+        default = parameters[name].default
+        return list(default) if isinstance(default, tuple) else default
+    return OPEN if any(parameter.kind is OPEN for parameter in parameters.values()) else MISSING

@@ -12,7 +12,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from ldm_lab.errors import BROKEN_PIPE, Interrupted, heeded, one_line
+from ldm_lab.errors import BROKEN_PIPE, Interrupted, heeded
 from ldm_lab.terminal import cry
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.stage_module import StageModule
@@ -133,7 +133,7 @@ class Interrupt(Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
                 said = callback.stopping_reason_message.removesuffix("Signaling Trainer to stop.")
-                return f"EarlyStopping: {one_line(ValueError(said)).rstrip('.')}"
+                return f"EarlyStopping: {' '.join(said.split()).rstrip('.')}"
             if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
                 return "the time of trainer.max_time is over"
         return "a callback has set trainer.should_stop"
