@@ -1,10 +1,16 @@
 """A run that an older version of this package has begun goes on: with the losses that it would have had."""
 
+import hashlib
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ldm_lab import stages
@@ -15,6 +21,8 @@ from tests.runs import last_checkpoint, metrics, train
 RUNS = Path(__file__).parent / "golden/runs"
 OLD = RUNS / "10e707e"
 EXPECTED = json.loads((RUNS / "10e707e.json").read_text())
+BEFORE_THE_MOVE = json.loads((RUNS / "08cd3fe.json").read_text())
+TRAIN = "import sys; from tests.runs import train; train(*sys.argv[1:])"
 
 
 @pytest.fixture
@@ -71,3 +79,24 @@ def test_a_run_of_before_some_settings_were_there_continues(runs, typed, capsys)
         f"{start} did not know, with their defaults now: {added}",
         f"{start} had, and nothing knows now: model.autoencoder.forgotten=1",
     ]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("autoencoder", "first"), ("diffusion", "second")])
+def test_a_run_of_before_the_modules_moved_continues_bit_for_bit(tmp_path, stage, name):
+    """The environment of the process names the instructions that every x86 CPU has: bits are equal on all of them."""
+    shutil.copytree(RUNS / "08cd3fe" / name, tmp_path / "run")
+    environment = {**os.environ, **BEFORE_THE_MOVE["environment"], "LDM_LAB_CACHE": str(tmp_path / "cache")}
+    said = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(tmp_path), *command(stage)],
+        env=environment, cwd=RUNS.parents[2], check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    folder, expected = tmp_path / "run" / stage, BEFORE_THE_MOVE[stage]
+    assert f"continuing {folder} at 24 of 48 images" in said
+    rows = metrics(folder)
+    for key in ("train/loss", "train/grad_norm"):
+        assert [rows[images][key] for images in (32, 40, 48)] == pytest.approx(expected[key], rel=1e-4)
+    weights = hashlib.sha256()
+    for key, value in sorted(last_checkpoint(folder)["state_dict"].items()):
+        weights.update(key.encode() + value.contiguous().numpy().tobytes())
+    if torch.__version__.split("+")[0] == BEFORE_THE_MOVE["torch"] and platform.machine() == "x86_64":
+        assert weights.hexdigest() == expected["weights"]
