@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ldm_lab.nested import find
 from ldm_lab.records import STAGES, Evaluation, RunRecord, StageRecord, read_run
 from ldm_lab.saving import replacing
-from ldm_lab.settings import find
 from ldm_lab.untrusted import LoadError
 from ldm_lab.version import __version__
 

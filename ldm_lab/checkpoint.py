@@ -27,24 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_lab import hub, typed
+from ldm_lab import typed
+from ldm_lab.configurable import Configurable
+from ldm_lab.hub import CONFIG
 from ldm_lab.interop import compvis
 from ldm_lab.interop.compvis import Part
-from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.models.kl_model import AutoencoderKL
-from ldm_lab.models.vq_model import VQModel
 from ldm_lab.saving import replacing
-from ldm_lab.serialization import Configurable, PretrainedModel
 from ldm_lab.state_dicts import tensors_in, unwrapped
-from ldm_lab.untrusted import ZIP, LoadError, check_plain, first_bytes, is_safetensors, read_json, read_torch, reason
-from ldm_lab.weights import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
+from ldm_lab.untrusted import ZIP, LoadError, check_plain, first_bytes, is_safetensors, read_torch, reason
+from ldm_lab.weights import LEGACY_WEIGHTS, WEIGHTS
 
 ENTRY = "ldm_lab"
 ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # in `checkpoints/` of a stage: the newest state, and the one before
 STATUS = "status.json"
 LIBRARIES = ("diffusers", "ldm_lab")  # a class of one is ours of the same name; neither is ever a plugin
-FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
@@ -86,13 +83,12 @@ def _but(content: Any, path: Path) -> str:  # noqa: ANN401
     tensors = tensors_in(content)
     if tensors is None:
         return ""
-    config = FirstStage.config_name
-    if (path.parent / config).is_file():
+    if (path.parent / CONFIG).is_file():
         return f", but the weights of one network: name their folder, or that of the whole pipeline ({path.parent})"
     name = WEIGHTS if is_safetensors(path) else LEGACY_WEIGHTS
     return (
         f", but a state dict ({len(tensors):,} tensors, such as {next(iter(tensors))!r}), and no config of its network:"
-        f" put it as {name} beside that {config}, and name the folder; of CompVis, give the whole checkpoint, with"
+        f" put it as {name} beside that {CONFIG}, and name the folder; of CompVis, give the whole checkpoint, with"
         " tensors model.diffusion_model.* and first_stage_model.*, and its original_config="
     )
 
@@ -204,9 +200,7 @@ def _below(state: dict[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in named.items() if key.startswith(prefix)}
 
 
-def network(
-    parts: Mapping[str, Part], name: str, kinds: Sequence[type[PretrainedModel]], plugins: Sequence[str], origin: str
-) -> PretrainedModel:
+def network(parts: Mapping[str, Part], name: str, kinds: Sequence[type], plugins: Sequence[str], origin: str) -> Any:  # noqa: ANN401
     """Build one network of a checkpoint's `parts`, in evaluation mode.
 
     Args:
@@ -258,31 +252,6 @@ def class_named(name: str, known: Mapping[str, type], plugins: Sequence[str], or
     if not isinstance(found, type) or not issubclass(found, Configurable):
         raise LoadError(f"{origin} is {name}: {module} has no such subclass of PretrainedModel or Scheduler")
     return found
-
-
-def load_autoencoder(source: str | Path, plugins: Sequence[str] = ()) -> FirstStage:
-    """A first stage of any kind from wherever one may lie.
-
-    Args:
-        source: a model folder or the weights in it, a pipeline folder (the first stage lies in `vqvae` or in `vae`), a
-            run folder, a training checkpoint, a checkpoint of CompVis of either stage, or a name on the hub.
-        plugins: packages whose classes it may name too.
-
-    Raises:
-        LoadError: none is there, or it is damaged; the message says how one is made.
-    """
-    source, kinds = hub.local(source), tuple(FIRST_STAGES.values())
-    beside = source.with_name(FirstStage.config_name)
-    if source.name in (WEIGHTS, OWN_WEIGHTS, LEGACY_WEIGHTS) and beside.is_file():
-        source = source.parent
-    if source.is_file():
-        found = {"vqvae": compvis.read_first_stage(source)} if compvis.is_checkpoint(source) else parts(source)
-        return network(found, "vqvae", kinds, plugins, str(source))
-    for folder in (source, source / "vqvae", source / "vae", source / "autoencoder/final", source / "final"):
-        path = folder / FirstStage.config_name
-        if path.is_file():
-            return class_of(read_json(path), kinds, plugins, f"{path}: the first stage").from_pretrained(folder)
-    raise LoadError(f"{source}: there is no first stage here (a folder with {FirstStage.config_name})")
 
 
 def fingerprint(network: nn.Module) -> str:

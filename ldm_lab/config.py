@@ -24,13 +24,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab import settings, typed
+from ldm_lab import nested, settings, typed
 from ldm_lab.building import build, build_all, plain  # noqa: F401  the door to all of it
 from ldm_lab.config_files import CONFIGS, ConfigError, choices, local_plugins, option_for, read_yaml, searched, stages
 from ldm_lab.config_keys import takers, where_known
-from ldm_lab.errors import listen, one_line, reporting
+from ldm_lab.errors import one_line, reporting
 from ldm_lab.lengths import parse_images
 from ldm_lab.overrides import as_typed, first, one_job, parse_overrides
+from ldm_lab.signals import listen
 from ldm_lab.sweep import job_name, pack, unpack
 from ldm_lab.terminal import lenient
 from ldm_lab.threads import wait_asleep
@@ -190,7 +191,7 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
-    for key, value in settings.flatten(plain(config)).items():
+    for key, value in nested.flatten(plain(config)).items():
         if isinstance(value, str) and typed.is_path(key):
             OmegaConf.update(config, key, typed.home(value))
     settings.check(plain(config))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ldm_lab.config_files import ConfigError, near
-from ldm_lab.settings import check_trainer, find
+from ldm_lab.nested import find
+from ldm_lab.settings import check_trainer
 
 
 def knows(config: dict[str, Any], key: str) -> bool:

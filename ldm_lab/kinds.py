@@ -6,7 +6,7 @@ from typing import Any
 
 from ldm_lab import signatures
 from ldm_lab.errors import UserError
-from ldm_lab.settings import find, shown, targets
+from ldm_lab.nested import find, shown, targets
 
 # Arguments of this package that count something: 1 at least. Its other whole numbers are not negative.
 COUNTS = (

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab import checkpoint, parts, states, typed
+from ldm_lab import parts, states, typed
+from ldm_lab.arguments import whole
 from ldm_lab.compiled import compile_for_inference
 from ldm_lab.denoising import denoise
 from ldm_lab.diffusion.noise import randn
@@ -22,7 +23,7 @@ from ldm_lab.errors import UserError
 from ldm_lab.images import array_to_pil, to_numpy, to_pil, to_unit
 from ldm_lab.interop import compvis
 from ldm_lab.memory import MemorySwitches
-from ldm_lab.models.arguments import whole
+from ldm_lab.models.autoencoders import FIRST_STAGES
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.outputs import BaseOutput
@@ -66,7 +67,7 @@ class LDMPipeline(MemorySwitches):
 
     # A folder may name these classes and those of plugins: a config is data and cannot make us import anything.
     classes: ClassVar[dict[str, tuple[type, ...]]] = {
-        "vqvae": tuple(checkpoint.FIRST_STAGES.values()),
+        "vqvae": tuple(FIRST_STAGES.values()),
         "unet": (UNet2DModel,),
         "scheduler": tuple(SAMPLERS.values()),
     }

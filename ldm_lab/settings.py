@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldm_lab.errors import UserError
+from ldm_lab.nested import find, flatten, shown, targets
+from ldm_lab.signatures import MOST
 from ldm_lab.typed import is_text
 
-MOST = 2**63 - 1  # the largest whole number that torch takes
 # Whole numbers, and the lowest that each may be.
 LOWEST = {
     "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
@@ -59,19 +60,6 @@ ELSEWHERE = {
     "callbacks": "the group callbacks= takes them, +callbacks.mine._target_=...",
     "plugins": "precision and devices have keys of their own, trainer.precision= and trainer.strategy=",
 }
-
-# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
-# and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
-# its own check.
-HARMLESS_GROUPS = (
-    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
-    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "plan", "plugins",
-    "optimized_metric", "model.schedule.max_images", "model.gradient_checkpointing", "model.optimizer.fused",
-)  # fmt: skip
-HARMLESS_IN_DATA = (
-    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "max_pixels", "latents",
-    "latents_dtype", "latents_precision",
-)  # fmt: skip
 
 PACKAGE = Path(__file__).resolve().parent
 # What `_target_` may name beside this package and plugins: public classes that make a training and read no files.
@@ -172,47 +160,3 @@ def check_target(key: str, target: str, plugins: list[str]) -> None:
     elif package not in plugins and not PUBLIC.fullmatch(target):
         advice = f"if you trust it, add plugins=[{package}]" if package else "give package.module.Class"
         raise UserError(f"{key}={target}: a config may name classes of {PACKAGE.name}; {advice}")
-
-
-def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401
-    """Every `_target_` of nested data with its key."""
-    if isinstance(tree, dict):
-        for key, child in tree.items():
-            if key == "_target_":
-                yield f"{prefix}{key}", str(child)
-            else:
-                yield from targets(child, f"{prefix}{key}.")
-    elif isinstance(tree, list):
-        for place, child in enumerate(tree):
-            yield from targets(child, f"{prefix}{place}.")
-
-
-def find(tree: dict[str, Any], key: str, absent: Any = None) -> Any:  # noqa: ANN401
-    """The value at a dotted key, `absent` where there is none."""
-    node: Any = tree
-    for part in key.split("."):
-        node = node.get(part, absent) if isinstance(node, dict) else absent
-    return node
-
-
-def shown(value: Any) -> str:  # noqa: ANN401
-    """A value as it is typed."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
-    """A nested dict as `{"a.b": value}`."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix[:-1]: tree}
-    return {key: value for name, child in tree.items() for key, value in flatten(child, f"{prefix}{name}.").items()}
-
-
-def is_harmless(key: str) -> bool:
-    """Whether a changed setting leaves a run what it is: neither data, model nor objective are others."""
-    if key == "trainer.gradient_clip_val":
-        return False
-    if key.startswith("data."):
-        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
-    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)

@@ -13,8 +13,8 @@ from types import NoneType, UnionType
 from typing import Any
 
 from ldm_lab.errors import UserError
-from ldm_lab.settings import MOST
 
+MOST = 2**63 - 1  # the largest whole number that torch takes
 MORE = inspect.Parameter.VAR_KEYWORD
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, MORE)
 PLAIN = (NoneType, bool, int, float, str, list, dict)  # what a config holds

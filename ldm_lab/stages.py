@@ -16,10 +16,12 @@ from ldm_lab import kinds, locks
 from ldm_lab.checkpoint import fingerprint
 from ldm_lab.config import DictConfig, build, build_all, is_searched, plain
 from ldm_lab.data.datamodule import ImageDataModule
-from ldm_lab.errors import STOPPING, UserError
+from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.nested import find
 from ldm_lab.saving import require_writable
-from ldm_lab.settings import check_code, find
+from ldm_lab.settings import check_code
+from ldm_lab.signals import STOPPING
 from ldm_lab.training import batch_size, device, initial, preview, slurm
 from ldm_lab.training import plan as planning
 from ldm_lab.training.preflight import check_fit, check_order

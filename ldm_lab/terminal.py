@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from ldm_lab.errors import BROKEN_PIPE, Interrupted
+from ldm_lab.signals import BROKEN_PIPE, Interrupted
 
 
 class Output(io.FileIO):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ldm_lab import AutoencoderKL, LDMPipeline, UNet2DModel, VQModel, checkpoint
+from ldm_lab.models.autoencoders import FIRST_STAGES, load_autoencoder
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
@@ -17,7 +18,7 @@ from tests.models.weights import assert_equal_weights
 
 FOLDER = GOLDEN / "diffusers" / "ldm_tiny"
 TRAINING = {"optimizer": None, "schedule": None}
-FIRST_STAGES = tuple(checkpoint.FIRST_STAGES.values())
+FIRST_STAGES = tuple(FIRST_STAGES.values())
 BOTH = {"vqvae": FIRST_STAGES, "unet": (UNet2DModel,)}
 
 
@@ -139,7 +140,7 @@ def test_no_file(tmp_path):
         checkpoint.load(tmp_path / "no.ckpt")
 
 
-@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.describe, checkpoint.load_autoencoder])
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.describe, load_autoencoder])
 def test_nothing_in_a_file_is_run(diffusion, tmp_path, read):
     path, proof = tmp_path / "last.ckpt", tmp_path / "proof"
     checkpoint.save({**state_of(diffusion), "callbacks": Malicious(proof)}, path)
@@ -199,15 +200,15 @@ def test_a_first_stage_from_everything_that_holds_one(pipe, run, file, tmp_path)
         str(tmp_path / "pipeline" / "vqvae"),
     ]
     for source in sources:
-        assert_equal_weights(checkpoint.load_autoencoder(source), pipe.vqvae)
+        assert_equal_weights(load_autoencoder(source), pipe.vqvae)
 
 
 def test_no_first_stage(run, tmp_path):
     for source in (tmp_path / "nowhere", run / "diffusion"):
         with pytest.raises(LoadError, match=f"^{source}: there is no first stage here"):
-            checkpoint.load_autoencoder(source)
+            load_autoencoder(source)
     with pytest.raises(LoadError, match=r"config.json: the first stage is UNet2DModel; known are VQModel, Autoenc"):
-        checkpoint.load_autoencoder(FOLDER / "unet")
+        load_autoencoder(FOLDER / "unet")
 
 
 @pytest.fixture
@@ -227,7 +228,7 @@ def test_a_first_stage_with_a_gaussian_from_everything_that_holds_one(kl_model, 
     kl_model.save_pretrained(tmp_path / "like stable diffusion" / "vae")
     LDMPipeline(kl_model, pipe.unet, pipe.scheduler).save_pretrained(tmp_path / "pipeline")
     for source in ("last.ckpt", "model", "run", "like stable diffusion", "pipeline"):
-        loaded = checkpoint.load_autoencoder(tmp_path / source)
+        loaded = load_autoencoder(tmp_path / source)
         assert type(loaded) is AutoencoderKL
         assert loaded.config == kl_model.config
         assert_equal_weights(loaded, kl_model)
@@ -248,7 +249,7 @@ def test_a_folder_of_stable_diffusion(kl_model, tmp_path):
     }
     foreign = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2", "_name_or_path": "x", "act_fn": "silu"}
     (tmp_path / "config.json").write_text(json.dumps({**kept, **neutral, **foreign}))
-    loaded = checkpoint.load_autoencoder(tmp_path)
+    loaded = load_autoencoder(tmp_path)
     assert_equal_weights(loaded, kl_model)
     assert loaded.config.scaling_factor == 0.18215
 

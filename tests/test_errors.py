@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm_lab.data.loading import Loader
-from ldm_lab.errors import STOPPING, Interrupted, UserError, doing, held, listen, reporting
+from ldm_lab.errors import UserError, doing, reporting
+from ldm_lab.signals import STOPPING, Interrupted, held, listen
 from ldm_lab.untrusted import LoadError
 
 TERM = signal.SIGTERM

@@ -20,6 +20,7 @@ from ldm_lab.losses.perceptual import LPIPS
 from ldm_lab.metrics.extractors import read_again
 from ldm_lab.metrics.images import open_array
 from ldm_lab.metrics.reference import names
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.state_dicts import tensors_in, unwrapped
 from ldm_lab.states import find
 from ldm_lab.untrusted import LoadError, read_torch, read_yaml
@@ -48,7 +49,7 @@ def array(write):
     return buffer.getvalue()
 
 
-READERS = (find, LDMPipeline.from_single_file, checkpoint.load_autoencoder, VQModel.from_single_file)
+READERS = (find, LDMPipeline.from_single_file, load_autoencoder, VQModel.from_single_file)
 KINDS = {
     "Git LFS": (POINTER.encode(), ADVICE),
     ".npy": (array(np.save), "an array of NumPy (.npy)"),
@@ -150,7 +151,7 @@ def test_compvis_tensors_are_found_wherever_they_lie(tmp_path, beside, places, k
     with torch.no_grad():
         pipe = LDMPipeline.from_pretrained(path)
         assert_close_relative(pipe.unet(IO["in.unet_x"], IO["in.unet_t"]).sample, IO["unet_ema"])
-    assert checkpoint.load_autoencoder(path).num_parameters() == pipe.vqvae.num_parameters()
+    assert load_autoencoder(path).num_parameters() == pipe.vqvae.num_parameters()
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -222,7 +223,7 @@ def test_a_bare_state_dict_says_what_is_missing(tmp_path, name, places):
     else:
         torch.save(wrapped(state, *places), path, _use_new_zipfile_serialization=not name.startswith("old"))
     weights = "diffusion_pytorch_model." + ("safetensors" if name.endswith("safetensors") else "bin")
-    for use in (find, checkpoint.load_autoencoder, checkpoint.load):
+    for use in (find, load_autoencoder, checkpoint.load):
         line = refusal(use, path)
         start = f"{path}: not a training checkpoint of ldm_lab, but a state dict ({len(state)} tensors, such as '"
         assert line.startswith(start)
@@ -235,7 +236,7 @@ def test_the_weights_in_a_folder_name_the_folder(tmp_path):
     line = refusal(find, folder / "unet/diffusion_pytorch_model.safetensors")
     assert "but the weights of one network: name their folder, or that of the whole pipeline" in line
     weights = folder / "vqvae/diffusion_pytorch_model.safetensors"
-    found, key = checkpoint.load_autoencoder(weights), "encoder.conv_in.weight"
+    found, key = load_autoencoder(weights), "encoder.conv_in.weight"
     assert torch.equal(found.state_dict()[key], load_file(weights)[key])
 
 

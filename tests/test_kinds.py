@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from ldm_lab import kinds, settings
+from ldm_lab import kinds, nested, settings
 from ldm_lab.config import Recipe, compose_sample, plain
 from ldm_lab.errors import UserError
-from ldm_lab.settings import find, flatten
+from ldm_lab.nested import find, flatten
 from ldm_lab.stages import try_training
 
 # Which keys `null` says something about; what it says stands beside them in configs/.
@@ -118,7 +118,7 @@ def test_null_is_refused_at_every_key_that_does_not_declare_it(composed, name):
 def test_other_values_are_refused_in_one_line(composed, key, value):
     with pytest.raises(UserError) as error:
         check(with_value(composed["celebahq/diffusion"], key, value))
-    assert str(error.value).startswith(f"{key}={settings.shown(value)}: ")
+    assert str(error.value).startswith(f"{key}={nested.shown(value)}: ")
     assert "\n" not in str(error.value)
 
 

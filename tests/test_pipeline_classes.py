@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ldm_lab import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel, checkpoint
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.notices import say_once
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
@@ -228,7 +229,7 @@ def test_nothing_is_imported_that_is_not_a_plugin(own, tmp_path):
         ):
             load(tmp_path / "folder", plugins=plugins)
     with pytest.raises(LoadError, match=r"config.json: the first stage is my_pkg.networks.Halved: add plugins="):
-        checkpoint.load_autoencoder(tmp_path / "folder")
+        load_autoencoder(tmp_path / "folder")
     assert "my_pkg" not in sys.modules
 
 
@@ -240,7 +241,7 @@ def test_own_classes_in_a_training_checkpoint(own, tmp_path):
     checkpoint.save(state, tmp_path / "last.ckpt")
     expected = copy.deepcopy(module.ema.model)
     forget()
-    for read in (load, checkpoint.load_autoencoder):
+    for read in (load, load_autoencoder):
         with pytest.raises(LoadError, match=r"last.ckpt: vqvae is my_pkg.networks.Halved: add plugins=\[my_pkg\]$"):
             read(tmp_path / "last.ckpt")
     assert_equal_weights(load(tmp_path / "last.ckpt", plugins=["my_pkg"]).unet, expected)
@@ -248,7 +249,7 @@ def test_own_classes_in_a_training_checkpoint(own, tmp_path):
 
 def test_an_own_first_stage_from_its_folder(own, tmp_path):
     own.vqvae.save_pretrained(tmp_path / "final")
-    loaded = checkpoint.load_autoencoder(tmp_path, plugins=["my_pkg"])
+    loaded = load_autoencoder(tmp_path, plugins=["my_pkg"])
     assert_equal_weights(loaded, own.vqvae)
     latents = torch.randn(1, 3, 8, 8)
     assert torch.equal(loaded.decode(latents).sample, own.vqvae.decode(latents).sample)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ldm_lab.errors import STOPPING, listen, reporting
+from ldm_lab.errors import reporting
+from ldm_lab.signals import STOPPING, listen
 from tests.runs import assert_equal, final_weights, last_checkpoint, metrics, train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,8 @@ import inspect
 import lightning
 import pytest
 
-from ldm_lab.settings import ELSEWHERE, check, check_trainer, find
+from ldm_lab.nested import find
+from ldm_lab.settings import ELSEWHERE, check, check_trainer
 
 
 def with_target(target, **more):

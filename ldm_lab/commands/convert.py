@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.checkpoint import load_autoencoder
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.errors import UserError
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline

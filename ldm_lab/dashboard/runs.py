@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ldm_lab.dashboard.layout import PICTURES
 from ldm_lab.errors import UserError
+from ldm_lab.nested import flatten
 from ldm_lab.records import StageRecord
-from ldm_lab.settings import flatten
 
 PLAIN_ID = re.compile(r"[a-z0-9]{1,32}")
 APART = ("name", "paths.", "logger.", "callbacks.", "plugins", "resume", "data.root", "data.cache_dir")  # no settings

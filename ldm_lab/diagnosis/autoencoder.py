@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from ldm_lab.diagnosis.finding import BAD, Finding, Healthy, Readings, in_range, missing, unless_learning
-from ldm_lab.settings import find
+from ldm_lab.nested import find
 
 # dB on held-out images. Published, on ImageNet: 27.4 (VQ-f4) and 24.2 (KL-f8); the demo ends at 27.
 PSNR = Healthy(low=24.0, bad_below=15.0)

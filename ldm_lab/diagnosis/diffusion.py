@@ -12,7 +12,7 @@ from ldm_lab.diagnosis.finding import UNKNOWN, Finding, Healthy, Readings, in_ra
 from ldm_lab.diffusion import objective
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.errors import UserError
-from ldm_lab.settings import find
+from ldm_lab.nested import find
 
 # A measured scale gives 1 on training images; held-out ones differ by a few hundredths (demo: 1.0).
 SCALE = Healthy(low=0.8, high=1.25, bad_below=0.5, bad_above=2.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ldm_lab.diagnosis.finding import BAD, LOOK, OK, Finding, Healthy, Readings, in_range, median, missing, tail
-from ldm_lab.settings import find
+from ldm_lab.nested import find
 
 # Of the newest quarter, as a part of the median: the demo, whose machine others used too, had 0.5 and 0.6.
 SPEED = Healthy(low=0.7)

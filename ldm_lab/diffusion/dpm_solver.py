@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.diffusion.levels import SPREADS, Level, flow, timesteps_at
 from ldm_lab.diffusion.multistep import ALGORITHMS, SOLVERS, by_data, by_noise, integral
 from ldm_lab.diffusion.noise import step_noise

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm_lab.diffusion.checks import is_number, require
+from ldm_lab.arguments import is_number, require
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified

@@ -17,8 +17,8 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from ldm_lab.arguments import is_integer, require
 from ldm_lab.diffusion.broadcast import per_sample
-from ldm_lab.diffusion.checks import is_integer, require
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
 from ldm_lab.diffusion.settings import SchedulerSettings

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.errors import UserError
 from ldm_lab.untrusted import MAX_TIMESTEPS
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from ldm_lab import hub
-from ldm_lab.diffusion.checks import is_integer, is_number, require, require_choice
+from ldm_lab.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Parameterization
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.notices import say_once

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lab import card, hub, states, tracking
-from ldm_lab.checkpoint import fingerprint, load_autoencoder
+from ldm_lab.checkpoint import fingerprint
 from ldm_lab.errors import UserError
 from ldm_lab.evaluation import autoencoder, drawn, results, sources
 from ldm_lab.evaluation.drawn import Sampling
@@ -17,6 +17,7 @@ from ldm_lab.evaluation.evaluator import Evaluator
 from ldm_lab.evaluation.scores import Scores
 from ldm_lab.evaluation.sources import Target
 from ldm_lab.metrics.images import Pixels
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.saving import SaveError, require_writable
 from ldm_lab.states import State

@@ -17,7 +17,7 @@ from ldm_lab.data.images import FolderImages
 from ldm_lab.errors import UserError, one_line
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
 from ldm_lab.metrics.reference import names, read_header
-from ldm_lab.settings import find
+from ldm_lab.nested import find
 from ldm_lab.untrusted import LoadError, read_yaml
 
 CONFIG = "config.yaml"

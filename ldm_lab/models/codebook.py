@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import require_positive
+from ldm_lab.arguments import require_positive
 from ldm_lab.models.quantizer import VectorQuantizer, code_counts, perplexity
 from ldm_lab.randomness import generator
 from ldm_lab.transfer import to_device

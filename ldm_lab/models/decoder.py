@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import by_block
+from ldm_lab.arguments import by_block
 from ldm_lab.models.encoder import EPS
 from ldm_lab.nn.attention import AttentionBlock
 from ldm_lab.nn.blocks import MidBlock, UpBlock

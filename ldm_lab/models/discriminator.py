@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import require_positive
+from ldm_lab.arguments import require_positive
 from ldm_lab.models.layout import LaidOut
 
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ldm_lab import typed
-from ldm_lab.interop import compvis
-from ldm_lab.models.arguments import (
-    require,
+from ldm_lab.arguments import (
     require_bool,
+    require_choice,
     require_positive,
     require_sample_size,
     require_scale,
     require_widths,
 )
+from ldm_lab.interop import compvis
 from ldm_lab.models.decoder import Decoder
 from ldm_lab.models.encoder import Encoder
 from ldm_lab.models.outputs import DecoderOutput
@@ -147,7 +147,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
 
     def _check_arguments(self) -> None:
         config = self.config
-        require("act_fn", config.act_fn, "silu")
+        require_choice("act_fn", config.act_fn, ["silu"])
         require_positive(**{key: config[key] for key in ("in_channels", "out_channels", "latent_channels")})
         require_positive(MAX_LAYERS, layers_per_block=config.layers_per_block)
         require_sample_size(config.sample_size)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.models.arguments import require, require_input
+from ldm_lab.arguments import require_choice, require_input
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.gaussian import DiagonalGaussian
 from ldm_lab.models.layout import LaidOut
@@ -73,7 +73,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         super().__init__()
         self._check_arguments()
         for key in ("shift_factor", "latents_mean", "latents_std"):
-            require(key, self.config[key], None)
+            require_choice(key, self.config[key], [None])
 
         moments = 2 * latent_channels  # mean and logarithm of the variance
         self.encoder = self._make_encoder(moments)

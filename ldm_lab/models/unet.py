@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.errors import UserError
-from ldm_lab.models.arguments import (
+from ldm_lab.arguments import (
     by_block,
-    require,
     require_bool,
+    require_choice,
     require_divides,
     require_input,
     require_number,
@@ -22,6 +21,7 @@ from ldm_lab.models.arguments import (
     require_sample_size,
     require_widths,
 )
+from ldm_lab.errors import UserError
 from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.nn.attention import AttentionBlock
@@ -155,7 +155,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
     def _check_arguments(self) -> None:
         config = self.config
         for key, supported in _SUPPORTED.items():
-            require(key, config[key], *supported)
+            require_choice(key, config[key], supported)
         require_positive(**{key: config[key] for key in ("in_channels", "out_channels")})
         require_positive(MAX_LAYERS, layers_per_block=config.layers_per_block)
         optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_attention_heads")

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from ldm_lab.arguments import require_choice, require_input, require_positive
 from ldm_lab.errors import UserError
-from ldm_lab.models.arguments import require, require_input, require_positive
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import DecoderOutput, EncoderOutput
@@ -74,7 +74,7 @@ class VQModel(LaidOut, FirstStage):
     ) -> None:
         super().__init__()
         self._check_arguments()
-        require("norm_type", norm_type, "group")
+        require_choice("norm_type", norm_type, ["group"])
         vq_embed_dim = latent_channels if vq_embed_dim is None else vq_embed_dim
         require_positive(MAX_CODES, num_vq_embeddings=num_vq_embeddings)
         require_positive(vq_embed_dim=vq_embed_dim)

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ldm_lab.nested import find
 from ldm_lab.records import RunRecord, StageRecord
 from ldm_lab.report.protocol import alike, does_not_compare
 from ldm_lab.report.values import Value, direction, evaluated, measured
-from ldm_lab.settings import find
 
 # What tells most, first.
 EVALUATIONS = ("fid", "fd_", "kid", "precision", "recall", "density", "coverage", "rfid")

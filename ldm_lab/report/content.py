@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ldm_lab.nested import find, flatten
 from ldm_lab.records import STAGES, Curve, RunRecord, StageRecord, last
 from ldm_lab.report.compare import Comparison, compare, verdict
 from ldm_lab.report.evaluations import series
 from ldm_lab.report.pictures import Budget, chosen, inlined
 from ldm_lab.report.protocol import does_not_compare, other_images
 from ldm_lab.report.values import Value, best, best_of, direction, evaluated, measured, thinned
-from ldm_lab.settings import find, flatten, is_harmless
+from ldm_lab.training.changes import is_harmless
 from ldm_lab.untrusted import LoadError
 
 Plain = dict[str, Any]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ldm_lab.nested import find
 from ldm_lab.records import Curve, Evaluation, RunRecord
 from ldm_lab.report.compare import rank
 from ldm_lab.report.protocol import measurement_and_sampling, seen
-from ldm_lab.settings import find
 
 
 @dataclass(frozen=True)

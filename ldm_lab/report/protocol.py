@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ldm_lab.nested import find, flatten
 from ldm_lab.records import Evaluation, StageRecord
-from ldm_lab.settings import find, flatten, is_harmless
+from ldm_lab.training.changes import is_harmless
 
 Settings = dict[str, Any]
 

@@ -12,10 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ldm_lab import signatures
-from ldm_lab.settings import find, flatten, is_harmless
+from ldm_lab.nested import find, flatten
 
 MISSING = inspect.Parameter.empty
 OPEN = signatures.MORE
+
+# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
+# and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
+# its own check.
+HARMLESS_GROUPS = (
+    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
+    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "plan", "plugins",
+    "optimized_metric", "model.schedule.max_images", "model.gradient_checkpointing", "model.optimizer.fused",
+)  # fmt: skip
+HARMLESS_IN_DATA = (
+    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "max_pixels", "latents",
+    "latents_dtype", "latents_precision",
+)  # fmt: skip
 
 
 @dataclass
@@ -86,3 +99,12 @@ def default_of(config: dict[str, Any], key: str) -> Any:  # noqa: ANN401
         default = parameters[name].default
         return list(default) if isinstance(default, tuple) else default
     return OPEN if any(parameter.kind is OPEN for parameter in parameters.values()) else MISSING
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a changed setting leaves a run what it is: neither data, model nor objective are others."""
+    if key == "trainer.gradient_clip_val":
+        return False
+    if key.startswith("data."):
+        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
+    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)

@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from ldm_lab import checkpoint, hub
-from ldm_lab.checkpoint import class_of, fingerprint, load_autoencoder
+from ldm_lab.checkpoint import class_of, fingerprint
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.errors import UserError
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.nested import find, flatten
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.serialization import Configurable, PretrainedModel
-from ldm_lab.settings import find, flatten
 from ldm_lab.states import State, search
 from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule

@@ -13,10 +13,11 @@ from lightning import Trainer
 from ldm_lab import card, checkpoint, hub
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.loading import enough_shared_memory
-from ldm_lab.errors import status_of
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.nested import find
 from ldm_lab.records import RunRecord, StageRecord
-from ldm_lab.settings import find
+from ldm_lab.signals import status_of
 from ldm_lab.training import memory
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.encode import Encode
@@ -202,4 +203,4 @@ def first_stage(source: str | None, command: str, plugins: Sequence[str] = ()) -
     """The autoencoder of a stage 2. Raises `LoadError` with the command that makes one, where there is none."""
     if not source or not (Path(source).exists() or hub.is_name(source)):
         raise LoadError(f"autoencoder={source} is not there; make it with: {command}")
-    return checkpoint.load_autoencoder(source, plugins)
+    return load_autoencoder(source, plugins)

@@ -15,8 +15,8 @@ import yaml
 
 from ldm_lab import checkpoint
 from ldm_lab.errors import UserError
+from ldm_lab.nested import flatten
 from ldm_lab.saving import replacing, write_json
-from ldm_lab.settings import flatten
 from ldm_lab.training.changes import compare
 from ldm_lab.untrusted import LoadError, read_json, read_yaml
 from ldm_lab.version import FORMAT, FORMAT_KEY

@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ldm_lab.errors import UserError, listen, reporting
+from ldm_lab.errors import UserError, reporting
+from ldm_lab.signals import listen
 from ldm_lab.terminal import lenient
 from scripts.gpu_check import report
 from scripts.gpu_check.parts import parts

@@ -4,8 +4,9 @@ import pytest
 import torch
 import yaml
 
-from ldm_lab import LDMPipeline, VQModel, checkpoint
+from ldm_lab import LDMPipeline, VQModel
 from ldm_lab.commands import convert
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.untrusted import LoadError
 from tests.helpers import GOLDEN, assert_close_relative
 from tests.interop.test_compvis_checkpoint import CHECKPOINT, IO, original_config
@@ -60,13 +61,13 @@ def test_a_folder_of_diffusers(tmp_path, name):
 @torch.no_grad()
 def test_the_first_stage_alone(tmp_path, capsys):
     run(CHECKPOINT, tmp_path / "folder", "--first-stage")
-    loaded = checkpoint.load_autoencoder(tmp_path / "folder")
+    loaded = load_autoencoder(tmp_path / "folder")
     scale = torch.load(CHECKPOINT, weights_only=True)["state_dict"]["scale_factor"]
     assert_close_relative(scale * loaded.encode(IO["in.image"]).latents, IO["latent_scaled"])
     assert "autoencoder  VQModel" in capsys.readouterr().out
     run(FOLDER, tmp_path / "other", "--first-stage")
     expected = VQModel.from_pretrained(FOLDER, subfolder="vqvae").decoder.conv_out.weight
-    assert torch.equal(checkpoint.load_autoencoder(tmp_path / "other").decoder.conv_out.weight, expected)
+    assert torch.equal(load_autoencoder(tmp_path / "other").decoder.conv_out.weight, expected)
 
 
 def test_the_type_of_the_weights(tmp_path):

@@ -118,5 +118,5 @@ def test_half_precision_steps_are_computed_in_single(dtype):
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range", "big"])
 def test_other_variances_are_refused(variance_type):
-    with pytest.raises(ValueError, match=f"variance_type='{variance_type}' .* fixed_small"):
+    with pytest.raises(ValueError, match=f"variance_type='{variance_type}' .* 'fixed_small'"):
         DDPMScheduler(variance_type=variance_type)

@@ -70,7 +70,7 @@ def test_trained_betas_take_the_place_of_the_schedule():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta_schedule": "cosine"}, "beta_schedule='cosine' .* linear, scaled_linear, squaredcos_cap_v2"),
+        ({"beta_schedule": "cosine"}, "beta_schedule='cosine' .* 'linear' or 'scaled_linear' or 'squaredcos_cap_v2'"),
         ({"beta_schedule": ["linear"]}, "beta_schedule"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from ldm_lab.errors import STOPPING, Interrupted
+from ldm_lab.signals import STOPPING, Interrupted
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.export import publish

@@ -8,6 +8,7 @@ import yaml
 from torch import nn
 
 from ldm_lab import LDMPipeline, VQModel, checkpoint
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.training import initial
 from ldm_lab.training.autoencoder_module import AutoencoderModule
@@ -182,7 +183,7 @@ def test_a_first_stage_starts_from_whatever_holds_one(tmp_path, run, pipe, place
     source = sources(run)["autoencoder"][place]
     module = stage_1(VQModel.from_config(pipe.vqvae.config))
     initial.load(module, config(source, "autoencoder", tmp_path), typed=())
-    expected = checkpoint.load_autoencoder(run / "diffusion/checkpoints/last.ckpt") if source == run else pipe.vqvae
+    expected = load_autoencoder(run / "diffusion/checkpoints/last.ckpt") if source == run else pipe.vqvae
     assert_equal_weights(module.autoencoder, expected)
     codes = module.autoencoder.quantize.embedding.weight.detach().clone()
     module.codebook.update(module.autoencoder.quantize, torch.randn(2, 3, 8, 8), torch.arange(64), step=0, seed=0)
@@ -310,4 +311,4 @@ def test_both_stages_take_the_shapes_of_the_source(tiny_runs, tmp_path, capsys):
     train(tmp_path, "experiment=celebahq/autoencoder", f"init={tmp_path}/first", "max_images=8")
     lines = capsys.readouterr().out.splitlines()
     assert f"init: model.autoencoder.num_vq_embeddings 32 -> 48, from {tmp_path}/first" in lines
-    assert checkpoint.load_autoencoder(tmp_path / "celebahq").config.num_vq_embeddings == 48
+    assert load_autoencoder(tmp_path / "celebahq").config.num_vq_embeddings == 48

@@ -7,10 +7,10 @@ import torch
 from lightning import Trainer
 
 from ldm_lab import randomness
-from ldm_lab.checkpoint import load_autoencoder
 from ldm_lab.config import Recipe, build
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.metrics.reconstruction import psnr
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.training.autoencoder_module import DECODER

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm_lab.checkpoint import load_autoencoder
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.data.images import FolderImages
 from ldm_lab.data.latents import LatentCache
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training import plan

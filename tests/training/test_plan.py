@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_lab.checkpoint import load_autoencoder
 from ldm_lab.data.images import FolderImages
 from ldm_lab.images import to_pil, to_unit
 from ldm_lab.metrics.reconstruction import psnr
+from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.training import plan, preview
 from ldm_lab.training.memory import num_bytes
 from ldm_lab.training.trial import Measured, Trial

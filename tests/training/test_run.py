@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ldm_lab.errors import reporting
-from ldm_lab.settings import flatten
+from ldm_lab.nested import flatten
 from ldm_lab.training import device
 from ldm_lab.training.changes import compare
 from ldm_lab.training.run import first_stage, is_first_process, lengthened

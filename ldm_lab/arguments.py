@@ -1,9 +1,12 @@
-"""Checks of constructor arguments: one clear line that names the key, the value and what is possible."""
+"""Checks of arguments: a wrong one is refused in one line that names the key, the value and the possible ones."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, SupportsIndex, TypeVar
 
 from ldm_lab.errors import UserError
@@ -12,10 +15,22 @@ from ldm_lab.untrusted import MAX_LEVELS, MAX_SIDE, MAX_WIDTH
 T = TypeVar("T")
 
 
-def require(key: str, value: Any, *supported: Any) -> None:  # noqa: ANN401
-    """Raise `UserError` unless `value` is one of `supported`."""
-    if value not in supported:
-        raise UserError(f"{key}={value!r} is not supported: use {' or '.join(map(repr, supported))}")
+def require(condition: bool, key: str, value: object, wanted: str) -> None:
+    """Raise a one-line `UserError` about `key` unless `condition` holds.
+
+    >>> require(False, "eta", -1.0, "at least 0")
+    Traceback (most recent call last):
+    UserError: eta=-1.0 is not allowed: it must be at least 0
+    """
+    if not condition:
+        raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {wanted}")
+
+
+def require_choice(key: str, value: Any, choices: Iterable[Any]) -> None:  # noqa: ANN401
+    """Raise `UserError` unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f"{key}={reprlib.repr(value)} is not supported: use {' or '.join(map(repr, choices))}")
 
 
 def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
@@ -82,7 +97,7 @@ def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
             raise UserError(f"{key} holds {name!r}, which is no name of a block")
     names = [name.removeprefix("UNetRes") for name in types]
     for name in names:
-        require(key, name, *known)
+        require_choice(key, name, known)
     return [known[name] for name in names]
 
 
@@ -110,3 +125,13 @@ def require_input(shape: Sequence[int], channels: int, factor: int, owner: str) 
     height, width = shape[2:]
     if height % factor or width % factor:
         raise UserError(f"{owner} takes heights and widths that are multiples of {factor}, got {height}x{width}")
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a finite number: neither text, nor a truth value, nor missing, nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
+
+
+def is_integer(value: object) -> bool:
+    """Whether `value` is a whole number; `True` is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
