@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ldm_lab import typed
-from ldm_lab.config import Recipe, run
-from ldm_lab.errors import doing
+from ldm_lab.config.compose import Recipe, run
+from ldm_lab.utils import shell
+from ldm_lab.utils.errors import doing
 
 USAGE = """Train a latent diffusion model: an autoencoder, then diffusion on its latents.
 
@@ -25,7 +25,7 @@ def job(overrides: list[str]) -> float | None:
     recipe = Recipe.parse(overrides)
     configs = recipe.compose()
 
-    from ldm_lab import stages
+    from ldm_lab.config import stages
     from ldm_lab.training.run import say
     from ldm_lab.training.watch import watched
 
@@ -50,7 +50,7 @@ def job(overrides: list[str]) -> float | None:
             config.autoencoder = f"{before.paths.stage}/final"
         with watched(), doing(f"training stage {config.stage} of {config.paths.runs}/{config.name}"):
             metrics = stages.train(config, command, recipe.typed)
-    sampling = typed.command("sample.py", f"ckpt={configs[-1].paths.runs}/{configs[-1].name}")
+    sampling = shell.command("sample.py", f"ckpt={configs[-1].paths.runs}/{configs[-1].name}")
     say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else recipe.command('diffusion')}")
     return stages.optimized(metrics, configs[-1].optimized_metric)
 

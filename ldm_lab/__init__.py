@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ldm_lab.version import __version__
+from ldm_lab.utils import moved
+from ldm_lab.utils.version import __version__
+
+moved.install()
 
 _HOMES = {
     "AutoencoderKL": "ldm_lab.models.kl_model",

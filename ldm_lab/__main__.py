@@ -7,18 +7,22 @@ import importlib
 import sys
 from pathlib import Path
 
-from ldm_lab.errors import reporting
-from ldm_lab.terminal import lenient
-from ldm_lab.threads import wait_asleep
-from ldm_lab.typed import at_home
+from ldm_lab.utils.errors import reporting
+from ldm_lab.utils.shell import at_home
+from ldm_lab.utils.terminal import lenient
+from ldm_lab.utils.threads import wait_asleep
 
 WRONG_USAGE = 2  # as argparse ends
+COMMAND = "*/command.py"  # the entry of a tool that is a folder
 
 
 def tools() -> dict[str, str]:
     """Name -> what it is for: the first line of each module's docstring. None of them is imported."""
-    files = sorted(Path(__file__).with_name("commands").glob("[!_]*.py"))
-    docstrings = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    home = Path(__file__).with_name("tools")
+    files = {path.stem: path for path in home.glob("[!_]*.py")} | {
+        path.parent.name: path for path in home.glob(COMMAND)
+    }
+    docstrings = {name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for name, path in sorted(files.items())}
     return {name: (text or "").partition("\n")[0] for name, text in docstrings.items()}
 
 
@@ -41,7 +45,10 @@ def main(argv: list[str]) -> None:
             print(f"error: {name}: there is no such tool\n{listing()}", file=sys.stderr)
             sys.exit(WRONG_USAGE)
         else:
-            importlib.import_module(f"ldm_lab.commands.{name}").main([at_home(argument) for argument in arguments])
+            module = f"ldm_lab.tools.{name}"
+            if hasattr(importlib.import_module(module), "__path__"):
+                module += ".command"
+            importlib.import_module(module).main([at_home(argument) for argument in arguments])
 
 
 if __name__ == "__main__":

@@ -12,24 +12,24 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab import parts, states, typed
-from ldm_lab.arguments import whole
-from ldm_lab.compiled import compile_for_inference
-from ldm_lab.denoising import denoise
+from ldm_lab.checkpoints import compvis, locate, parts
+from ldm_lab.diffusion.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
-from ldm_lab.errors import UserError
-from ldm_lab.images import array_to_pil, to_numpy, to_pil, to_unit
-from ldm_lab.interop import compvis
-from ldm_lab.memory import MemorySwitches
 from ldm_lab.models.autoencoders import FIRST_STAGES
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.pretrained import floating_type, one_device
 from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.outputs import BaseOutput
-from ldm_lab.randomness import seeded
-from ldm_lab.serialization import floating_type, one_device
-from ldm_lab.untrusted import blaming
+from ldm_lab.utils import shell
+from ldm_lab.utils.arguments import whole
+from ldm_lab.utils.compiled import compile_for_inference
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.images import array_to_pil, to_numpy, to_pil, to_unit
+from ldm_lab.utils.memory_switches import MemorySwitches
+from ldm_lab.utils.outputs import BaseOutput
+from ldm_lab.utils.randomness import seeded
+from ldm_lab.utils.reading import blaming
 
 if TYPE_CHECKING:
     import numpy as np
@@ -223,7 +223,7 @@ class LDMPipeline(MemorySwitches):
         The arguments are those of a network's `save_pretrained`; one that is compiled is written as it was before.
         """
         files = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        parts.write(typed.path(folder), self.components, **files)
+        parts.write(shell.path(folder), self.components, **files)
 
     @classmethod
     def from_pretrained(
@@ -252,8 +252,8 @@ class LDMPipeline(MemorySwitches):
         Arguments that are not listed here are those of a network's `from_pretrained`.
 
         Args:
-            source: the folder or file; `runs/x@2M` is a snapshot (see `ldm_lab.states`); `owner/model`, where there is
-                no such folder, a model on the Hugging Face hub. Of a file of CompVis, see `from_single_file`.
+            source: the folder or file; `runs/x@2M` is a snapshot (see `checkpoints.locate`); `owner/model`, where there
+                is no such folder, a model on the Hugging Face hub. Of a file of CompVis, see `from_single_file`.
             torch_dtype: floating-point type of the networks, or its name; None and "auto" keep that of the file.
             device: where the networks go; None leaves them on the CPU.
             vqvae: a part that is taken as it is; that of the source is neither read nor downloaded.
@@ -271,7 +271,7 @@ class LDMPipeline(MemorySwitches):
         given = {name: part for name, part in given.items() if part is not None}
         choice = {"variant": variant, "use_safetensors": use_safetensors}
         download = {"token": token, "force_download": force_download, "without": tuple(given)}
-        path = states.find(source, revision, cache_dir, local_files_only, **download, **choice).path
+        path = locate.find(source, revision, cache_dir, local_files_only, **download, **choice).path
         found = parts.read(path, cls.classes, given, plugins, **choice)
         with blaming(path):
             pipe = cls(**found)
@@ -301,7 +301,7 @@ class LDMPipeline(MemorySwitches):
             LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
                 missing or left over; one line says which.
         """
-        path = typed.path(path)
+        path = shell.path(path)
         found = parts.of_checkpoint(path, compvis.read(path, original_config, use_ema), cls.classes, {}, ())
         with blaming(path):
             pipe = cls(**found)

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from ldm_lab.threads import wait_asleep
+from ldm_lab.utils.threads import wait_asleep
 
 wait_asleep()
 if "PYTEST_XDIST_WORKER" in os.environ:

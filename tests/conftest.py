@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
-from tests.runs import EXPERIMENTS, train
+from tests.trained import EXPERIMENTS, train
 
 # The engine of autograd counts devices once, at the first backward: that of `rehearsal` must be among them by then.
 if hasattr(backend_registration, "_DummyDeviceGuard"):
@@ -21,7 +21,7 @@ os.environ["LDM_LAB_CACHE"] = CACHE.name
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
-    """A folder with a finished `debug=tiny` run of each experiment. Nobody may change it: see `tests.runs.copy`."""
+    """A folder with a finished `debug=tiny` run of each experiment. Nobody may change it: see `tests.trained.copy`."""
     runs = tmp_path_factory.mktemp("tiny") / "runs"
     for experiment in EXPERIMENTS:
         train(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm_lab import DDIMScheduler, DPMSolverMultistepScheduler, LDMPipeline, VQModel
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 from tests.diffusion.golden import COMPVIS, compvis, compvis_meta
 
 TESTS = Path(__file__).parent

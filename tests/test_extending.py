@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import ldm_lab.config
-import ldm_lab.config_files
+import ldm_lab.config.compose
+import ldm_lab.config.files
 import sample
-from ldm_lab.config import Recipe, build
-from ldm_lab.config_files import CONFIGS
+from ldm_lab.config.compose import Recipe, build
+from ldm_lab.config.files import CONFIGS
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.untrusted import read_json
-from tests.runs import last_checkpoint, snapshot, train, undisturbed
-from tests.test_configs import uncommented
+from ldm_lab.utils.reading import read_json
+from tests.config.test_configs import uncommented
+from tests.trained import last_checkpoint, snapshot, train, undisturbed
 from train import job
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/extending.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
-        for module in (ldm_lab.config, ldm_lab.config_files):
+        for module in (ldm_lab.config.compose, ldm_lab.config.files):
             patch.setattr(module, "CONFIGS", folder / "configs")
         yield folder
         forget()
@@ -131,7 +131,7 @@ def test_an_own_callback_from_local_settings_leaves_its_file(workplace):
     try:
         assert uncommented(local) == []
         train("runs", *CALLBACK, *SHORT, FIRST_STAGE, "name=watched", "callbacks.gradients.every_images=8")
-        assert ldm_lab.config.compose_sample(["ckpt=runs/watched"]).plugins == ["my_pkg"]
+        assert ldm_lab.config.compose.compose_sample(["ckpt=runs/watched"]).plugins == ["my_pkg"]
     finally:
         local.unlink()
     rows = [line.split(",") for line in Path("runs/watched/diffusion/gradients.csv").read_text().splitlines()]

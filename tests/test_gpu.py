@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ldm_lab.pipeline import LDMPipeline
-from tests.runs import final_weights, metrics, train
-from tests.test_resume import STAGES, interrupt, status
+from tests.trained import final_weights, metrics, train
+from tests.training.test_resume import STAGES, interrupt, status
 
 RECIPE = "experiment=celebahq"
 GPU = [

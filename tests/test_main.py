@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from ldm_lab import __main__ as program
-from ldm_lab.errors import UserError
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = sorted(path.stem for path in (ROOT / "ldm_lab/commands").glob("[!_]*.py"))
+TOOLS = sorted(path.stem for path in (ROOT / "ldm_lab/tools").glob("[!_]*.py"))
 
 
 @pytest.fixture

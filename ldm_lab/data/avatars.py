@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_lab import typed
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.drawing import REVISION
-from ldm_lab.saving import replacing, require_writable
+from ldm_lab.utils import shell
+from ldm_lab.utils.writing import replacing, require_writable
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class AvatarImages(ImageDataset):
         self.first, self.count = (0, num_train) if split == "train" else (num_train, num_val)
         self.shape = (num_train + num_val, max(self.image_size), max(self.image_size), 3)
         self.drawing_seed = drawing_seed
-        self.file = typed.path(cache_dir) / (
+        self.file = shell.path(cache_dir) / (
             f"avatars-{self.shape[0]}x{self.shape[1]}px-seed{drawing_seed}-r{REVISION}"
             f"-avatars{version('python-avatars')}-resvg{version('resvg-py')}.npy"
         )

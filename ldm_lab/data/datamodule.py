@@ -17,7 +17,7 @@ from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -32,7 +32,7 @@ class ImageDataModule(lightning.LightningDataModule):
         val_set: held-out images.
         global_batch_size: images for one optimizer step, on all devices together.
         batch_size: images that one device holds at a time; None: its whole share of the global batch. "auto" counts
-            as None until whoever trains has found a number and set it (see `ldm_lab.training.batch_size`).
+            as None until whoever trains has found a number and set it (see `ldm_lab.training.planning.batch_size`).
         val_batch_size: the same for held-out images; None: as in training.
         num_workers: processes that load for each device; 0 loads in the training process.
         seed: of the order of the training images.

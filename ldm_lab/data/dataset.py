@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm_lab.data.transforms import center_crop, parse_size, random_crop, random_flip, resize_to_cover, to_tensor
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 SPLITS = ("train", "val")
 

@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError, features
 
 from ldm_lab.data.metadata import with_sound_tags, without_metadata
 from ldm_lab.data.transforms import RGB, to_rgb
-from ldm_lab.errors import UserError
-from ldm_lab.untrusted import kind_of
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import kind_of
 
 with contextlib.suppress(ImportError):  # photos of phones, where somebody has installed what reads them
     from pillow_heif import register_heif_opener

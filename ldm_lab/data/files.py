@@ -17,9 +17,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from ldm_lab import typed
-from ldm_lab.errors import UserError
-from ldm_lab.untrusted import kind_of
+from ldm_lab.utils import shell
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import kind_of
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
@@ -212,7 +212,7 @@ def open_root(root: str | Path | None) -> Files:
     """The files of `data.root`. Raises `UserError` unless it is a folder or an archive that can be read."""
     if root is None or str(root) in ("", "???"):
         raise UserError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
-    path = typed.path(root)
+    path = shell.path(root)
     if path.is_dir():
         return Folder(path)
     if not path.exists():

@@ -18,7 +18,7 @@ from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
 from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
 from ldm_lab.data.transforms import covering_size
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 
 class ImageError(UserError):

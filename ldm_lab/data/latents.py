@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm_lab import typed
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.transforms import is_flipped
-from ldm_lab.errors import UserError
-from ldm_lab.saving import replacing, write_json
-from ldm_lab.untrusted import LoadError, check_plain, first_line, read_json
+from ldm_lab.utils import shell
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError, check_plain, first_line, read_json
+from ldm_lab.utils.writing import replacing, write_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # in safetensors
@@ -83,7 +83,7 @@ class LatentCache:
         layout = {"count": count, "shape": list(shape), "dtype": dtype, "shard_size": self.shard_size}
         self.meta = {"format": FORMAT, **what, **layout}
         self.key = digest([json.dumps(self.meta, sort_keys=True)])
-        self.folder = typed.path(root) / self.key
+        self.folder = shell.path(root) / self.key
 
     @property
     def shards(self) -> range:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ldm_lab.errors import UserError
-from ldm_lab.randomness import generator
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.randomness import generator
 
 
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -14,8 +14,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from ldm_lab.errors import UserError
-from ldm_lab.randomness import generator
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.randomness import generator
 
 RGB = tuple[int, int, int]
 Size = tuple[int, int]  # (height, width) in pixels

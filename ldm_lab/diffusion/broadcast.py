@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 
 def per_sample(values: Tensor, batch: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from ldm_lab.arguments import is_number, require
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, posterior_variance
-from ldm_lab.serialization import register_to_config
+from ldm_lab.utils.arguments import is_number, require
+from ldm_lab.utils.configurable import register_to_config
 
 
 class DDIMScheduler(Scheduler):

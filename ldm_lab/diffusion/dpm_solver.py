@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ldm_lab.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.diffusion.levels import SPREADS, Level, flow, timesteps_at
 from ldm_lab.diffusion.multistep import ALGORITHMS, SOLVERS, by_data, by_noise, integral
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Flow
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, index_of
 from ldm_lab.diffusion.spacing import SPACINGS, evenly
-from ldm_lab.errors import UserError
-from ldm_lab.serialization import register_to_config
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.arguments import is_integer, is_number, require, require_choice
+from ldm_lab.utils.configurable import register_to_config
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError
 
 FEW_STEPS = 15  # below, the last steps are of lower order: there the noise levels lie far apart
 LEVELS = (*SPREADS, "use_lu_lambdas", "use_flow_sigmas")  # settings that ask for other levels than `timestep_spacing`

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ldm_lab.diffusion.levels import Level
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 
 class Update(NamedTuple):

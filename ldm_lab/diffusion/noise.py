@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ldm_lab.errors import UserError
-from ldm_lab.transfer import to_device
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.transfer import to_device
 
 
 def randn(

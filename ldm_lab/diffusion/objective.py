@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm_lab.arguments import is_number, require
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified
-from ldm_lab.errors import UserError
-from ldm_lab.randomness import generator
+from ldm_lab.utils.arguments import is_number, require
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.randomness import generator
 
 
 class L2Loss:

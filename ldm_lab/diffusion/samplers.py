@@ -9,7 +9,7 @@ from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.dpm_solver import LEVELS, DPMSolverMultistepScheduler
 from ldm_lab.diffusion.scheduler import Scheduler
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 SAMPLERS: dict[str, type[Scheduler]] = {
     "ddim": DDIMScheduler,

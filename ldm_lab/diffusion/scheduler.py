@@ -17,16 +17,16 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from ldm_lab.arguments import is_integer, require
 from ldm_lab.diffusion.broadcast import per_sample
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
 from ldm_lab.diffusion.settings import SchedulerSettings
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.diffusion.thresholding import dynamic_threshold
-from ldm_lab.errors import UserError
-from ldm_lab.outputs import BaseOutput
-from ldm_lab.transfer import to_device
+from ldm_lab.utils.arguments import is_integer, require
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.outputs import BaseOutput
+from ldm_lab.utils.transfer import to_device
 
 END = -1  # the "timestep" after the last one: a clean sample
 

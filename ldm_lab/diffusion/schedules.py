@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldm_lab.arguments import is_integer, is_number, require, require_choice
-from ldm_lab.errors import UserError
-from ldm_lab.untrusted import MAX_TIMESTEPS
+from ldm_lab.utils.arguments import is_integer, is_number, require, require_choice
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import MAX_TIMESTEPS
 
 MAX_COSINE_BETA = 0.999  # Nichol & Dhariwal 2021, below eq. 17: avoids a singularity near t = T
 

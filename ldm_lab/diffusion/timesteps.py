@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ldm_lab.randomness import generator, uniform
+from ldm_lab.utils.randomness import generator, uniform
 
 
 class DrawTimesteps(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 # Luma and the two differences of colour, of a difference in RGB: ITU-R BT.601-7 (2011), section 2.5.
 _LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_lab.metrics.extractors import Extractor, had
-from ldm_lab.untrusted import read_torch
+from ldm_lab.utils.reading import read_torch
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 PATCH, GRID = 14, 37  # pixels of a patch; patches along a side where positions were learned

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm_lab import randomness
-from ldm_lab.errors import UserError
+from ldm_lab.utils import randomness
+from ldm_lab.utils.errors import UserError
 
 LEVEL = 0.95  # of intervals
 NEAREST = 3  # neighbours for precision and recall, as Kynkäänniemi et al. 2019 choose

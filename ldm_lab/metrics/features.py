@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.errors import UserError
 from ldm_lab.metrics.dinov2 import DINOv2
 from ldm_lab.metrics.extractors import Extractor, Inception
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.metrics.own import own
+from ldm_lab.utils.errors import UserError
 
 OWN = "own"
 PRETRAINED: dict[str, type[Extractor]] = {"inception": Inception, "dinov2": DINOv2}

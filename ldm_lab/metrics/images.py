@@ -20,8 +20,8 @@ from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.decode import EXTENSIONS
 from ldm_lab.data.files import Found
 from ldm_lab.data.images import FolderImages
-from ldm_lab.errors import UserError
-from ldm_lab.untrusted import LoadError, reason
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError, reason
 
 PEEKED = 32  # files that are opened to see how they were compressed
 RESIZE = "bicubic with antialiasing (Pillow)"  # of `ldm_lab.data.transforms`

@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm_lab import typed
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset, digest
-from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import DataPixels, Pixels, spread
-from ldm_lab.randomness import generator
-from ldm_lab.saving import replacing, require_writable
-from ldm_lab.transfer import to_device
-from ldm_lab.untrusted import LoadError, first_line
+from ldm_lab.utils import shell
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.randomness import generator
+from ldm_lab.utils.reading import LoadError, first_line
+from ldm_lab.utils.transfer import to_device
+from ldm_lab.utils.writing import replacing, require_writable
 
 REVISION = 1  # to be raised with every change that trains another network
 SIDE = 64  # pixels that it sees: larger images are averaged down
@@ -139,7 +139,7 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
 
 def folder(cache_dir: str | Path) -> Path:
     """Where extractors are kept."""
-    return typed.path(cache_dir) / "extractors"
+    return shell.path(cache_dir) / "extractors"
 
 
 def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:

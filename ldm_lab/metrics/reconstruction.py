@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from ldm_lab import float32
+from ldm_lab.utils import float32
 
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor
 from ldm_lab.metrics.distribution import Gaussian, gaussian
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import Pixels, open_array
-from ldm_lab.saving import replacing
-from ldm_lab.untrusted import LoadError, check_plain, reason
+from ldm_lab.utils.reading import LoadError, check_plain, reason
+from ldm_lab.utils.writing import replacing
 
 HEADER_KEYS = {"source", "fingerprint", "count", "transform", "extractor"}
 

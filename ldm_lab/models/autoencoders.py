@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm_lab import checkpoint, hub
-from ldm_lab.interop import compvis
+from ldm_lab.checkpoints import checkpoint, compvis
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.untrusted import LoadError, read_json
-from ldm_lab.weights import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
+from ldm_lab.utils import hub
+from ldm_lab.utils.reading import LoadError, read_json
+from ldm_lab.utils.weights import LEGACY_WEIGHTS, OWN_WEIGHTS, WEIGHTS
 
 FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 

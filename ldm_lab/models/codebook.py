@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ldm_lab.arguments import require_positive
 from ldm_lab.models.quantizer import VectorQuantizer, code_counts, perplexity
-from ldm_lab.randomness import generator
-from ldm_lab.transfer import to_device
-from ldm_lab.untrusted import MAX_CODES
+from ldm_lab.utils.arguments import require_positive
+from ldm_lab.utils.randomness import generator
+from ldm_lab.utils.reading import MAX_CODES
+from ldm_lab.utils.transfer import to_device
 
 JITTER = 0.01  # standard deviations of the latents
 

@@ -8,12 +8,12 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.arguments import by_block
 from ldm_lab.models.encoder import EPS
-from ldm_lab.nn.attention import AttentionBlock
-from ldm_lab.nn.blocks import MidBlock, UpBlock
-from ldm_lab.nn.resample import Upsample
-from ldm_lab.nn.resnet import ResnetBlock
+from ldm_lab.models.layers.attention import AttentionBlock
+from ldm_lab.models.layers.blocks import MidBlock, UpBlock
+from ldm_lab.models.layers.resample import Upsample
+from ldm_lab.models.layers.resnet import ResnetBlock
+from ldm_lab.utils.arguments import by_block
 
 HAS_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 

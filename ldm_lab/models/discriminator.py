@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ldm_lab.arguments import require_positive
 from ldm_lab.models.layout import LaidOut
+from ldm_lab.utils.arguments import require_positive
 
 
 class PatchDiscriminator(LaidOut):

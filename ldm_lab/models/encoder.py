@@ -8,11 +8,11 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.arguments import by_block
-from ldm_lab.nn.attention import AttentionBlock
-from ldm_lab.nn.blocks import DownBlock, MidBlock
-from ldm_lab.nn.resample import Downsample
-from ldm_lab.nn.resnet import ResnetBlock
+from ldm_lab.models.layers.attention import AttentionBlock
+from ldm_lab.models.layers.blocks import DownBlock, MidBlock
+from ldm_lab.models.layers.resample import Downsample
+from ldm_lab.models.layers.resnet import ResnetBlock
+from ldm_lab.utils.arguments import by_block
 
 HAS_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
 EPS = 1e-6  # of every normalisation of an autoencoder; the UNet's is an argument

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ldm_lab import typed
-from ldm_lab.arguments import (
+from ldm_lab.checkpoints import compvis
+from ldm_lab.models.decoder import Decoder
+from ldm_lab.models.encoder import Encoder
+from ldm_lab.models.layers.recomputed import GradientCheckpointing
+from ldm_lab.models.outputs import DecoderOutput
+from ldm_lab.models.pretrained import PretrainedModel, floating_type
+from ldm_lab.models.tiling import Tiles
+from ldm_lab.utils import shell
+from ldm_lab.utils.arguments import (
     require_bool,
     require_choice,
     require_positive,
@@ -18,14 +25,7 @@ from ldm_lab.arguments import (
     require_scale,
     require_widths,
 )
-from ldm_lab.interop import compvis
-from ldm_lab.models.decoder import Decoder
-from ldm_lab.models.encoder import Encoder
-from ldm_lab.models.outputs import DecoderOutput
-from ldm_lab.models.tiling import Tiles
-from ldm_lab.nn.recomputed import GradientCheckpointing
-from ldm_lab.serialization import PretrainedModel, floating_type
-from ldm_lab.untrusted import MAX_LAYERS, LoadError
+from ldm_lab.utils.reading import MAX_LAYERS, LoadError
 
 # Of either kind.
 _SWITCHES = (
@@ -139,7 +139,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
             LoadError: a file is missing or damaged, holds another kind of first stage, or a tensor is missing or left
                 over; one line says which.
         """
-        path = typed.path(path)
+        path = shell.path(path)
         config, tensors = compvis.read_first_stage(path, original_config)
         if config["_class_name"] != cls.__name__:
             raise LoadError(f"{path}: holds a first stage of class {config['_class_name']}, not {cls.__name__}")

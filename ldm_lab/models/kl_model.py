@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.arguments import require_choice, require_input
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.gaussian import DiagonalGaussian
 from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import AutoencoderKLOutput, DecoderOutput
-from ldm_lab.serialization import register_to_config
+from ldm_lab.models.pretrained import register_to_config
+from ldm_lab.utils.arguments import require_choice, require_input
 
 
 class AutoencoderKL(LaidOut, FirstStage):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ldm_lab.models.gaussian import DiagonalGaussian
-from ldm_lab.outputs import BaseOutput
+from ldm_lab.utils.outputs import BaseOutput
 
 
 @dataclass

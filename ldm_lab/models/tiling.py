@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.arguments import (
+from ldm_lab.models.layers.attention import AttentionBlock
+from ldm_lab.models.layers.blocks import DownBlock, MidBlock, UpBlock
+from ldm_lab.models.layers.embedding import FourierFeatures, TimestepEmbedding, sinusoid
+from ldm_lab.models.layers.recomputed import GradientCheckpointing
+from ldm_lab.models.layers.resample import Downsample, Upsample
+from ldm_lab.models.layers.resnet import ResnetBlock
+from ldm_lab.models.layout import LaidOut
+from ldm_lab.models.outputs import UNet2DOutput
+from ldm_lab.models.pretrained import PretrainedModel, register_to_config
+from ldm_lab.utils.arguments import (
     by_block,
     require_bool,
     require_choice,
@@ -21,17 +30,8 @@ from ldm_lab.arguments import (
     require_sample_size,
     require_widths,
 )
-from ldm_lab.errors import UserError
-from ldm_lab.models.layout import LaidOut
-from ldm_lab.models.outputs import UNet2DOutput
-from ldm_lab.nn.attention import AttentionBlock
-from ldm_lab.nn.blocks import DownBlock, MidBlock, UpBlock
-from ldm_lab.nn.embedding import FourierFeatures, TimestepEmbedding, sinusoid
-from ldm_lab.nn.recomputed import GradientCheckpointing
-from ldm_lab.nn.resample import Downsample, Upsample
-from ldm_lab.nn.resnet import ResnetBlock
-from ldm_lab.serialization import PretrainedModel, register_to_config
-from ldm_lab.untrusted import MAX_LAYERS
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import MAX_LAYERS
 
 DEFAULT_HEAD_DIM = 8  # the namesake's
 

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ldm_lab.arguments import require_choice, require_input, require_positive
-from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.layout import LaidOut
 from ldm_lab.models.outputs import DecoderOutput, EncoderOutput
+from ldm_lab.models.pretrained import register_to_config
 from ldm_lab.models.quantizer import VectorQuantizer
-from ldm_lab.serialization import register_to_config
-from ldm_lab.untrusted import MAX_CODES
+from ldm_lab.utils.arguments import require_choice, require_input, require_positive
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import MAX_CODES
 
 
 class VQModel(LaidOut, FirstStage):

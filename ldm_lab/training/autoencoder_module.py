@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.errors import UserError
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss, KLAutoencoderLoss
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.kl_model import AutoencoderKL
+from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.serialization import PretrainedModel
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
+from ldm_lab.utils.errors import UserError
 
 DECODER = ("post_quant_conv", "decoder")  # what stands between latents and images
 ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # terms of the game

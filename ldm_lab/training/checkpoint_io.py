@@ -1,4 +1,4 @@
-"""Lightning's door to `ldm_lab.checkpoint`, and files that have two names."""
+"""Lightning's door to `ldm_lab.checkpoints.checkpoint`, and files that have two names."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ldm_lab import checkpoint
-from ldm_lab.notices import say_once
-from ldm_lab.saving import flush, replacing
+from ldm_lab.checkpoints import checkpoint
 from ldm_lab.training.host_copy import HostCopy
+from ldm_lab.utils.notices import say_once
+from ldm_lab.utils.writing import flush, replacing
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
@@ -70,7 +70,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._stop.set()
 
     def load_checkpoint(self, path: str | Path, map_location: object = None, weights_only: bool | None = None) -> dict:
-        """See `ldm_lab.checkpoint.load`."""
+        """See `ldm_lab.checkpoints.checkpoint.load`."""
         state = checkpoint.load(path)
         self._whole = Path(path)
         return state

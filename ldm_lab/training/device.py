@@ -17,9 +17,9 @@ from lightning.pytorch.accelerators import (
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ldm_lab.errors import UserError
-from ldm_lab.nn.cpu import has_bfloat16
-from ldm_lab.settings import ALIASES
+from ldm_lab.models.layers.cpu import has_bfloat16
+from ldm_lab.training.precisions import ALIASES
+from ldm_lab.utils.errors import UserError
 
 ROUNDED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # precision of sampling -> type of the networks
 

@@ -10,18 +10,18 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from ldm_lab import randomness
 from ldm_lab.diffusion.objective import DenoisingObjective
 from ldm_lab.diffusion.scheduler import Scheduler
-from ldm_lab.errors import UserError
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import PretrainedModel
 from ldm_lab.training.ema import EMA
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.training.statistics import moments, of_all_ranks, pooled
+from ldm_lab.utils import randomness
+from ldm_lab.utils.errors import UserError
 
 
 class DiffusionModule(StageModule):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 
 class EMA(nn.Module):

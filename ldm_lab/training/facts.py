@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.dataset import digest
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.serialization import PretrainedModel
+from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.training.latents import latent_shape
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.version import __version__
+from ldm_lab.utils.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_lab.training import memory
+from ldm_lab.training.planning import memory
 
 
 class HostCopy:

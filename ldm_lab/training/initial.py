@@ -16,22 +16,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm_lab import checkpoint, hub
-from ldm_lab.checkpoint import class_of, fingerprint
+from ldm_lab.checkpoints import checkpoint
+from ldm_lab.checkpoints.checkpoint import class_of, fingerprint
+from ldm_lab.checkpoints.locate import State, search
 from ldm_lab.diffusion.scheduler import Scheduler
-from ldm_lab.errors import UserError
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.nested import find, flatten
+from ldm_lab.models.pretrained import Configurable, PretrainedModel
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.serialization import Configurable, PretrainedModel
-from ldm_lab.states import State, search
+from ldm_lab.runs.folder import RunFolder
 from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.run import say
-from ldm_lab.training.run_folder import RunFolder
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.untrusted import LoadError, read_json
+from ldm_lab.utils import hub
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.nested import find, flatten
+from ldm_lab.utils.reading import LoadError, read_json
 
 # Of each stage: keys of the config -> parts of the source that they must agree with; the first is the one trained.
 NODES = {
@@ -49,7 +50,7 @@ OF_WEIGHTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A trained model: any state (see `ldm_lab.states`), or the folder of a single network.
+    """A trained model: any state (see `ldm_lab.checkpoints.locate`), or the folder of a single network.
 
     Attributes:
         name: as the user has typed it.

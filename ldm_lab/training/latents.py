@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from ldm_lab import randomness
-from ldm_lab.checkpoint import fingerprint
+from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.latents import LatentCache
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.utils import randomness
 
 Shape = tuple[int, int, int]
 PRECISIONS = {"float32": "32-true", "bfloat16": "bfloat16"}  # `data.latents_precision`, as it stands in a cache's key

@@ -9,10 +9,10 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ldm_lab import float32
 from ldm_lab.data.datamodule import Chosen, spread
 from ldm_lab.data.loading import Loader
 from ldm_lab.training.callbacks.pictures import shared
+from ldm_lab.utils import float32
 
 
 class Neighbours:

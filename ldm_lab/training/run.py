@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 
 from lightning import Trainer
 
-from ldm_lab import card, checkpoint, hub
+from ldm_lab.checkpoints import checkpoint
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.loading import enough_shared_memory
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.nested import find
-from ldm_lab.records import RunRecord, StageRecord
-from ldm_lab.signals import status_of
-from ldm_lab.training import memory
+from ldm_lab.runs import card
+from ldm_lab.runs.folder import RunFolder
+from ldm_lab.runs.record import RunRecord, StageRecord
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.encode import Encode
 from ldm_lab.training.callbacks.export import Export
@@ -29,9 +28,12 @@ from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.facts import facts
-from ldm_lab.training.run_folder import RunFolder
+from ldm_lab.training.planning import memory
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils import hub
+from ldm_lab.utils.nested import find
+from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.signals import status_of
 
 Schedule = Callable[[int], float]  # images seen -> multiplier of the learning rate
 

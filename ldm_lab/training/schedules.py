@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 
 WARMUP_START = 1e-6  # multiplier of the first step, that of latent diffusion's lsun_churches experiment
 

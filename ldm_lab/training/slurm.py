@@ -7,8 +7,8 @@ import sys
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from ldm_lab.errors import UserError
 from ldm_lab.training.run import is_first_process
+from ldm_lab.utils.errors import UserError
 
 
 def check_tasks(devices: int, nodes: int) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from ldm_lab import checkpoint, randomness
+from ldm_lab.checkpoints import checkpoint
 from ldm_lab.models.layout import follow_parameters
-from ldm_lab.serialization import PretrainedModel
-from ldm_lab.transfer import to_device
-from ldm_lab.untrusted import LoadError
-from ldm_lab.version import FORMAT, FORMAT_KEY, __version__
+from ldm_lab.models.pretrained import PretrainedModel
+from ldm_lab.utils import randomness
+from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.transfer import to_device
+from ldm_lab.utils.version import FORMAT, FORMAT_KEY, __version__
 
 
 class StageModule(LightningModule):
@@ -156,7 +157,7 @@ class StageModule(LightningModule):
         self.log("images_seen", torch.tensor(self.images_seen, dtype=torch.float64), batch_size=1)
 
     def on_save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write the entry that makes the file explain itself (see `ldm_lab.checkpoint`)."""
+        """Write the entry that makes the file explain itself (see `ldm_lab.checkpoints.checkpoint`)."""
         state[checkpoint.ENTRY] = {
             "stage": self.stage,
             "images_seen": self.images_seen,

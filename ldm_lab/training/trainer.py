@@ -8,9 +8,9 @@ import lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from ldm_lab import float32
-from ldm_lab.errors import UserError, one_line
 from ldm_lab.training.launcher import Launcher
+from ldm_lab.utils import float32
+from ldm_lab.utils.errors import UserError, one_line
 
 
 class Trainer(lightning.Trainer):

@@ -14,9 +14,9 @@ from typing import ClassVar, NoReturn
 
 import torch
 
-from ldm_lab.errors import fail, one_line
-from ldm_lab.signals import BROKEN_PIPE, STOPPING, status_of
-from ldm_lab.terminal import cry
+from ldm_lab.utils.errors import fail, one_line
+from ldm_lab.utils.signals import BROKEN_PIPE, STOPPING, status_of
+from ldm_lab.utils.terminal import cry
 
 STOPPED = frozenset(map(status_of, (*STOPPING, BROKEN_PIPE)))  # exit statuses of who was asked to stop
 

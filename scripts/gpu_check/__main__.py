@@ -10,14 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from ldm_lab.errors import UserError, reporting
-from ldm_lab.signals import listen
-from ldm_lab.terminal import lenient
+from ldm_lab.utils.errors import UserError, reporting
+from ldm_lab.utils.signals import listen
+from ldm_lab.utils.terminal import lenient
 from scripts.gpu_check import report
 from scripts.gpu_check.parts import parts
 from scripts.gpu_check.runner import SECONDS, Check, run_all
 
-PRELOADED = ("ldm_lab.stages", "ldm_lab.commands.benchmark")
+PRELOADED = ("ldm_lab.config.stages", "ldm_lab.tools.benchmark.command")
 
 
 def main(argv: list[str]) -> int:

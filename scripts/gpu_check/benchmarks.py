@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ldm_lab.errors import one_line
+from ldm_lab.utils.errors import one_line
 from scripts.gpu_check.device import dtypes, torch_device
 from scripts.gpu_check.runner import Check, Row
 
@@ -50,8 +50,8 @@ def benchmark(kinds: Sequence[str], compiled: bool, layout: str, check: Check) -
 
 def _measured(check: Check, kind: str, compiled: bool, layout: str) -> Row:
     """The figures of one kind: ours, and our ratio to diffusers where it is installed."""
-    from ldm_lab.commands.benchmark import main
-    from ldm_lab.training import memory
+    from ldm_lab.tools.benchmark.command import main
+    from ldm_lab.training.planning import memory
 
     device, dtype = torch_device(check), dtypes(check)[-1]
     peer = importlib.util.find_spec("diffusers") is not None

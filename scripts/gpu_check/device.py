@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ldm_lab.errors import UserError
+from ldm_lab.utils.errors import UserError
 from scripts.gpu_check.runner import Check
 
 if TYPE_CHECKING:

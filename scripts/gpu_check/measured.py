@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ldm_lab.errors import UserError, one_line
+from ldm_lab.utils.errors import UserError, one_line
 from scripts.gpu_check.device import cores, everyday
 from scripts.gpu_check.runner import Check, Row
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ldm_lab.config import DictConfig
-    from ldm_lab.training.trial import Trial
+    from ldm_lab.config.compose import DictConfig
+    from ldm_lab.training.planning.trial import Trial
 
 STEPS = {"autoencoder": "steps, stage 1 `paper`", "diffusion": "steps, stage 2 `paper`"}
 TOO_MANY = 64  # images at a time, for which the memory is made too small
@@ -23,7 +23,7 @@ LEFT_CUDA, LEFT_CPU = 4 * 2**30, 2**29  # bytes that they are left
 
 def paper(check: Check, stage: str, *overrides: str) -> DictConfig:
     """The config of a stage with the networks of the paper, at 256 pixels; LPIPS with random weights."""
-    from ldm_lab.config import Recipe
+    from ldm_lab.config.compose import Recipe
 
     return Recipe.parse([f"experiment=folder/{stage}", *_paper(check, stage), *overrides]).compose()[0]
 
@@ -52,9 +52,9 @@ def random_vgg(path: Path) -> Path:
 
 def trial(check: Check, stage: str, *overrides: str) -> Trial:
     """What tries a stage; its first stage, if it needs one, has random weights."""
-    from ldm_lab import stages
+    from ldm_lab.config import stages
+    from ldm_lab.training.planning.trial import Trial
     from ldm_lab.training.quiet import quiet
-    from ldm_lab.training.trial import Trial
 
     quiet()
     autoencoder = None
@@ -71,8 +71,8 @@ def steps(stage: str, check: Check) -> Iterator[Row]:
     """
     import torch
 
-    from ldm_lab.benchmark.contest import matmul_peak
-    from ldm_lab.training import batch_size
+    from ldm_lab.tools.benchmark.contest import matmul_peak
+    from ldm_lab.training.planning import batch_size
 
     tried = trial(check, stage)
     images = batch_size.find(tried)
@@ -108,7 +108,7 @@ def operations(run: Callable[[], object]) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-    from ldm_lab.benchmark.contest import CPU_ATTENTION
+    from ldm_lab.tools.benchmark.contest import CPU_ATTENTION
 
     known = flop_registry | {name: shape_wrapper(count) for name, count in CPU_ATTENTION.items()}
 
@@ -134,7 +134,7 @@ def operations(run: Callable[[], object]) -> int:
 
 def auto(check: Check) -> Iterator[Row]:
     """`data.batch_size=auto` of stage 2, for a global batch too large for most cards; then steps of the size found."""
-    from ldm_lab.training import batch_size, memory
+    from ldm_lab.training.planning import batch_size, memory
 
     wanted = 8 if check.small else 512
     tried = trial(check, "diffusion", f"data.global_batch_size={wanted}")
@@ -169,8 +169,8 @@ def limit_memory(check: Check) -> None:
     """Leave this process little memory: of a GPU by its allocator's share, of a CPU by the system's limit."""
     import torch
 
-    from ldm_lab import stages  # noqa: F401  # before the limit: imports need memory
-    from ldm_lab.training import memory
+    from ldm_lab.config import stages  # noqa: F401  # before the limit: imports need memory
+    from ldm_lab.training.planning import memory
 
     if check.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(LEFT_CUDA / memory.total(torch.device("cuda", 0)), 0)

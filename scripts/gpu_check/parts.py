@@ -24,7 +24,7 @@ def machine(check: Check) -> Iterator[Row]:
     """What was measured on, and how fast its matrix products are. Raises `ValueError` where there is no GPU."""
     import torch
 
-    from ldm_lab.benchmark.contest import matmul_peak
+    from ldm_lab.tools.benchmark.contest import matmul_peak
 
     gpu = device.torch_device(check)
     facts = {"commit": _said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")}
@@ -74,7 +74,7 @@ def tests(check: Check) -> Iterator[Row]:
 
 def demo(check: Check) -> Iterator[Row]:
     """Both stages of `python train.py`: seconds of training, the speed, and the metrics of the last validation."""
-    from ldm_lab.records import StageRecord
+    from ldm_lab.runs.record import StageRecord
     from train import job
 
     for stage, what in DEMO.items():

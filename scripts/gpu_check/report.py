@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.saving import replacing
+from ldm_lab.utils.writing import replacing
 
 JSON, MARKDOWN = "gpu_check.json", "gpu_check.md"
 MACHINE = "machine"  # the row whose notes say what was measured on; it stands above the table

@@ -16,7 +16,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.signals import STOPPING
+from ldm_lab.utils.signals import STOPPING
 from scripts.gpu_check import report
 
 SECONDS = 570  # for all parts, unless told otherwise: with its start and its end a check takes ten minutes at most

@@ -16,7 +16,7 @@ from ldm_lab.data import latents
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.data.latents import CachedLatents, LatentCache
 from ldm_lab.data.transforms import is_flipped
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 from tests.security.guard import refusal
 from tests.security.test_hostile_files import SAFETENSORS
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from ldm_lab import notices
 from ldm_lab.data import loading
 from ldm_lab.data.loading import Collate, Loader, enough_shared_memory
-from ldm_lab.errors import UserError
+from ldm_lab.utils import notices
+from ldm_lab.utils.errors import UserError
 
 SIZE = 3 * 32 * 32 * 4  # bytes of an item
 

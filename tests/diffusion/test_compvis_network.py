@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from ldm_lab.checkpoints.compvis import unet_config, unet_state
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.objective import DenoisingObjective, L1Loss, L2Loss, PlainWeighting
 from ldm_lab.diffusion.timesteps import UniformTimesteps
-from ldm_lab.interop.compvis import unet_config, unet_state
 from ldm_lab.models.unet import UNet2DModel
 from tests.diffusion.golden import compvis, compvis_meta, recorded_schedule
 from tests.helpers import assert_close_relative

@@ -8,7 +8,7 @@ import torch
 
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 from tests.helpers import assert_close_relative
 
 LATENTS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}

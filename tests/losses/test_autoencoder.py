@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm_lab.interop.compvis import vq_config, vq_model_state
+from ldm_lab.checkpoints.compvis import vq_config, vq_model_state
 from ldm_lab.losses.adversarial import AdversarialTerm
 from ldm_lab.losses.autoencoder import AutoencoderLoss
 from ldm_lab.losses.perceptual import MultiScaleL1

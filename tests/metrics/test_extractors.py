@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ldm_lab.metrics import dinov2, features
 from ldm_lab.metrics.dinov2 import DINOv2, ViT
 from ldm_lab.metrics.extractors import Inception
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 from tests.helpers import Malicious
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")

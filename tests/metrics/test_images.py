@@ -9,7 +9,7 @@ from PIL import Image
 
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, FilePixels, WholeFolder
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 from tests.helpers import Malicious
 
 

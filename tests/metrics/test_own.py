@@ -13,7 +13,7 @@ from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.metrics import own
 from ldm_lab.metrics.distribution import frechet_distance, gaussian
 from ldm_lab.metrics.images import DataPixels
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from ldm_lab.metrics import reference
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import DataPixels
 from ldm_lab.metrics.reference import Reference
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 
 
 class Means(Extractor):

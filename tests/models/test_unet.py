@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ldm_lab.models.layers.attention import AttentionBlock
+from ldm_lab.models.layers.resnet import ResnetBlock
 from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.nn.attention import AttentionBlock
-from ldm_lab.nn.resnet import ResnetBlock
 from tests.models.weights import assert_equal_weights
 
 TINY = {

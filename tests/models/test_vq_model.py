@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 from tests.models.weights import assert_equal_weights
 
 TINY = {

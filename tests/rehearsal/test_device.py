@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_lab.transfer import to_device
+from ldm_lab.utils.transfer import to_device
 
 
 def network():
@@ -124,7 +124,7 @@ def test_it_has_no_float64(rehearsal, make):
 
 
 def test_a_wait_says_who_waits(rehearsal):
-    from ldm_lab.images import to_uint8
+    from ldm_lab.utils.images import to_uint8
 
     to_uint8(torch.ones(1, 3, 2, 2).to(rehearsal.device))
     assert rehearsal.log.waits[-1].places == ("images.py: to_uint8",)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-from ldm_lab.evaluation.autoencoder import reconstructions
-from ldm_lab.evaluation.rows import features
 from ldm_lab.metrics import own
 from ldm_lab.metrics.images import DataPixels
+from ldm_lab.tools.evaluate.autoencoder import reconstructions
+from ldm_lab.tools.evaluate.rows import features
 from ldm_lab.training.trainer import Trainer
 from tests.rehearsal.accelerator import OVERRIDES, RehearsalStrategy
-from tests.runs import train
+from tests.trained import train
 from tests.training.stages import tiny
 
 

@@ -5,14 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_lab import pictures, randomness
 from ldm_lab.diffusion import samplers
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.training.preview import show_reconstructions
+from ldm_lab.sampling import pictures
+from ldm_lab.training.planning.preview import show_reconstructions
+from ldm_lab.utils import randomness
 from sample import job
 from tests.rehearsal import mps
 from tests.rehearsal.accelerator import OVERRIDES
-from tests.runs import undisturbed
+from tests.trained import undisturbed
 
 MODEL = "tests/golden/diffusers/ldm_tiny"
 SAMPLERS = [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm_solver", 0.0)]

@@ -11,7 +11,7 @@ from ldm_lab.training.callbacks.progress import Progress
 from tests.rehearsal import documented, mps, rules
 from tests.rehearsal.accelerator import OVERRIDES
 from tests.rehearsal.callbacks import Steps
-from tests.runs import final_weights, metrics, train
+from tests.trained import final_weights, metrics, train
 
 # Rows of metrics in the second and the fourth step; checkpoints, validation and pictures after these.
 COMMON = (

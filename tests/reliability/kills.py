@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.trainer import call
 
-from ldm_lab import stages  # noqa: F401  it imports what trains
+from ldm_lab.config import stages  # noqa: F401  it imports what trains
 from ldm_lab.training.diffusion_module import DiffusionModule
 from train import job
 

@@ -5,7 +5,7 @@ import struct
 
 from wandb.proto import wandb_internal_pb2 as wandb_file
 
-from tests.runs import assert_equal, final_weights, last_checkpoint, metrics
+from tests.trained import assert_equal, final_weights, last_checkpoint, metrics
 
 STAGES = ("autoencoder", "diffusion")
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "ldm_lab")  # of a checkpoint; the rest are counters

@@ -12,7 +12,7 @@ from ldm_lab.data.images import FolderImages, ImageError
 from ldm_lab.data.sampler import permutation
 from tests.reliability import kills
 from tests.reliability.commands import TWO
-from tests.runs import metrics, train
+from tests.trained import metrics, train
 
 STAGE = "celebahq/autoencoder"
 TRAINING = (f"experiment={STAGE}", "debug=tiny", "logger=csv", "plugins=[tests]", "trainer.log_every_n_steps=1000")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.helpers import assert_close_relative
 from tests.reliability.kills import ROOT, SEED, TALLY, TIME_LIMIT, Moment, start
 from tests.reliability.sameness import assert_same_run
-from tests.runs import assert_equal, final_weights
+from tests.trained import assert_equal, final_weights
 
 INTERVAL, STEP = 16, 8  # images between checkpoints, and of a step, of debug=tiny
 

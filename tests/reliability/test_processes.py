@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers import contents
 from tests.reliability.commands import TWO, Command, python, torchrun
-from tests.runs import assert_equal, metrics
+from tests.trained import assert_equal, metrics
 
 MINUTE = 60
 TINY = ("experiment=celebahq", "debug=tiny", "logger=csv", "plugins=[tests]")

@@ -14,13 +14,13 @@ from PIL import Image
 
 import sample
 from ldm_lab import LDMPipeline
-from ldm_lab.images import save_png
-from ldm_lab.sampling import MissingSamples, SamplingModule, claim, image_path, missing
+from ldm_lab.sampling.generate import MissingSamples, SamplingModule, claim, image_path, missing
 from ldm_lab.training.trainer import Trainer
+from ldm_lab.utils.images import save_png
 from tests.helpers import contents
 from tests.reliability.commands import ROOT, TIME_LIMIT, TWO
 from tests.reliability.kills import free_port, processes, rank_environment
-from tests.test_sampling import MODEL, SETTINGS, write_images
+from tests.sampling.test_generate import MODEL, SETTINGS, write_images
 
 TINY = (f"ckpt={MODEL}", "sampler.steps=2")
 ONE = ("trainer=cpu",)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldm_lab import LDMPipeline
-from ldm_lab.training.run_folder import RunFolder
+from ldm_lab.runs.folder import RunFolder
 from tests.security import sources
 
 MANY = 200  # examples are a soak

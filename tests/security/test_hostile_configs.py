@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from ldm_lab import LDMPipeline
-from ldm_lab.config import Recipe
-from ldm_lab.untrusted import LoadError, read_json, read_yaml
+from ldm_lab.config.compose import Recipe
+from ldm_lab.utils.reading import LoadError, read_json, read_yaml
 from tests.security import sources
 from tests.security.guard import guarded, refusal
 
@@ -22,9 +22,9 @@ CODE = [
     "torch.hub.load",
     "torch.load",
     "torch.utils.cpp_extension.load_inline",
-    "ldm_lab.images.os.system",
-    "ldm_lab.serialization.os.system",
-    "ldm_lab.training.run_folder.RunFolder",
+    "ldm_lab.utils.images.os.system",
+    "ldm_lab.models.pretrained.os.system",
+    "ldm_lab.runs.folder.RunFolder",
     "diffusers.DiffusionPipeline",
     "..evil",
     "../../evil/Model",

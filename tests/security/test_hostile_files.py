@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ldm_lab import LDMPipeline
-from ldm_lab.saving import replacing
-from ldm_lab.states import find
+from ldm_lab.checkpoints.locate import find
+from ldm_lab.runs.folder import RunFolder
 from ldm_lab.training.loggers.csv import MetricsCSV
 from ldm_lab.training.loggers.wandb import WandbLogger
-from ldm_lab.training.run_folder import RunFolder
-from ldm_lab.untrusted import read_yaml
+from ldm_lab.utils.reading import read_yaml
+from ldm_lab.utils.writing import replacing
 from tests.security import sources
 from tests.security.guard import guarded, refusal
 

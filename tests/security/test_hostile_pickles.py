@@ -14,8 +14,9 @@ import hydra
 import pytest
 import torch
 
-from ldm_lab import LDMPipeline, checkpoint
-from ldm_lab.untrusted import MAX_REPEATED, read_torch
+from ldm_lab import LDMPipeline
+from ldm_lab.checkpoints import checkpoint
+from ldm_lab.utils.reading import MAX_REPEATED, read_torch
 from tests.security import sources
 from tests.security.guard import refusal
 

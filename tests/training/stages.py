@@ -2,9 +2,9 @@
 
 import torch
 
-from ldm_lab import stages
-from ldm_lab.config import Recipe
-from ldm_lab.training.trial import Trial
+from ldm_lab.config import stages
+from ldm_lab.config.compose import Recipe
+from ldm_lab.training.planning.trial import Trial
 
 
 def tiny(experiment, *overrides):

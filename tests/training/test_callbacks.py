@@ -9,14 +9,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from ldm_lab.signals import STOPPING, Interrupted
+from ldm_lab.runs.folder import RunFolder
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.export import publish
 from ldm_lab.training.callbacks.interrupt import BrokenOff, Interrupt
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO, place
-from ldm_lab.training.run_folder import RunFolder
+from ldm_lab.utils.signals import STOPPING, Interrupted
 
 
 class FakeTrainer(SimpleNamespace):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from tests.runs import assert_equal, final_weights, metrics, train
+from tests.trained import assert_equal, final_weights, metrics, train
 from tests.training.stages import tiny
 from tests.training.test_numbers import with_callbacks
 

@@ -8,7 +8,7 @@ from lightning import Callback
 
 from ldm_lab.training.callbacks.discriminator_health import DiscriminatorHealth
 from ldm_lab.training.callbacks.episode import Episode
-from tests.runs import metrics, train
+from tests.trained import metrics, train
 
 COMMAND = ["experiment=celebahq/autoencoder", "max_images=96", "validate_every=8", "plugins=[tests]"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ldm_lab.training import device
-from tests.runs import train
+from tests.trained import train
 
 
 @pytest.fixture(params=[0, 2], ids=["cpu", "two GPUs"])

@@ -19,15 +19,16 @@ import pytest
 import torch
 from lightning import Callback
 
-from ldm_lab import checkpoint, states
-from ldm_lab.saving import SaveError, replacing
-from ldm_lab.training import checkpoint_io, memory
+from ldm_lab.checkpoints import checkpoint, locate
+from ldm_lab.training import checkpoint_io
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.same_start import SameStart
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.host_copy import HostCopy
-from ldm_lab.untrusted import LoadError
-from tests.runs import assert_equal, copy, last_checkpoint, metrics, train
+from ldm_lab.training.planning import memory
+from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.writing import SaveError, replacing
+from tests.trained import assert_equal, copy, last_checkpoint, metrics, train
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_2 = "experiment=celebahq/diffusion"
@@ -430,7 +431,7 @@ def test_a_run_goes_on_from_the_one_before(tiny_runs, tmp_path, capsys, caplog, 
     (stage / "status.json").unlink()
     (stage / "status.json").write_text('{"finished": false}')
 
-    assert states.find(runs / "celebahq").images_seen == 48
+    assert locate.find(runs / "celebahq").images_seen == 48
     assert re.search(r"last\.ckpt: damaged \(.*\): previous\.ckpt takes its place", caplog.text)
     train(runs, STAGE_2)
     said = capsys.readouterr().out

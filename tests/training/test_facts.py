@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from ldm_lab import stages
-from ldm_lab.config import Recipe
+from ldm_lab.config import stages
+from ldm_lab.config.compose import Recipe
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.training import facts as telling
 from ldm_lab.training.facts import facts, flops_per_image

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_lab.commands.doctor import main as doctor
+from ldm_lab.tools.doctor import main as doctor
 from ldm_lab.training.callbacks.health import Health, as_images
-from tests.report.runs import write_stage
-from tests.runs import last_checkpoint, train
+from tests.tools.report.runs import write_stage
+from tests.trained import last_checkpoint, train
 
 HOT = ("experiment=avatars/autoencoder", "validate_every=8", "model.optimizer.lr=30")
 

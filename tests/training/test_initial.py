@@ -7,18 +7,19 @@ import torch
 import yaml
 from torch import nn
 
-from ldm_lab import LDMPipeline, VQModel, checkpoint
+from ldm_lab import LDMPipeline, VQModel
+from ldm_lab.checkpoints import checkpoint
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.training import initial
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
+from tests.checkpoints.test_checkpoint import state_of
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
-from tests.runs import metrics, train
-from tests.test_checkpoint import state_of
+from tests.trained import metrics, train
 
 MODEL = GOLDEN / "diffusers" / "ldm_tiny"
 TRAINING = {"optimizer": None, "schedule": None}

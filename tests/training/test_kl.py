@@ -6,17 +6,17 @@ import pytest
 import torch
 from lightning import Trainer
 
-from ldm_lab import randomness
-from ldm_lab.config import Recipe, build
+from ldm_lab.config.compose import Recipe, build
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.metrics.reconstruction import psnr
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.training.autoencoder_module import DECODER
+from ldm_lab.utils import randomness
 from tests.helpers import assert_close_relative
-from tests.runs import metrics, train, undisturbed
-from tests.test_resume import assert_same_training, interrupt
+from tests.trained import metrics, train, undisturbed
+from tests.training.test_resume import assert_same_training, interrupt
 
 RECIPE = "experiment=lsun_churches"
 STAGES = ("autoencoder", "diffusion")

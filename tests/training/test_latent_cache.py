@@ -14,14 +14,14 @@ from ldm_lab.data.latents import LatentCache
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.training import plan
 from ldm_lab.training.callbacks import encode as encoding
-from ldm_lab.training.estimate import estimate
 from ldm_lab.training.latents import latent_cache
-from ldm_lab.training.trial import Trial
-from ldm_lab.untrusted import read_json
+from ldm_lab.training.planning import plan
+from ldm_lab.training.planning.estimate import estimate
+from ldm_lab.training.planning.trial import Trial
+from ldm_lab.utils.reading import read_json
 from tests.reliability import kills
-from tests.runs import metrics, train, undisturbed
+from tests.trained import metrics, train, undisturbed
 from tests.training.stages import tiny
 
 SMALL = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 2}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm_lab.training.statistics import moments, pooled
-from tests.runs import metrics, train
+from tests.trained import metrics, train
 from tests.training.stages import tiny
 
 CARRIED = (1.0, 0.18215)

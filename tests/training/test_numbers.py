@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning import Callback
 
-from ldm_lab.training import memory
 from ldm_lab.training.callbacks.not_finite import NotFinite
+from ldm_lab.training.planning import memory
 from tests.callbacks import Signal
-from tests.runs import assert_equal, final_weights, last_checkpoint, metrics, train
-from tests.test_ddp import TWO, command
+from tests.trained import assert_equal, final_weights, last_checkpoint, metrics, train
+from tests.training.test_ddp import TWO, command
 
 CLOCK = "perf/"
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm_lab.config import ConfigError, Recipe, build_all
+from ldm_lab.config.compose import ConfigError, Recipe, build_all
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.training.callbacks import sample_grid

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ldm_lab.data.images import FolderImages
-from tests.runs import metrics, train
+from tests.trained import metrics, train
 
 STAGE = "celebahq/autoencoder"
 

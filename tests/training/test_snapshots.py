@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ldm_lab import LDMPipeline
-from ldm_lab.states import snapshots
+from ldm_lab.checkpoints.locate import snapshots
 from ldm_lab.training.callbacks.snapshots import Snapshots
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
 from tests.helpers import GOLDEN, contents
-from tests.runs import copy as copy_of
-from tests.runs import train
+from tests.trained import copy as copy_of
+from tests.trained import train
 from tests.training.test_callbacks import FakeTrainer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ from ldm_lab.training.callbacks.device_use import DeviceUse
 from ldm_lab.training.callbacks.latent_statistics import LatentStatistics
 from ldm_lab.training.callbacks.loss_by_timestep import LossByTimestep
 from ldm_lab.training.callbacks.not_finite import NotFinite
-from tests.runs import metrics, train
+from tests.trained import metrics, train
 from tests.training.stages import tiny
 
 GAN = {"discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake", "grad_norm"}
@@ -126,7 +126,7 @@ def test_norms_are_told_apart_by_network():
 def test_device_hours_add_up_over_starts_and_devices(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setattr("ldm_lab.training.memory.reset_peak", lambda device: None)
+    monkeypatch.setattr("ldm_lab.training.planning.memory.reset_peak", lambda device: None)
     logged = {}
     module = SimpleNamespace(device=torch.device("cpu"), log=lambda name, value, **_: logged.update({name: value}))
     first, second = DeviceUse(), DeviceUse()

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ldm_lab.training.callbacks.progress import Progress
-from ldm_lab.training.estimate import NoTrainer, estimate
+from ldm_lab.training.planning.estimate import NoTrainer, estimate
 from tests.helpers import assert_close_relative
-from tests.runs import final_weights, train
+from tests.trained import final_weights, train
 from tests.training.stages import tiny
 
 STAGES = pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])

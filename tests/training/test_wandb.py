@@ -12,8 +12,8 @@ import pytest
 from lightning import Callback
 from wandb.proto import wandb_internal_pb2
 
-from tests.runs import metrics, train
-from tests.test_ddp import command
+from tests.trained import metrics, train
+from tests.training.test_ddp import command
 from tests.training.test_loggers import log, logger, rows
 
 STAGE_1 = "experiment=celebahq/autoencoder"

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from ldm_lab import checkpoint
+from ldm_lab.checkpoints import checkpoint
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.stage_module import StageModule
 

@@ -9,12 +9,12 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from ldm_lab import randomness
-from ldm_lab.denoising import denoise
 from ldm_lab.diffusion import samplers
+from ldm_lab.diffusion.denoising import denoise
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.pictures import shared, show
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.utils import randomness
 
 
 class DenoisingStrip(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from ldm_lab.training import memory
+from ldm_lab.training.planning import memory
 from ldm_lab.training.stage_module import StageModule
 
 

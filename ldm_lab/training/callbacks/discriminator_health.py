@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ldm_lab.training.autoencoder_module import FirstStageModule
 from ldm_lab.training.callbacks.episode import Episode
-from ldm_lab.transfer import to_device
+from ldm_lab.utils.transfer import to_device
 
 TERMS = ("discriminator", "logits_real", "logits_fake")
 

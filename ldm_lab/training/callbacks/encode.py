@@ -20,14 +20,14 @@ from tqdm import tqdm
 from ldm_lab.data.datamodule import ImageDataModule, spread
 from ldm_lab.data.latents import DTYPES, UNKNOWN, CachedLatents, Error, LatentCache, Shard, relative_rms
 from ldm_lab.data.loading import Loader
-from ldm_lab.errors import UserError
 from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.saving import require_writable
 from ldm_lab.training.latents import are_cached, latent_cache
-from ldm_lab.training.memory import readable
+from ldm_lab.training.planning.memory import readable
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.writing import require_writable
 
 WAIT = 0.5  # seconds between two looks at what others encode
 Claims = deque[tuple[int, contextlib.ExitStack]]  # shards that this process has claimed, and what gives them back

@@ -9,14 +9,14 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from ldm_lab import randomness
 from ldm_lab.diffusion import samplers
-from ldm_lab.errors import UserError
 from ldm_lab.metrics import distribution, features
 from ldm_lab.metrics.extractors import CHUNK, exactly
 from ldm_lab.metrics.images import DataPixels
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.utils import randomness
+from ldm_lab.utils.errors import UserError
 
 
 class EvaluateSamples(Callback):

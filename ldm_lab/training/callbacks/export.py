@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lightning import Callback, Trainer
 
-from ldm_lab.checkpoint import fingerprint
-from ldm_lab.hub import INDEX
+from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.hub import INDEX
 
 
 class Export(Callback):

@@ -10,20 +10,20 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.diagnosis.checks import diagnose
-from ldm_lab.diagnosis.finding import BAD, OK, Finding, Readings
-from ldm_lab.diagnosis.folder import SHEET, sheet
-from ldm_lab.records import Curve, StageRecord
+from ldm_lab.runs.diagnosis.checks import diagnose
+from ldm_lab.runs.diagnosis.finding import BAD, OK, Finding, Readings
+from ldm_lab.runs.diagnosis.folder import SHEET, sheet
+from ldm_lab.runs.record import Curve, StageRecord
 from ldm_lab.training.callbacks.episode import Episode
 from ldm_lab.training.callbacks.pictures import show
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.typed import command
+from ldm_lab.utils.shell import command
 
 
 class Health(Callback):
     """Says in words, once, what looks broken; and shows the images that training begins with.
 
-    After each validation the checks of `ldm_lab.diagnosis` look at the newest metrics. One that finds something bad
+    After each validation the checks of `runs.diagnosis` look at the newest metrics. One that finds something bad
     `patience` times in a row is a warning; it may come again when all was well in between. Codebook and discriminator
     are left to `CodebookUse` and `DiscriminatorHealth`, which see every code and every step.
 

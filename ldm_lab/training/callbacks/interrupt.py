@@ -12,10 +12,10 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from ldm_lab.signals import BROKEN_PIPE, Interrupted, heeded
-from ldm_lab.terminal import cry
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.signals import BROKEN_PIPE, Interrupted, heeded
+from ldm_lab.utils.terminal import cry
 
 NOT_REPEATED = (getattr(signal, "SIGHUP", None), BROKEN_PIPE)  # out of impatience: whoever asked is gone
 

@@ -16,11 +16,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ldm_lab.errors import UserError
-from ldm_lab.saving import write_json
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.training.trainer import Trainer
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.writing import write_json
 
 ADVICE = (
     "Nothing of it is saved: the same command continues from the last checkpoint. Try trainer.precision=32-true;"

@@ -9,8 +9,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from ldm_lab.images import grid, save_png, to_uint8, to_unit
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
 
 
 def shared(trainer: Trainer, count: int, make: Callable[[Sequence[int]], Tensor]) -> Tensor:

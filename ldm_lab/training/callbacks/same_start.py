@@ -6,7 +6,7 @@ import torch
 from lightning import Callback, Trainer
 
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.untrusted import LoadError
+from ldm_lab.utils.reading import LoadError
 
 
 class SameStart(Callback):

@@ -10,8 +10,8 @@ import torch
 from lightning import Callback, Trainer
 from tqdm import tqdm
 
-from ldm_lab.saving import replacing
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.writing import replacing
 
 
 class SkippedFiles(Callback):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning import Callback, Trainer
 
-from ldm_lab.states import snapshots
+from ldm_lab.checkpoints.locate import snapshots
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.diffusion_module import DiffusionModule

@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldm_lab.records import AXIS, read_metrics
-from ldm_lab.saving import replacing
+from ldm_lab.runs.record import AXIS, read_metrics
+from ldm_lab.utils.writing import replacing
 
 
 class MetricsCSV(Logger):

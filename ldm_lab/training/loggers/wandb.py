@@ -15,11 +15,11 @@ from uuid import uuid4
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from ldm_lab import tracking
-from ldm_lab.errors import one_line
-from ldm_lab.records import AXIS
-from ldm_lab.saving import replacing, write_json
-from ldm_lab.untrusted import read_json
+from ldm_lab.runs import tracking
+from ldm_lab.runs.record import AXIS
+from ldm_lab.utils.errors import one_line
+from ldm_lab.utils.reading import read_json
+from ldm_lab.utils.writing import replacing, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +34,7 @@ class WandbLogger(Logger):
     """Logs over images seen. Online only where the user is logged in, else into `folder/wandb`.
 
     Whatever goes wrong, training goes on and one warning says so: a start that fails online is repeated offline (see
-    `ldm_lab.tracking.start`); where that fails too, or the service later, W&B is left alone.
+    `ldm_lab.runs.tracking.start`); where that fails too, or the service later, W&B is left alone.
 
     Args:
         folder: the stage's folder; keeps the run's id, so that a resumed stage continues its W&B run.
@@ -42,7 +42,7 @@ class WandbLogger(Logger):
         group: the run's name; the stages of one run lie together.
         job_type: the stage.
         offline: never go online.
-        artifacts: tell W&B what the stage has made, and of what (see `ldm_lab.tracking.declare`).
+        artifacts: tell W&B what the stage has made, and of what (see `ldm_lab.runs.tracking.declare`).
         summaries: "min" or "max" -> metrics, or patterns such as `eval/fd_*`, of which the run's summary holds that.
         **settings: further arguments of `wandb.init`, e.g. `entity` or `tags`.
     """

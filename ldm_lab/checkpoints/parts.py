@@ -1,0 +1,139 @@
+"""The three parts of a pipeline: how they are read from a folder or a checkpoint, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.checkpoints import checkpoint
+from ldm_lab.utils.compiled import unwrapped
+from ldm_lab.utils.hub import INDEX, PIPELINES
+from ldm_lab.utils.notices import say_once
+from ldm_lab.utils.reading import LoadError, blaming, read_json
+from ldm_lab.utils.weights import variants
+from ldm_lab.utils.writing import write_json
+
+Classes = Mapping[str, tuple[type, ...]]
+NETWORKS = ("vqvae", "unet")
+
+
+def read(
+    path: Path,
+    classes: Classes,
+    given: Mapping[str, Any],
+    plugins: Sequence[str] = (),
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> dict[str, Any]:
+    """Load the parts of a pipeline folder, ours or one of diffusers, or of a checkpoint.
+
+    Args:
+        path: the folder or file.
+        classes: of this package, that each part may be.
+        given: parts by name that are taken as they are, and not read.
+        plugins: packages whose classes the files may name too.
+        variant: see `weights.choose`; a network without it is taken as it is, unless all are.
+        use_safetensors: see `weights.choose`.
+
+    Raises:
+        LoadError: a part is missing, damaged, or of a class that is not known.
+    """
+    if path.is_dir():
+        return _of_folder(path, classes, given, plugins, variant, use_safetensors)
+    if variant is not None or use_safetensors:
+        raise LoadError(f"{path}: variant= and use_safetensors=True are for folders, and this is a checkpoint")
+    return of_checkpoint(path, checkpoint.parts(path), classes, given, plugins)
+
+
+def _of_folder(
+    folder: Path,
+    classes: Classes,
+    given: Mapping[str, Any],
+    plugins: Sequence[str],
+    variant: str | None,
+    use_safetensors: bool | None,
+) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
+    if (kind := index.get("_class_name")) not in PIPELINES:
+        raise LoadError(f"{folder / INDEX}: a {kind!r}, not an LDMPipeline: unconditional latent diffusion alone")
+    with_variant = _with_variant(folder, variant, given)
+    parts = dict(given)
+    for name in (name for name in classes if name not in given):
+        kind = _class(index.get(name), classes[name], plugins, f"{folder / INDEX}: {name}")
+        choice = {"variant": variant if name in with_variant else None, "use_safetensors": use_safetensors}
+        parts[name] = kind.from_pretrained(folder / name, **(choice if name in NETWORKS else {}))
+    return parts
+
+
+def _class(entry: Any, kinds: tuple[type, ...], plugins: Sequence[str], origin: str) -> type:  # noqa: ANN401
+    """The class that an entry of the index names."""
+    wanted = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+    known = {f"{library}.{kind.__name__}": kind for library in checkpoint.LIBRARIES for kind in kinds}
+    return checkpoint.class_named(wanted, known, plugins, origin)
+
+
+def _with_variant(folder: Path, variant: str | None, given: Mapping[str, Any]) -> set[str]:
+    """The networks that have weights of the variant. Raises `LoadError` where none has."""
+    files = {name: {path.name for path in (folder / name).glob("*")} for name in NETWORKS if name not in given}
+    found = {name for name, names in files.items() if variant in variants(names)}
+    if variant is None or not files:
+        return found
+    if not found:
+        known = sorted({str(other) for names in files.values() for other in variants(names) if other})
+        raise LoadError(f"{folder}: no weights of variant={variant!r}; variants that are there: {known or 'none'}")
+    for name in files.keys() - found:
+        say_once(f"{folder / name}: has no weights of variant={variant!r}: the plain ones are taken")
+    return found
+
+
+def of_checkpoint(
+    path: Path, parts: Mapping[str, checkpoint.Part], classes: Classes, given: Mapping[str, Any], plugins: Sequence[str]
+) -> dict[str, Any]:
+    """Build the parts of a checkpoint.
+
+    Args:
+        path: the file, for messages.
+        parts: what it holds.
+        classes: see `read`, as are `given` and `plugins`.
+        given: not built.
+        plugins: packages.
+
+    Raises:
+        LoadError: a part is missing, damaged, or of a class that is not known.
+    """
+    built = dict(given)
+    for name in (name for name in NETWORKS if name not in given):
+        built[name] = checkpoint.network(parts, name, classes[name], plugins, str(path))
+    if "scheduler" in built:
+        return built
+    if "scheduler" not in parts:
+        raise LoadError(f"{path}: this checkpoint holds no scheduler, only {', '.join(parts)}")
+    config = parts["scheduler"].config
+    kind = checkpoint.class_of(config, classes["scheduler"], plugins, f"{path}: scheduler")
+    with blaming(path):
+        built["scheduler"] = kind.from_config(config)
+    return built
+
+
+def write(folder: Path, components: Mapping[str, Any], **files: Any) -> None:  # noqa: ANN401
+    """Write the parts of a pipeline, and the index last.
+
+    Args:
+        folder: it is made where there is none.
+        components: the parts; a network may be compiled or wrapped.
+        files: see `PretrainedModel.save_pretrained`.
+    """
+    components = {name: unwrapped(part) for name, part in components.items()}
+    for name, part in components.items():
+        part.save_pretrained(folder / name, **(files if name in NETWORKS else {}))
+        if _library(part) != "diffusers":
+            kind = f"{_library(part)}.{type(part).__name__}"
+            say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
+    index = {name: [_library(part), type(part).__name__] for name, part in components.items()}
+    write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
+
+
+def _library(part: Any) -> str:  # noqa: ANN401
+    """What the index names beside a part's class; a scheduler of diffusers says nothing of it."""
+    return getattr(part, "library", type(part).__module__.split(".")[0])

@@ -1,0 +1,160 @@
+"""What a resolved config may hold: pure checks of plain data, each refusal one line that names the key."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.training.precisions import ALIASES, PRECISIONS, SAMPLING_PRECISIONS
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.moved import current
+from ldm_lab.utils.nested import find, flatten, shown, targets
+from ldm_lab.utils.shell import is_text
+from ldm_lab.utils.signatures import MOST
+
+# Whole numbers, and the lowest that each may be.
+LOWEST = {
+    "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
+    "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
+    "data.max_pixels": 1, "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0, "max_pixels": 1,
+    "trainer.num_nodes": 1,
+}  # fmt: skip
+# Numbers that need not be whole.
+ABOVE_0, FROM_0 = ("model.optimizer.lr", "model.scaling_factor"), ("sampler.eta", "trainer.gradient_clip_val")
+WORDS = {  # instead of a number
+    "data.batch_size": ("auto", None), "data.val_batch_size": (None,), "snapshots": (None,),
+    "data.max_pixels": (None,), "max_pixels": (None,),
+    "model.scaling_factor": ("measure",), "sampler.eta": (None,), "trainer.gradient_clip_val": (None,),
+}  # fmt: skip
+NEEDED = (
+    "name", "ckpt", "resume", "paths.runs", "paths.stage", "paths.cache", "optimized_metric", "data.module", "strength",
+    "interpolate", "sampler.name",
+)  # fmt: skip
+SWITCHES = ("compile", "plan", "tiling", "slicing")
+CHOICES = {
+    "stage": ("autoencoder", "diffusion"),
+    "data.latents": ("cached", "online"),
+    "data.latents_dtype": ("float16", "bfloat16", "float32"),
+    "data.latents_precision": ("float32", "bfloat16"),
+}
+# Arguments of `lightning.Trainer` that do nothing here, or harm: what to type instead.
+_LENGTH = "the length of a stage is max_images=; debug=tiny tries everything in seconds"
+_ACCUMULATION = "gradients are accumulated until data.global_batch_size= is complete; a device holds data.batch_size="
+ELSEWHERE = {
+    "accumulate_grad_batches": _ACCUMULATION,
+    **dict.fromkeys(("fast_dev_run", "limit_train_batches", "overfit_batches"), _LENGTH),
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps"), _LENGTH),
+    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "validate_every= counts images"),
+    **dict.fromkeys(("limit_test_batches", "limit_predict_batches"), "training neither tests nor predicts"),
+    "reload_dataloaders_every_n_epochs": "the stream of training images has no epochs",
+    "use_distributed_sampler": "the sampler already shares the stream among the devices",
+    "enable_checkpointing": "checkpoint_every= and snapshots= say when to save",
+    "default_root_dir": "everything is written below paths.runs=",
+    "logger": "the group logger= says what is logged where",
+    "callbacks": "the group callbacks= takes them, +callbacks.mine._target_=...",
+    "plugins": "precision and devices have keys of their own, trainer.precision= and trainer.strategy=",
+}
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# What `_target_` may name beside this package and plugins: public classes that make a training and read no files.
+PUBLIC = re.compile(r"(torch\.(nn|optim|optim\.lr_scheduler)|lightning|lightning\.pytorch(\.[a-z_]+)*)\.[A-Z]\w*")
+
+
+def check(config: dict[str, Any]) -> None:
+    """Refuse what is missing, numbers out of range and classes from elsewhere. Raises `UserError`."""
+    _check_texts(config)
+    _check_numbers(config)
+    check_choices(config)
+    check_trainer(config)
+    for key in SWITCHES:
+        if not isinstance(value := config.get(key, False), bool):
+            raise UserError(f"{key}={shown(value)}: must be true or false")
+    cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
+    if cached and find(config, "data.module.train_set.random_crop"):
+        raise UserError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
+    check_code(config)
+
+
+def _check_texts(config: dict[str, Any]) -> None:
+    for key in NEEDED:
+        if find(config, key, ...) is None:
+            raise UserError(f"{key}=null: must be given a value")
+    for key, value in flatten(config).items():
+        if value == "" and is_text(key):
+            raise UserError(f"{key}= must be given a value, or be left out")
+        if isinstance(value, (bool, int, float)) and is_text(key):
+            raise UserError(f"{key}={shown(value)}: is no text; in a YAML file, put it in quotes")
+
+
+def _check_numbers(config: dict[str, Any]) -> None:
+    for key in (*LOWEST, *ABOVE_0, *FROM_0):
+        value, words, low = find(config, key, ...), WORDS.get(key, ()), LOWEST.get(key, 0)
+        whole = key in LOWEST
+        if value is ... or value in words:
+            continue
+        is_number = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
+        if not is_number or not low <= value or (whole and value > MOST) or (key in ABOVE_0 and value == 0):
+            least = "above 0" if key in ABOVE_0 else f"at least {low}"
+            most = f" and at most {MOST}" if is_number and whole and value > MOST else ""
+            beside = "".join(f" or {shown(word)}" for word in words)
+            wanted = f"a whole number, {least}" if whole else f"a number {least}"
+            raise UserError(f"{key}={shown(value)}: must be {wanted}{most}{beside}")
+
+
+def check_trainer(config: dict[str, Any]) -> None:
+    """Refuse arguments of Lightning's trainer that do nothing here. Raises `UserError` with what to type instead."""
+    for key, value in (config.get("trainer") or {}).items():
+        if key in ELSEWHERE and value not in (None, -1) and value is not False:
+            instead = ELSEWHERE[key] if "stage" in config else "num_samples= says how many to draw"
+            raise UserError(f"trainer.{key}={shown(value)}: does nothing here; {instead}")
+
+
+def check_choices(config: dict[str, Any]) -> None:
+    """Refuse words that a setting does not know. Raises `UserError`."""
+    for key, choices in CHOICES.items():
+        if (value := find(config, key, ...)) is not ... and value not in choices:
+            raise UserError(f"{key}={shown(value)}: give {one_of(choices)}")
+    known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
+    value = find(config, "trainer.precision")
+    if value is not None and str(value) not in (*known, *ALIASES):
+        why = "training keeps its weights in float32: " if value in SAMPLING_PRECISIONS else ""
+        raise UserError(f"trainer.precision={value}: {why}give {one_of(known)}")
+
+
+def one_of(choices: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def check_code(config: dict[str, Any]) -> None:
+    """Refuse classes from elsewhere. Raises `UserError`."""
+    plugins = config.get("plugins", [])
+    check_plugins(plugins)
+    for key, target in targets(config):
+        check_target(key, target, plugins)
+
+
+def check_plugins(plugins: Any) -> None:  # noqa: ANN401
+    """Refuse what is not a list of packages that are there. Raises `UserError`."""
+    if not isinstance(plugins, list) or not all(isinstance(name, str) and name.isidentifier() for name in plugins):
+        raise UserError(f"plugins={shown(plugins)}: must be a list of package names, such as plugins=[my_pkg]")
+    for name in plugins:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"plugins=[{name}]: there is no such package; install it, or put {name}/ beside train.py")
+
+
+def check_target(key: str, target: str, plugins: list[str]) -> None:
+    """Refuse a `_target_` that is neither of this package, nor of a plugin, nor public (see `PUBLIC`)."""
+    module = current(target).rpartition(".")[0]
+    package = module.split(".")[0]
+    if package == PACKAGE.name:
+        # A module, not what one has imported: ldm_lab.utils.images.os.system would be a way to run anything.
+        if not PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").is_file():
+            raise UserError(f"{key}={target}: {module} is no module of {PACKAGE.name}")
+    elif package not in plugins and not PUBLIC.fullmatch(target):
+        advice = f"if you trust it, add plugins=[{package}]" if package else "give package.module.Class"
+        raise UserError(f"{key}={target}: a config may name classes of {PACKAGE.name}; {advice}")

@@ -1,0 +1,283 @@
+"""The module that knows Hydra, beside `overrides`, which knows its grammar: from a command line to built objects.
+
+A recipe (`experiment=celebahq`) lists stages (`celebahq/autoencoder`, `celebahq/diffusion`). It is
+expanded here, before Hydra composes anything: each stage is an ordinary, flat config, and an override
+goes to every stage that knows its key. A stage on its own is a recipe of one.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import hydra
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm_lab.config import checks
+from ldm_lab.config.build import build, build_all, plain  # noqa: F401  the door to all of it
+from ldm_lab.config.files import (
+    CONFIGS,
+    ConfigError,
+    choices,
+    local_plugins,
+    option_for,
+    read_yaml,
+    searched,
+    stages,
+)
+from ldm_lab.config.keys import takers, where_known
+from ldm_lab.config.overrides import as_typed, first, one_job, parse_overrides
+from ldm_lab.config.sweep import job_name, pack, unpack
+from ldm_lab.utils import nested, shell
+from ldm_lab.utils.errors import one_line, reporting
+from ldm_lab.utils.lengths import parse_images
+from ldm_lab.utils.signals import listen
+from ldm_lab.utils.terminal import lenient
+from ldm_lab.utils.threads import wait_asleep
+
+# Numbers of images, which may be typed as 250k, 2M or 100ep.
+LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
+
+
+def stem(path: str | None) -> str:
+    """`${stem:PATH}` in a config: the last part of a path, `flowers` of `/data/flowers` or `/data/flowers.zip`.
+
+    What a shell would need quoted becomes `_`: it is a name that people type.
+    """
+    path = shell.path(path or "folder").absolute()
+    name = path.name if path.is_dir() or not path.suffix else path.stem
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "folder"
+
+
+OmegaConf.register_new_resolver("stem", stem, replace=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one command asks for: the stages in their order, and the overrides as they were typed."""
+
+    experiment: str
+    stages: tuple[str, ...]
+    overrides: tuple[Override, ...]
+
+    @classmethod
+    def parse(cls, overrides: list[str], default: str = "avatars") -> Recipe:
+        """Read `key=value` strings. Raises `ConfigError` for bad syntax or an unknown experiment."""
+        parsed = one_job(parse_overrides(overrides))
+        if searches := [o for o in parsed if o.key_or_group == "hparams_search"]:
+            raise ConfigError(f"{searches[0].input_line} is a sweep of many jobs: add -m")
+        names = [o.input_line.partition("=")[2] for o in parsed if o.key_or_group == "experiment"]
+        experiment = names[-1] if names else default
+        return cls(experiment, stages(experiment), tuple(o for o in parsed if o.key_or_group != "experiment"))
+
+    def compose(self, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[DictConfig]:
+        """One resolved config a stage. Raises `ConfigError` for a key that no stage knows, or a bad value.
+
+        Args:
+            changes: stage -> dotted key -> value: what takes the place of settings that were not typed.
+        """
+        for o in self.overrides:
+            if is_group(o) and not any(option(o, _kind(stage)) for stage in self.stages):
+                there = ", ".join(choices(o.key_or_group, _kind(self.stages[-1])))
+                raise ConfigError(f"{o.input_line}: is not of {' or '.join(self.stages)}; there are: {there}")
+            if o.is_delete() and not is_group(o) and not o.key_or_group.startswith(("callbacks.", "logger.", "model.")):
+                raise ConfigError(f"{o.input_line}: is needed; give it another value")
+        bases = [_raw(_compose("train", [f"experiment={stage}", *self._groups(stage)])) for stage in self.stages]
+        lines = [where_known(base) for base in bases]
+        for o in self.overrides:
+            adds = o.is_add() or o.is_force_add()
+            for stage in [] if is_group(o) else takers(o.input_line, o.key_or_group, adds, bases):
+                lines[stage].append(o.input_line)
+        configs = [
+            _compose("train", [f"experiment={stage}", *self._groups(stage), *mine])
+            for stage, mine in zip(self.stages, lines, strict=True)
+        ]
+        for config in configs:
+            for key, value in changes.get(config.stage, {}).items():
+                OmegaConf.update(config, key, value, force_add=True)
+        plugins = plugins_given(self.overrides)
+        return [check(config, plugins) for config in configs]
+
+    @property
+    def typed(self) -> set[str]:
+        """The keys that the user has given a value."""
+        return {override.key_or_group for override in self.overrides if not is_group(override)}
+
+    def command(self, stage: str) -> str:
+        """What to type for one stage of this run."""
+        experiment = self.stages[-1].rpartition("/")[0]
+        where = ("debug", "model", "plugins", "name", "data", "data.root", "paths.runs")
+        mine = [o for o in self.overrides if o.key_or_group in where and (not is_group(o) or option(o, stage))]
+        return shell.command("train.py", f"experiment={experiment}/{stage}", *map(as_typed, mine))
+
+    def _groups(self, stage: str) -> list[str]:
+        """The overrides that pick a file (`trainer=ddp`), for one stage."""
+        kind = _kind(stage)
+        return [line for o in self.overrides if is_group(o) and (line := option(o, kind))]
+
+
+def _kind(stage: str) -> str:
+    return stage.rpartition("/")[2]
+
+
+def is_group(override: Override) -> bool:
+    """Whether an override picks a config file (`trainer=ddp`) rather than sets a value."""
+    return (CONFIGS / override.key_or_group).is_dir()
+
+
+def option(override: Override, stage: str) -> str | None:
+    """An override that picks a file, as one stage takes it; see `option_for`."""
+    return option_for(override.input_line, override.key_or_group, override.value(), stage)
+
+
+def plugins_given(overrides: Iterable[Override]) -> Any:  # noqa: ANN401
+    """The packages named on the command line, else in `local/`: no other file may let code in."""
+    typed = [override.value() for override in overrides if override.key_or_group == "plugins"]
+    return typed[-1] if typed else local_plugins()
+
+
+def compose_sample(overrides: list[str]) -> DictConfig:
+    """The config of `sample.py`."""
+    parsed = one_job(parse_overrides(overrides))
+    lines = [option(o, "sample") if is_group(o) else o.input_line for o in parsed]
+    base = _raw(_compose("sample", []))
+    for o in parsed:
+        if not is_group(o):
+            takers(o.input_line, o.key_or_group, o.is_add() or o.is_force_add(), [base])
+    config = _compose("sample", lines)
+    config.plugins = plugins_given(parsed)  # those of local/, too, which has no other settings for sampling
+    return check(config, config.plugins)
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    try:
+        if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
+            return compose(name, overrides)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(name, overrides)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+        for path in sorted(CONFIGS.rglob("*.yaml")):
+            read_yaml(path)  # names the file, which Hydra does not always
+        raise ConfigError(one_line(error)) from error
+
+
+def _raw(config: DictConfig) -> dict[str, Any]:
+    """A config as plain data, with what is not given yet and what refers to other keys as text."""
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+
+
+def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
+    """Resolve, and refuse values of the wrong kind before anything is built or read.
+
+    Args:
+        config: composed; changed in place.
+        plugins: those that the user has named.
+    """
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"{missing[0]}= must be given")
+        if config.plugins != plugins:
+            raise ConfigError(
+                f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
+            )
+        for check_early in (checks.check_code, checks.check_choices):
+            check_early(plain(config))  # before an epoch is counted, for which data sets are built
+        _refuse_other_lengths(config)
+        for key in LENGTHS:
+            if isinstance(text := OmegaConf.select(config, key), str):
+                epoch = _epoch(config) if text.strip().endswith("ep") else None
+                OmegaConf.update(config, key, parse_images(text, key, epoch))
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    for key, value in nested.flatten(plain(config)).items():
+        if isinstance(value, str) and shell.is_path(key):
+            OmegaConf.update(config, key, shell.home(value))
+    checks.check(plain(config))
+    return config
+
+
+def _epoch(config: DictConfig) -> int:
+    """Training images in one epoch."""
+    return build(config.data.module, "data.module").num_train
+
+
+def _refuse_other_lengths(config: DictConfig) -> None:
+    """Epochs and steps are answered with the equal number of images."""
+    for unit in ("epochs", "steps"):
+        value = config.trainer.get(f"max_{unit}")
+        if "stage" in config and isinstance(value, int) and value > 0:
+            size = _epoch(config) if unit == "epochs" else config.data.global_batch_size
+            equal = f"{value} {unit} of {size:,} images are max_images={value * size}"
+            raise ConfigError(f"trainer.max_{unit}={value}: the length of a stage is counted in images; {equal}")
+
+
+def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
+    """What both entries do: flags, one job or a sweep of jobs, and errors of the user as one line.
+
+    Args:
+        script: "train" or "sample".
+        job: takes the overrides of one job.
+        usage: the text of `--help`.
+    """
+    wait_asleep()
+    listen()
+    with lenient(), reporting(f"running {script}.py"):
+        flags, overrides = shell.parted(sys.argv[1:])
+        if "--help" in flags:
+            print(usage)
+        elif flags == {"-m"} and script == "train":
+            sweep(overrides, job)
+        elif flags == {"--cfg"}:
+            configs = [compose_sample(overrides)] if script == "sample" else Recipe.parse(overrides).compose()
+            print("---\n".join(yaml.safe_dump(plain(config), sort_keys=False) for config in configs), end="")
+        elif flags:
+            raise ConfigError(f"{' '.join(sorted(flags))}: not for {script}.py; see {script}.py --help")
+        else:
+            job(overrides)
+
+
+def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
+    """Run `job` once for each combination of the swept values in `lines`, each under a name of its own."""
+    lines = [shell.as_text(mine, several=True) for line in lines for mine in searched(line)]
+    ours = [line for line in lines if not line.startswith(("hydra.", "hydra/"))]
+    parsed = parse_overrides(ours, several=True)
+    recipe = Recipe.parse([first(override) for override in parsed])
+    configs = recipe.compose()
+    for config in configs:
+        several = config.trainer.devices != 1 or config.trainer.num_nodes != 1  # `strategy=auto` makes ddp of them
+        if several and not any("submitit" in line for line in lines):
+            raise ConfigError(
+                f"-m with trainer.devices={config.trainer.devices}: the children of a sweep would replay the whole"
+                " sweep; start one command per job, or use a launcher (hydra/launcher=submitit_slurm)"
+            )
+    swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    given = any(override.key_or_group == "autoencoder" for override in parsed)
+    # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
+    shared = [f"autoencoder={shell.quoted(configs[0].autoencoder)}"] if configs[0].autoencoder and not given else []
+
+    @hydra.main(config_path=str(CONFIGS), config_name="sweep", version_base="1.3")
+    def run_job(_: DictConfig) -> Any:  # noqa: ANN401
+        mine = unpack(list(HydraConfig.get().overrides.task))
+        unnamed = [line for line in mine if not line.startswith("name=")]
+        with reporting(f"running {' '.join(mine)} of the sweep"):  # Hydra would show a traceback
+            return job([*unnamed, *shared, f"name={shell.quoted(job_name(configs[0].name, swept, mine))}"])
+
+    sys.argv = [sys.argv[0], "-m", f"paths.runs={shell.quoted(configs[0].paths.runs)}", *pack(lines)]
+    run_job()
+
+
+def is_searched() -> bool:
+    """Whether this is a job of a search, which compares what comes of its jobs."""
+    return HydraConfig.initialized() and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")

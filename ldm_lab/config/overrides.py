@@ -1,0 +1,54 @@
+"""The lines of a command, parsed by Hydra's grammar."""
+
+from __future__ import annotations
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from ldm_lab.config.files import ConfigError
+from ldm_lab.utils import shell
+
+
+def parse_overrides(lines: list[str], several: bool = False) -> list[Override]:
+    """`key=value` strings, parsed by Hydra's grammar, which paths and names are spared (see `shell.as_text`).
+
+    Args:
+        lines: as typed.
+        several: whether they are of a sweep.
+
+    Raises:
+        ConfigError: a line is not of that form.
+    """
+    parser, parsed = OverridesParser.create(), []
+    for line in lines:
+        try:
+            parsed.append(parser.parse_override(shell.as_text(line, several)))
+        except HydraException as error:
+            signs = "; signs beside letters, digits and ./- stand in quotes of their own: \"key='a (b)'\""
+            raise ConfigError(f"{line}: not of the form key=value{signs if '=' in line else ''}") from error
+    return parsed
+
+
+def one_job(overrides: list[Override]) -> list[Override]:
+    """The overrides themselves. Raises `ConfigError` where they stand for several jobs."""
+    for o in overrides:
+        if o.is_sweep_override():
+            key, _, values = o.input_line.partition("=")
+            raise ConfigError(f"{o.input_line}: a list is {key}=[{values}]; a job for each value takes -m (--multirun)")
+    return overrides
+
+
+def as_typed(override: Override) -> str:
+    """An override without the quotes that it was given for Hydra (see `shell.as_text`)."""
+    line = f"{override.get_key_element()}={override.value()}"
+    return line if shell.as_text(line) == override.input_line else override.input_line
+
+
+def first(override: Override) -> str:
+    """An override with the first of its swept values: what a first job could be."""
+    if not override.is_sweep_override():
+        return override.input_line
+    if override.is_interval_sweep():
+        return f"{override.get_key_element()}={override.value().start}"
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"

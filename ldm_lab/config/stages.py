@@ -1,0 +1,220 @@
+"""A stage from its config to what becomes of it: refused, measured or trained."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ldm_lab.checkpoints.checkpoint import fingerprint
+from ldm_lab.config import kinds
+from ldm_lab.config.checks import check_code
+from ldm_lab.config.compose import DictConfig, build, build_all, is_searched, plain
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.training import device, initial, slurm
+from ldm_lab.training.planning import batch_size, preview
+from ldm_lab.training.planning import plan as planning
+from ldm_lab.training.planning.preflight import check_fit, check_order
+from ldm_lab.training.planning.trial import Trial
+from ldm_lab.training.quiet import quiet
+from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit, is_first_process, say
+from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils import locks
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.nested import find
+from ldm_lab.utils.signals import STOPPING
+from ldm_lab.utils.writing import require_writable
+
+
+def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:
+    """What `init=` changes in a config (see `training.initial.settings`)."""
+    return initial.settings(plain(config), typed)
+
+
+def given_autoencoder(config: DictConfig, command: str) -> FirstStage | None:
+    """The first stage that a config names, for a stage 2. `command` makes one, for the message where there is none."""
+    if config.stage == "autoencoder":
+        return None
+    return first_stage(config.autoencoder, command, config.plugins)
+
+
+def networks(config: DictConfig, autoencoder: FirstStage | None) -> dict[str, Any]:
+    """The networks of a stage, and of stage 2 what is made from them.
+
+    A UNet whose config leaves its channels open has those of the latents of `autoencoder`.
+    """
+    model = config.model
+    if config.stage == "autoencoder":
+        return {"autoencoder": build(model.autoencoder, "model.autoencoder")}
+    open_channels = [key for key in ("in_channels", "out_channels") if model.unet.get(key, 0) is None]
+    unet = build(model.unet, "model.unet", **dict.fromkeys(open_channels, autoencoder.embed_dim))
+    scheduler = build(model.scheduler, "model.scheduler")
+    objective = build(model.objective, "model.objective", scheduler=scheduler)
+    return {"autoencoder": autoencoder, "unet": unet, "scheduler": scheduler, "objective": objective}
+
+
+def parts(
+    config: DictConfig, autoencoder: FirstStage | None
+) -> tuple[StageModule, ImageDataModule, Callable[..., Any]]:
+    """What a stage is trained with: its module, its images, and what makes a `lightning.Trainer` with its settings."""
+    data = build(config.data.module, "data.module")
+    module = build(config.model, "model", **networks(config, autoencoder))
+    precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    return module, data, functools.partial(build, config.trainer, "trainer", precision=precision)
+
+
+def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
+    """The schedule of the learning rate of a config out of a run's folder; None where it cannot be built any more.
+
+    Args:
+        config: as it was read: it may name classes of this package and of plugins alone.
+        plugins: packages that the user has named now.
+    """
+    node = find(config, "model.schedule") or {}
+    try:
+        check_code({"schedule": node, "plugins": list(plugins)})
+        return build(DictConfig(node), "model.schedule")
+    except UserError:
+        return None
+
+
+def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = ()) -> None:
+    """Say what each stage will train; what cannot be is refused before the first of them is trained.
+
+    Args:
+        configs: of the stages.
+        command: makes the autoencoder, for the message where there is none.
+        typed: keys that the user has given a value.
+    """
+    for config in configs:
+        kinds.check(plain(config))
+        device.check(plain(config.trainer))
+    folders = [RunFolder(Path(config.paths.stage)) for config in configs]
+    if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
+        for folder, config in zip(folders, configs, strict=True):
+            for line in folder.check(plain(config), typed):
+                say(line)
+        check_order(folders, [config.max_images for config in configs])
+        cached = find(plain(configs[-1]), "data.latents") == "cached"
+        if len(configs) > 1 and cached and not folders[0].finished(configs[0].max_images, None):
+            require_writable(configs[0].paths.cache, "paths.cache=")  # stage 2 will keep the latents of stage 1 there
+    autoencoder = given_autoencoder(configs[0], command)
+    for config in configs:
+        if config.model.get("train") == "decoder" and not config.init:
+            raise UserError("model.train=decoder: of which autoencoder? Name it with init=")
+        with torch.device("meta"):  # no memory for weights
+            made = networks(config, autoencoder)
+        try_training(config.model)
+        network = made["unet" if config.stage == "diffusion" else "autoencoder"]
+        size = f"{type(network).__name__} with {network.num_parameters() / 1e6:,.1f} M parameters"
+        say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
+        autoencoder = made["autoencoder"]
+        check_fit(config.data.image_size, autoencoder, made.get("unet"))
+        build_all(config.callbacks, "callbacks")  # what they refuse, they refuse before stage 1 is trained
+
+
+def try_training(model: DictConfig) -> None:
+    """Make what the module of a stage makes of its weights later: what they refuse, they refuse before stage 1."""
+    weights = nn.Linear(1, 1)
+    build(model.optimizer, "model.optimizer", params=weights.parameters())
+    build(model.schedule, "model.schedule")
+    build(model.get("ema"), "model.ema", network=weights)
+
+
+def plan(configs: list[DictConfig], command: str) -> None:
+    """Measure what the stages would take, on one device, and show the images; no run is written.
+
+    Raises:
+        UserError: something does not fit; the message names the key to lower.
+    """
+    if not is_first_process():
+        return
+    quiet()
+    runs, name, needed = configs[0].paths.runs, configs[0].name, 0
+    require_writable(runs, "paths.runs=")
+    preview.show_images(build(configs[0].data.module, "data.module"), Path(runs, f"plan_{name}.png"))
+    autoencoder = given_autoencoder(configs[0], command)
+    for config in configs:
+        module, data, make_trainer = parts(config, autoencoder)
+        trial = Trial(module, data, make_trainer, config.compile)
+        if autoencoder is not None and config is configs[0]:
+            sheet = Path(runs, f"plan_{name}_autoencoder.png")
+            preview.show_reconstructions(autoencoder, data, trial.device, sheet)
+        if data.batch_size == "auto":
+            data.batch_size = batch_size.find(trial)
+        needed += planning.show_stage(trial, config.max_images, config.snapshots)
+        autoencoder = module.autoencoder
+    planning.check_disk(needed, runs)
+
+
+def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str, float]:
+    """Build one stage and train it to its end; returns the metrics of its last validation.
+
+    Args:
+        config: of the stage.
+        command: makes the autoencoder, for the message where there is none.
+        typed: keys that the user has given a value.
+    """
+    quiet()
+    folder = RunFolder(Path(config.paths.stage))
+    torch.manual_seed(config.seed)
+    autoencoder = given_autoencoder(config, command)
+    settings = {**plain(config), "autoencoder_hash": autoencoder and fingerprint(autoencoder)}
+    if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
+        say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
+        return status
+    if is_first_process():
+        require_writable(folder.folder, "paths.runs=")
+    with locks.alone(folder.folder.parent, "another name=", is_first_process()):
+        if stop := _train(config, settings, autoencoder, folder, typed):
+            end_by(*stop)
+    metrics = folder.status()
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if "/" in key)
+    say(f"{folder.folder} is finished{': ' if shown else ''}{shown}")
+    return metrics
+
+
+def _train(
+    config: DictConfig,
+    settings: dict[str, Any],
+    autoencoder: FirstStage | None,
+    folder: RunFolder,
+    typed: Collection[str],
+) -> Stopped | None:
+    module, data, make_trainer = parts(config, autoencoder)
+    if is_first_process():
+        folder.check_marks(data.marks, config.resume)
+    if config.init and not folder.last.is_file():
+        initial.load(module, plain(config), typed)
+    if data.batch_size == "auto":
+        data.batch_size = batch_size.find(Trial(module, data, make_trainer, config.compile))
+    loggers, callbacks = build_all(config.logger, "logger"), build_all(config.callbacks, "callbacks")
+    trainer = make_trainer(**essentials(settings, callbacks, loggers))
+    slurm.check_tasks(trainer.num_devices, trainer.num_nodes)
+    say(f"{config.stage} on {device.describe(trainer)}")
+    return fit(module, data, trainer, folder, settings, functools.partial(schedule, plugins=settings["plugins"]))
+
+
+def end_by(status: int, line: str) -> NoReturn:
+    """End with the status of a stop. Launchers end all processes when one fails: only the first does."""
+    say(line)
+    if is_first_process():
+        sys.exit(status)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # on its way out, whatever the launcher now sends
+    sys.exit()
+
+
+def optimized(metrics: dict[str, Any], name: str) -> float | None:
+    """The metric that a search compares. Raises `UserError` where a search finds none of that name."""
+    if name not in metrics and is_searched():
+        there = ", ".join(key for key in metrics if "/" in key) or "no metrics: nothing was validated"
+        raise UserError(f"optimized_metric={name}: the last stage has {there}")
+    return metrics.get(name)

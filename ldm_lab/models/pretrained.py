@@ -1,0 +1,238 @@
+"""How networks write and read their folders: a JSON config and their weights (see `ldm_lab.utils.weights`).
+
+The layout is the one of diffusers (`config.json` and `diffusion_pytorch_model.safetensors`), so that folders move
+between the two libraries unconverted.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ldm_lab.checkpoints.state_dicts import unwrapped
+from ldm_lab.utils import hub, shell, weights
+from ldm_lab.utils.configurable import Configurable, FrozenConfig, register_to_config
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError, blaming, check_plain, first_line
+
+__all__ = ["Configurable", "FrozenConfig", "PretrainedModel", "register_to_config"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that networks compute with
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # ways of accelerate to spread a network over devices
+
+
+def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """`torch_dtype=` as a type: torch's own, or its name. None and "auto" are None: as the file has it.
+
+    Raises:
+        UserError: it is another thing, or networks do not compute with it.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if found not in FLOATS:
+        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)
+        raise UserError(f"torch_dtype={dtype!r}: give one of {known} or auto")
+    return found
+
+
+def one_device(device_map: Any) -> torch.device | None:  # noqa: ANN401
+    """`device_map=` as the device that holds everything: its name, index, or `{"": device}`; "auto" is the best here.
+
+    Raises:
+        UserError: it names no device that is here, or several.
+    """
+    if device_map is None:
+        return None
+    found = device_map.get("") if isinstance(device_map, dict) and len(device_map) == 1 else device_map
+    if found in SPREAD:
+        found = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        return torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        advice = "give one device for all, such as 'cuda', 'cpu' or 'auto'"
+        raise UserError(f"device_map={device_map!r}: {advice} ({first_line(error)})") from error
+
+
+class PretrainedModel(Configurable, nn.Module):
+    """A network with a config: `from_pretrained`, `save_pretrained`, `device`, `dtype`.
+
+    The order in which weights lie in memory is for the network to choose (see `models.layout`): files do not show it,
+    and `load_weights` keeps it.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the parameters."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def exported_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that the namesake knows: what goes into a folder. State of training stays out."""
+        return self.state_dict()
+
+    @property
+    def weights_stem(self) -> str:
+        """What the names of its files of weights begin with: where its namesake computes the same, as diffusers'."""
+        return weights.STEM if self.library == "diffusers" else weights.OWN_STEM
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write the weights and `config.json` into `folder`, each file whole or not at all.
+
+        Args:
+            folder: it is made where there is none; earlier weights of the same variant in it are replaced.
+            safe_serialization: False pickles the weights.
+            variant: a word in the names of the files, such as "fp16".
+            max_shard_size: bytes of a file, also as "5GB" (10 GB by default); more weights make several, and an index.
+
+        Raises:
+            SaveError: the disk refused.
+            UserError: an argument cannot be used; the message names it.
+        """
+        folder = shell.path(folder)
+        named = unwrapped(self.exported_state_dict())  # a part of the network may have been compiled
+        tensors = {key: value.detach().contiguous().cpu() for key, value in named.items()}
+        weights.write(folder, tensors, self.weights_stem, variant, safe_serialization, max_shard_size)
+        self.save_config(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,  # noqa: ANN401
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **overrides: Any,  # noqa: ANN401
+    ) -> Self:
+        """Load a folder written by `save_pretrained`, ours or the namesake's, in evaluation mode.
+
+        Args:
+            source: the folder, or `owner/model` on the Hugging Face hub.
+            subfolder: the network's place in there, such as "unet" of a pipeline.
+            torch_dtype: floating-point type of the weights, or its name; None and "auto" keep that of the file.
+            dtype: the same.
+            device_map: the device where the network goes: "cuda", `{"": "cuda:1"}`, or "auto".
+            variant: load the weights of this variant ("fp16"); None: the plain ones, or the only ones.
+            use_safetensors: False loads pickled weights, True never does; None does for want of others.
+            low_cpu_mem_usage: has no effect, for a network is always made around the weights of its file.
+            revision: branch, tag or commit on the hub.
+            cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
+            token: of the hub; None: the one you have logged in with.
+            local_files_only: of a model on the hub, take what was downloaded before, or fail.
+            force_download: of a model on the hub, download it anew.
+            overrides: arguments of the constructor, in place of the config's.
+
+        Raises:
+            LoadError: the folder, its config or its weights are missing, damaged or of another
+                architecture. A tensor missing or left over is an error: nothing is initialised silently.
+            UserError: an argument cannot be used; the message names it.
+        """
+        cls.check_arguments(overrides)
+        dtype, device = floating_type(dtype or torch_dtype), one_device(device_map)
+        download = {"token": token, "local_files_only": local_files_only, "force_download": force_download}
+        choice = {"variant": variant, "use_safetensors": use_safetensors}
+        folder = hub.local(source, subfolder or "", revision, cache_dir=cache_dir, **download, **choice)
+        model = cls.skeleton(cls.load_config(folder), str(folder / cls.config_name), **overrides)
+        model.load_weights(weights.read(folder, model.weights_stem, **choice), origin=str(folder), assign=True)
+        return model.to(device=device, dtype=dtype).eval()
+
+    @classmethod
+    def from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: str) -> Self:
+        """Build from a config and the weights themselves, in evaluation mode.
+
+        Raises:
+            LoadError: the config or a tensor is not of this class; the message begins with `origin`.
+        """
+        model = cls.skeleton(config, origin)
+        model.load_weights(tensors, origin, assign=True)
+        return model.eval()
+
+    @classmethod
+    def skeleton(cls, config: dict[str, Any], origin: str, **overrides: Any) -> Self:  # noqa: ANN401
+        """The network of a config that a file holds, on the meta device. Raises `LoadError` where there is none."""
+        with blaming(origin), torch.device("meta"):
+            return cls.from_config(check_plain(config, origin), **overrides)
+
+    def load_weights(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
+        """Load `state` after checking that names and shapes are exactly those of this network.
+
+        Args:
+            state: tensors by name; names of 2022 are understood where the class knows them, and wrappers' words passed.
+            origin: where they come from, for the message.
+            assign: take the tensors themselves instead of copying their values.
+
+        Raises:
+            LoadError: a tensor is missing, left over or of another shape or kind.
+        """
+        own, name = self.exported_state_dict(), type(self).__name__
+        with blaming(origin):
+            renamed = self.rename_legacy_keys(unwrapped(state, own))
+        if len(renamed) < len(state):
+            raise LoadError(f"{origin}: holds a tensor of this {name} twice, under its name of 2022 and that of today")
+        state = renamed
+        if missing := sorted(set(own) - set(state)):
+            raise LoadError(f"{origin}: no tensor {missing[0]!r} for this {name} ({len(missing)} missing)")
+        if unexpected := sorted(set(state) - set(own)):
+            raise LoadError(f"{origin}: {name} has no place for {unexpected[0]!r} ({len(unexpected)} left over)")
+        for key, value in own.items():
+            if value.shape != state[key].shape:
+                found, wanted = tuple(state[key].shape), tuple(value.shape)
+                raise LoadError(f"{origin}: {key} has shape {found}, this {name} needs {wanted}")
+            if (value.dtype in FLOATS) != (state[key].dtype in FLOATS):
+                raise LoadError(f"{origin}: {key} holds {state[key].dtype}, this {name} needs {value.dtype}")
+            if not state[key].isfinite().all():
+                raise LoadError(f"{origin}: {key} holds values that are not finite (NaN or infinity)")
+        state = _alike(state)
+        if assign:  # they come as their file has them
+            state = {key: _laid_out(value, own[key].stride()) for key, value in state.items()}
+        self.load_state_dict(state, strict=False, assign=assign)
+
+    @classmethod
+    def rename_legacy_keys(cls, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Attention names of 2022 (`query`, `key`, `value`, `proj_attn`) -> today's."""
+        names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        return {".".join(names.get(part, part) for part in key.split(".")): value for key, value in state.items()}
+
+
+def _alike(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All numbers with a point in the largest type among them: layers cannot multiply different ones."""
+    types = [value.dtype for value in state.values() if value.dtype in FLOATS]
+    largest = functools.reduce(torch.promote_types, types, types[0]) if types else None
+    return {key: value.to(largest) if value.dtype in FLOATS else value for key, value in state.items()}
+
+
+def _laid_out(value: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """A tensor with `stride`: itself, or a copy."""
+    if value.stride() == stride:
+        return value
+    return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)

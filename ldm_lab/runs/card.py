@@ -1,0 +1,136 @@
+"""The model card of a result: what it is, how good, how it was made, with a picture. For people, and for the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.runs.record import STAGES, Evaluation, RunRecord, StageRecord, read_run
+from ldm_lab.utils.nested import find
+from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.version import __version__
+from ldm_lab.utils.writing import replacing
+
+CARD = "README.md"
+MARK = "# written by ldm_lab, and again when there are new figures; without this line it is left alone"
+PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}
+MADE_WITH = (
+    "data.image_size",
+    "max_images",
+    "data.global_batch_size",
+    "model.optimizer.lr",
+    "seed",
+    "autoencoder_hash",
+)
+USE = {
+    "autoencoder": """from ldm_lab import {kind}
+
+autoencoder = {kind}.from_pretrained("{folder}")
+latents = autoencoder.latents(images)            # (B, 3, H, W) in [-1, 1] -> (B, C, h, w)
+images = autoencoder.decode(latents).sample""",
+    "diffusion": """from ldm_lab import LDMPipeline
+
+pipe = LDMPipeline.from_pretrained("{folder}")
+images = pipe(batch_size=4, num_inference_steps=50).images""",
+}
+
+
+def write(run: RunRecord, stage: str, metrics: dict[str, float]) -> None:
+    """Write the card of a stage's result, and of stage 2 also into the run's folder, with the newest picture.
+
+    Args:
+        run: with the stage.
+        stage: which.
+        metrics: of the result, by name.
+
+    A card that somebody has made their own (see `MARK`) is left alone.
+    """
+    record = run.stages[stage]
+    pictures = record.pictures.get(PICTURES[stage], {})
+    picture = pictures[max(pictures)] if pictures else None
+    run_folder = record.folder.parent
+    for folder in [record.folder / "final", *([run_folder] if stage == STAGES[1] else [])]:
+        path = folder / CARD
+        if path.is_file() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+            continue
+        if picture:
+            with replacing(folder / f"{PICTURES[stage]}.png") as temporary:
+                shutil.copyfile(picture, temporary)
+        with replacing(path) as temporary:
+            card = text(run, record, metrics, bool(picture))
+            temporary.write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be no text
+
+
+def refresh(folder: Path) -> None:
+    """Write the cards of a run's results again, with its newest evaluations; of a folder that is no run, nothing."""
+    try:
+        run = read_run(folder)
+    except LoadError:
+        return
+    for stage, record in run.stages.items():
+        if record.status.get("finished") and (record.folder / "final").is_dir():
+            write(run, stage, {name: value for name, value in record.status.items() if "/" in name})
+
+
+def text(run: RunRecord, record: StageRecord, metrics: dict[str, float], pictured: bool) -> str:
+    """The card, in Markdown.
+
+    Args:
+        run: for its evaluations.
+        record: of the stage.
+        metrics: of the result, by name.
+        pictured: whether a picture lies beside it.
+    """
+    stage, name = record.stage, record.config.get("name") or run.name
+    what = "Unconditional latent diffusion" if stage == STAGES[1] else "The first stage of latent diffusion"
+    tag = "pipeline_tag: unconditional-image-generation\n" if stage == STAGES[1] else ""
+    head = f"---\n{MARK}\nlibrary_name: ldm_lab\n{tag}tags: [latent-diffusion, ldm_lab]\n---\n"
+    parts = [head + f"# {name}", f"{what} (Rombach et al. 2022), trained with ldm_lab {__version__}."]
+    if pictured:
+        parts.append(f"![{PICTURES[stage]}]({PICTURES[stage]}.png)")
+    parts += ["## Figures", table(("figure", "value", "of"), figures(run, record, metrics))]
+    kind = _kind(record.folder / "final")
+    parts += ["## Use", f"```python\n{USE[stage].format(kind=kind, folder=name)}\n```"]
+    made = [(key, value) for key in MADE_WITH if (value := find(record.config, key)) is not None]
+    parts += ["## Made with", table(("setting", "value"), made), "All settings: `config.yaml` of the run."]
+    return "\n\n".join(parts) + "\n"
+
+
+def figures(run: RunRecord, record: StageRecord, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
+    """Name, value and what it is of: the last validation's, the evaluations'. No times: equal runs have equal cards."""
+    seen = f"{record.config.get('max_images', 0):,} training images"
+    found = [(name, f"{value:.4g}", f"held-out images, after {seen}") for name, value in sorted(metrics.items())]
+    for evaluation in run.evaluations if record.stage == STAGES[1] else []:
+        found += [(name, _interval(one), _of(evaluation)) for name, one in sorted(evaluation.metrics.items())]
+    return found
+
+
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table; cells are of plain text."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:  # noqa: ANN401
+    plain = value if isinstance(value, str) else json.dumps(value)
+    return plain.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _interval(found: dict[str, float]) -> str:
+    value = f"{found['value']:.4g}"
+    return f"{value} ({found['low']:.4g} to {found['high']:.4g})" if {"low", "high"} <= found.keys() else value
+
+
+def _of(evaluation: Evaluation) -> str:
+    content = evaluation.content
+    sampling = content.get("sampling") or {}
+    how = ", ".join(f"{key} {value}" for key, value in sampling.items())
+    return f"{content.get('num_samples')} {content.get('kind')}" + (f" ({how})" if how else "")
+
+
+def _kind(final: Path) -> str:
+    """The class of a first stage, as its config names it."""
+    path = final / "config.json"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("_class_name")) if path.is_file() else "VQModel"

@@ -1,0 +1,83 @@
+"""What is asked of stage 1: do reconstructions hold, does the codebook live, does the discriminator teach."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ldm_lab.runs.diagnosis.finding import BAD, Finding, Healthy, Readings, in_range, missing, unless_learning
+from ldm_lab.utils.nested import find
+
+# dB on held-out images. Published, on ImageNet: 27.4 (VQ-f4) and 24.2 (KL-f8); the demo ends at 27.
+PSNR = Healthy(low=24.0, bad_below=15.0)
+# Stage 2 measures the scale and divides by it: only what is degenerate is broken. The demo ends at 0.64.
+SPREAD = Healthy(low=0.05, high=20.0, bad_below=1e-3, bad_above=1e3)
+# Perplexity as a part of all codes, of which two are the least. The demo ends at 0.6 of 512; below 0.01 or two codes
+# `CodebookUse` calls it collapsed.
+CODES, FEWEST = Healthy(low=0.1, bad_below=0.01), 2
+# Mean hinge loss, and the distance of the mean logits: the range that `DiscriminatorHealth` watches over. A loss of 1
+# is that of a discriminator that answers 0 to everything.
+HINGE = Healthy(low=0.3, high=1.0, bad_below=0.01)
+BLIND = 1e-3
+
+
+def reconstruction(readings: Readings) -> Finding:
+    """Whether held-out images come back."""
+    check, metric = "reconstructions", "val/psnr"
+    if not readings.values(metric):
+        return missing(check, metric)
+    advice = (
+        "Diffusion cannot bring back what is lost here: train longer (max_images), let it compress less"
+        " (model=vq_f4), or look at samples/reconstructions_*.png whether the data are as they should be"
+    )
+    return unless_learning(
+        readings, metric, in_range(check, readings.values(metric)[-1], "{:.1f} dB PSNR", PSNR, advice)
+    )
+
+
+def spread(readings: Readings) -> Finding:
+    """Whether the latents have kept a spread that a scale can put right."""
+    check, metric = "spread of the latents", "val/latent_std"
+    if not readings.values(metric):
+        return missing(check, metric)
+    advice = "Lower model.optimizer.lr; stage 2 needs model.scaling_factor=measure"
+    return in_range(check, readings.values(metric)[-1], "standard deviation {:.3g}", SPREAD, advice)
+
+
+def codebook(readings: Readings) -> Finding | None:
+    """Whether the codes are in use; None: there are none."""
+    codes = find(readings.config, "model.autoencoder.num_vq_embeddings")
+    check, metric = "codebook", "codebook/perplexity"
+    if not isinstance(codes, int) or codes < 1:
+        return None
+    if not readings.values(metric):
+        return missing(check, metric)
+    found = readings.values(metric)[-1]
+    words = f"perplexity {found:.3g} of {codes:,} codes, {{:.2g}} of them"
+    advice = "Lower model.optimizer.lr, or let the codes follow faster (model.legacy_codebook_loss=false)"
+    healthy = replace(CODES, bad_below=max(CODES.bad_below, FEWEST / codes))
+    return in_range(check, found / codes, words, healthy, advice)
+
+
+def discriminator(readings: Readings) -> Finding | None:
+    """Whether it wins or is blind; None: there is none, or it has not begun."""
+    if not find(readings.config, "model.loss.discriminator"):
+        return None
+    check, metrics = "discriminator", ("disc/discriminator", "disc/logits_real", "disc/logits_fake")
+    begins = find(readings.config, "model.loss.adversarial.start_images")
+    if isinstance(begins, int) and readings.images_seen <= begins:
+        return None
+    for metric in metrics:
+        if not readings.values(metric):
+            return missing(check, metric)
+    hinge, real, fake = (readings.recent(metric) for metric in metrics)
+    gap, verdict = abs(real - fake), HINGE.verdict(hinge)
+    verdict = BAD if not gap >= BLIND or math.isnan(hinge) else verdict
+    measured = f"loss {hinge:.2g}, mean logits {real:.2g} for images and {fake:.2g} for reconstructions"
+    advice = (
+        "It wins: lower model.optimizer.lr, let it begin later (model.loss.adversarial.start_images) or make it smaller"
+        " (model.loss.discriminator.channels)"
+        if hinge < HINGE.low
+        else "It tells nothing apart: give it time, or let it begin later (model.loss.adversarial.start_images)"
+    )
+    return Finding(check, verdict, measured, f"loss {HINGE}, logits apart", advice)

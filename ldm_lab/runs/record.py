@@ -1,0 +1,226 @@
+"""What a run leaves behind, read again: settings, metrics, pictures, evaluations.
+
+<run>/<stage>/config.yaml    the settings
+<run>/<stage>/metrics.csv    a row for each number of images seen
+<run>/<stage>/status.json    whether it has ended
+<run>/<stage>/data.npz       which images it is trained on
+<run>/<stage>/samples/       pictures, `<name>_<images seen>.png`
+<run>/eval/*.json            evaluations, see `Evaluation`
+
+Nothing here knows how it came about, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm_lab.utils import shell
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError, first_line, read_json, read_yaml
+from ldm_lab.utils.version import FORMAT_KEY
+
+AXIS = "images_seen"
+STAGES = ("autoencoder", "diffusion")
+EVALUATIONS = "eval"
+MAX_PIXELS = 2**26  # of a picture in a folder that anybody may have made
+PICTURE = re.compile(r"(?P<name>.+)_(?P<images>\d{9,})\.png")
+
+Row = dict[str, str]
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage has recorded; each part is read when it is first asked for.
+
+    Attributes:
+        folder: of the stage.
+        stage: "autoencoder" or "diffusion".
+    """
+
+    folder: Path
+    stage: str
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """All settings, resolved. Raises `LoadError` where they cannot be read."""
+        return {key: value for key, value in read_yaml(self.folder / "config.yaml").items() if key != FORMAT_KEY}
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """`finished`, `max_images`, the last metrics; nothing before the first step."""
+        path = self.folder / "status.json"
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """Metric -> its values over images seen, those that are finite numbers or say that they are not."""
+        path, found = self.folder / "metrics.csv", {}
+        rows = read_metrics(path) if path.is_file() else {}
+        for images_seen, row in sorted(rows.items()):
+            for name, text in row.items():
+                if name != AXIS and (value := _number(text)) is not None:
+                    found.setdefault(name, []).append((images_seen, value))
+        return found
+
+    @cached_property
+    def pictures(self) -> dict[str, dict[int, Path]]:
+        """Name (`samples`, `reconstructions` ...) -> images seen -> PNG file, oldest first."""
+        found: dict[str, dict[int, Path]] = {}
+        for path in sorted((self.folder / "samples").glob("*.png")):
+            if match := PICTURE.fullmatch(path.name):
+                found.setdefault(match["name"], {})[int(match["images"])] = path
+        return found
+
+    @cached_property
+    def images(self) -> dict[str, tuple[int, int]]:
+        """What stands for the images of each set ("train", "val"), equal for equal ones; nothing where it is not known.
+
+        Of `data.npz`, whose numbers are not even unpacked: the archive itself knows their length and a sum of them.
+        """
+        path = self.folder / "data.npz"
+        if not path.is_file():
+            return {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return {Path(entry.filename).stem: (entry.file_size, entry.CRC) for entry in archive.infolist()}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise LoadError(f"{path}: not readable: {error}") from error
+
+    @property
+    def images_seen(self) -> int:
+        """Training images up to the last row of metrics."""
+        return max((curve[-1][0] for curve in self.curves.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A file that `python -m ldm_lab evaluate` has written.
+
+    Attributes:
+        path: the file.
+        content: all of it: `kind` ("samples", "images", "reconstructions"), `images_seen`, `num_samples`, `sampling`,
+            `extractor`, `reference`, `versions`, and `metrics`, each with `value`, and `low` and `high` where known.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Name -> `value`, `low`, `high`."""
+        return self.content["metrics"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What the stages of a run have recorded.
+
+    Attributes:
+        folder: of the run.
+        stages: those there are, by name.
+    """
+
+    folder: Path
+    stages: dict[str, StageRecord]
+
+    @property
+    def name(self) -> str:
+        """What the run is called: the name of its folder."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """Those in `eval/`, by file name. Raises `LoadError` for a file that is none."""
+        return [read_evaluation(path) for path in sorted((self.folder / EVALUATIONS).glob("*.json"))]
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """The record of a run, or of one stage where that is what the folder holds.
+
+    Raises:
+        LoadError: the folder is neither.
+    """
+    folder = shell.path(folder)
+    own = _stage(folder)
+    if own:
+        return RunRecord(folder, {own.stage: own})
+    stages = {name: stage for name in STAGES if (stage := _stage(folder / name))}
+    if not stages:
+        what = (
+            "no run (neither autoencoder/config.yaml nor diffusion/config.yaml)"
+            if folder.is_dir()
+            else "no such folder"
+        )
+        raise LoadError(f"{folder}: {what}; name one, such as runs/celebahq")
+    return RunRecord(folder, stages)
+
+
+def _stage(folder: Path) -> StageRecord | None:
+    if not (folder / "config.yaml").is_file():
+        return None
+    stage = read_yaml(folder / "config.yaml").get("stage")
+    return StageRecord(folder, stage) if stage in STAGES else None
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """One evaluation. Raises `LoadError` for a file that is none."""
+    content = read_json(path)
+    metrics = content.get("metrics")
+    if not isinstance(metrics, dict) or not all(map(_is_value, metrics.values())):
+        raise LoadError(f"{path}: is no evaluation: metrics must be name -> value; move it away")
+    return Evaluation(path, content)
+
+
+def _is_value(found: object) -> bool:
+    """Whether it is a number, perhaps with an interval; none that no float can be."""
+    if not isinstance(found, dict):
+        return False
+    numbers = [found.get("value"), *(found[end] for end in ("low", "high") if found.get(end) is not None)]
+    return all(isinstance(n, float) or (isinstance(n, int) and abs(n) < 2**1023) for n in numbers)
+
+
+def read_metrics(path: Path) -> dict[int, Row]:
+    """The rows of a `metrics.csv` by images seen, as text, without empty cells. Raises `LoadError` for another file."""
+    rows = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file, restval=""):
+                rows[int(row[AXIS])] = {key: value for key, value in row.items() if value}
+                if None in row:
+                    raise UserError("a row has more entries than the first line has names")
+    except (ValueError, KeyError, OSError, csv.Error) as error:
+        raise LoadError(f"{path}: not a table with a column {AXIS}: {error}; move it away to begin another") from error
+    return rows
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A PNG as 8-bit RGB. Raises `LoadError` for anything else, and for more pixels than a picture of a run has."""
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise UserError(f"{file.width} x {file.height} pixels are too many")
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LoadError(f"{path}: no picture that can be shown: {first_line(error)}") from error
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def last(curve: Curve) -> float:
+    """The newest value; NaN where there is none."""
+    return curve[-1][1] if curve else math.nan

@@ -1,0 +1,1 @@
+"""Samples by their index: seed, noise, image, file; and pictures beside them."""

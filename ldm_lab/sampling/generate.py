@@ -1,0 +1,223 @@
+"""From seeds to files, on any number of devices: indices -> `LDMPipeline` -> PNG, through `Trainer.predict`."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule, LightningModule
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ldm_lab.checkpoints import checkpoint
+from ldm_lab.checkpoints.locate import State
+from ldm_lab.diffusion.samplers import SAMPLERS
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.utils import locks, randomness
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.images import grid, save_png, save_pngs
+from ldm_lab.utils.reading import read_json
+from ldm_lab.utils.version import __version__
+from ldm_lab.utils.writing import replacing, require_writable, write_json
+
+MANIFEST = "manifest.json"
+ADDED = {"compile": False, "tiling": False}  # settings that older manifests do not have
+GRID_IMAGES = 64
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk of every PNG, with its checksum
+
+
+class SamplingModule(LightningModule):
+    """Draws sample i from (seed, i) and writes it as `<i>.png`: the same image on any number of devices.
+
+    Args:
+        pipe: the model; its scheduler is the sampler.
+        folder: where the images go.
+        seed: of all samples.
+        steps: evaluations of the UNet.
+        eta: 0 for deterministic DDIM.
+        compiled: whether the networks are compiled, once they are on their device.
+    """
+
+    def __init__(
+        self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float, compiled: bool = False
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList([pipe.vqvae, pipe.unet])  # so that Lightning moves them
+        self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
+        self.compiled = compiled
+        pipe.set_progress_bar_config(disable=True)
+
+    def on_predict_start(self) -> None:
+        """Lightning has moved the networks."""
+        if self.compiled:
+            self.pipe.compile()
+
+    def predict_step(self, batch: Tensor, _: int) -> None:
+        """Indices `(B,)` -> a file each, also where one is there twice."""
+        indices = batch.tolist()
+        generators = [randomness.generator(self.seed, "sample", index) for index in indices]
+        images = self.pipe(len(indices), generators, self.eta, self.steps).images
+        save_pngs({image_path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
+
+
+class MissingSamples(LightningDataModule):
+    """The indices that have no file yet, shared among the devices.
+
+    The first device looks, and tells the others: two that look for themselves may see different files, and what each
+    thinks is the other's nobody draws.
+
+    Args:
+        folder: where the images go.
+        num_samples: how many there shall be.
+        batch_size: images at a time on each device.
+        full: whether the last batch is as large as the others (see `loader`).
+
+    Attributes:
+        count: how many were missing; known when sampling has begun.
+    """
+
+    def __init__(self, folder: Path, num_samples: int, batch_size: int, full: bool = False) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than devices
+        self.folder, self.num_samples, self.batch_size, self.full = folder, num_samples, batch_size, full
+        self.count = 0
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of this device."""
+        trainer = self.trainer
+        indices = trainer.strategy.broadcast(missing(self.folder, self.num_samples) if trainer.is_global_zero else [])
+        self.count = len(indices)
+        return loader(indices, self.batch_size, trainer.global_rank, trainer.world_size, self.full)
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """The file of sample `index`, in a folder that holds samples alone, as evaluators want it."""
+    return folder / "images" / f"{index:06d}.png"
+
+
+def missing(folder: Path, num_samples: int) -> list[int]:
+    """The indices whose files are not there yet, or not whole."""
+    return [index for index in range(num_samples) if not _is_whole(image_path(folder, index))]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there to its end. Ours are whole; one that was copied may be cut short."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def default_folder(state: State, settings: dict[str, Any]) -> Path:
+    """A folder for each state and each sampler: in `samples/` of the folder that was named, or beside a file."""
+    source = state.source
+    samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
+    name = "{sampler}_{steps}_eta{eta:g}_seed{seed}".format(**settings)
+    return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
+
+
+def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False) -> DataLoader:
+    """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device.
+
+    Args:
+        indices: of all devices.
+        batch_size: how many at a time.
+        rank: of this device.
+        world_size: how many devices there are.
+        full: fill the last batch up with its last index: compiled networks know one batch size.
+    """
+    mine = indices[rank::world_size]
+    surplus = mine[-1:] * (-len(mine) % batch_size) if full else []
+    return DataLoader(mine + surplus, batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest: everything that the images follow from, and which versions made them."""
+    hashes = {name: checkpoint.fingerprint(getattr(pipe, name)) for name in ("unet", "vqvae")}
+    versions = {"ldm_lab": __version__, "torch": torch.__version__}
+    return {"ckpt": ckpt, "hashes": hashes, **settings, "scheduler": dict(pipe.scheduler.config), "versions": versions}
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """A hash of what samples follow from, wherever the model lies and whatever versions draw them."""
+    settings = {key: value for key, value in manifest.items() if key not in ("ckpt", "versions")}
+    return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def claim(folder: Path, manifest: dict[str, Any], key: str = "output=") -> None:
+    """Write the manifest, or check that the samples there are of the same model with the same settings.
+
+    What a killed process was writing is removed.
+
+    Args:
+        folder: of the samples.
+        manifest: see `describe`.
+        key: what names another folder, for messages.
+
+    Raises:
+        UserError: the folder holds something else; nothing in it is touched.
+        SaveError: it cannot be written.
+    """
+    path = folder / MANIFEST
+    unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them
+    if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - {*unfinished, folder / locks.NAME}:
+        raise UserError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
+    if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
+        require_writable(folder, key)
+        _remove(unfinished)
+        write_json(path, manifest)
+        return
+    new = json.loads(json.dumps(manifest))
+    old = _completed(read_json(path), new)
+    changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
+    if changed:
+        values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
+        raise UserError(f"output={folder} holds samples of other settings ({values}): choose another output=")
+    _remove(unfinished)
+
+
+def _completed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the settings that its version did not have yet, at the values at which they have no effect."""
+    kind, scheduler = SAMPLERS.get(str(old.get("sampler"))), old.get("scheduler")
+    if kind is None or not isinstance(scheduler, dict):
+        return {**ADDED, **old}
+    added = {key: value for key, value in kind().config.items() if key in new["scheduler"]}
+    return {**ADDED, **old, "scheduler": {**added, **scheduler}}
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def collect(folder: Path, num_samples: int) -> list[str]:
+    """Write `grid.png` of the first images, and `samples.npz` as the ADM evaluator reads it; returns their names."""
+    if not num_samples:
+        return []
+    paths = [image_path(folder, index) for index in range(num_samples)]
+    tiles = [np.asarray(Image.open(path)) for path in paths[:GRID_IMAGES]]
+    save_png(grid(tiles), folder / "grid.png")
+    write_npz(folder / "samples.npz", paths, tiles[0].shape)
+    return ["grid.png", "samples.npz"]
+
+
+def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> None:
+    """`arr_0`: `(N, H, W, 3)` uint8, image by image: 50,000 images never lie in memory together."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
+    with (
+        replacing(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_2_0(member, header)
+        for path in paths:
+            member.write(np.asarray(Image.open(path)).tobytes())

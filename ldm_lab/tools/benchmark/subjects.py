@@ -1,0 +1,242 @@
+"""What is measured of a model: each function makes the contestants of one comparison, ours first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_lab.config import stages
+from ldm_lab.config.compose import DictConfig, Recipe, build
+from ldm_lab.data.transforms import parse_size
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.tools.benchmark import peer
+from ldm_lab.tools.benchmark.contest import Contestant, synchronize
+from ldm_lab.training.callbacks.not_finite import gradient_norms
+from ldm_lab.training.ema import EMA
+from ldm_lab.training.latents import latent_shape
+from ldm_lab.utils.compiled import compile_for_inference
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.images import save_pngs, to_pil
+
+
+@dataclass
+class Subject:
+    """A model as it is measured.
+
+    Attributes:
+        pipe: its networks and scheduler, ours.
+        config: of stage 2.
+        batch_size: images of one run.
+        steps: of sampling.
+        dtype: float32, or bfloat16: of sampling's and encoding's networks, of training under autocast.
+        peer_dtype: of diffusers: float32, or bfloat16 under autocast.
+        against: whether diffusers takes part.
+        folder: for files.
+    """
+
+    pipe: LDMPipeline
+    config: DictConfig
+    batch_size: int
+    steps: int
+    dtype: torch.dtype
+    peer_dtype: torch.dtype
+    against: bool
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.pipe.device
+
+    def images(self) -> Tensor:
+        """`(B, 3, H, W)` in [-1, 1], of noise: no kernel is faster on pictures."""
+        return torch.rand(self.batch_size, 3, *parse_size(self.config.data.image_size), device=self.device) * 2 - 1
+
+    def generator(self) -> torch.Generator:
+        """Of the starting noise, the same whenever it is asked for; on the CPU, the peer takes no other."""
+        return torch.Generator().manual_seed(0)
+
+    def peer_context(self) -> torch.autocast:
+        """Around what diffusers computes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.peer_dtype is torch.bfloat16)
+
+    def noise(self) -> Tensor:
+        """Normal, as latents are, `(B, C, h, w)`."""
+        shape = latent_shape(self.pipe.vqvae, parse_size(self.config.data.image_size))
+        return torch.randn(self.batch_size, *shape, device=self.device)
+
+
+def load(
+    experiment: str, overrides: list[str], ckpt: str | None, device: torch.device
+) -> tuple[LDMPipeline, DictConfig]:
+    """The model of an experiment, with random weights or those of `ckpt`, and the config of its stage 2."""
+    configs = Recipe.parse([f"experiment={experiment}", *overrides]).compose()
+    config = configs[-1]
+    if config.stage != "diffusion" or (len(configs) < 2 and not ckpt):
+        raise UserError(f"--experiment {experiment}: name one with both stages, e.g. celebahq")
+    torch.manual_seed(config.seed)
+    if ckpt:
+        return LDMPipeline.from_pretrained(ckpt).to(device), config
+    autoencoder = stages.networks(configs[0], None)["autoencoder"]
+    parts = stages.networks(config, autoencoder)
+    _, height, width = latent_shape(autoencoder, parse_size(config.data.image_size))
+    parts["unet"].register_to_config(sample_size=height if height == width else [height, width])
+    autoencoder.register_to_config(scaling_factor=1.0)
+    pipe = LDMPipeline(autoencoder.eval(), parts["unet"].eval(), parts["scheduler"])
+    return pipe.to(device), config
+
+
+def sample(subject: Subject) -> list[Contestant]:
+    """The whole pipeline: from noise to PNG files; pixels in [0, 1] are compared."""
+    pipe = subject.pipe
+    theirs = peer.pipeline(pipe) if subject.against else None
+    pipe.to(dtype=subject.dtype).set_progress_bar_config(disable=True)
+
+    def own() -> Tensor:
+        images = pipe(**settings, generator=subject.generator(), output_type="pt").images  # (B, 3, H, W)
+        save_pngs({subject.folder / f"own_{index}.png": image for index, image in enumerate(to_pil(images))})
+        return images
+
+    def other() -> Tensor:
+        with subject.peer_context():
+            images = theirs(**settings, generator=subject.generator(), output_type="np").images  # (B, H, W, 3)
+        for index, image in enumerate(theirs.numpy_to_pil(images)):
+            image.save(subject.folder / f"peer_{index}.png")
+        return torch.from_numpy(images).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
+
+    settings = {"batch_size": subject.batch_size, "num_inference_steps": subject.steps}
+    return _pair(subject, own, other, pipe.compile)
+
+
+def encode(subject: Subject) -> list[Contestant]:
+    """Images to latents (their moments where they are drawn)."""
+    vqvae, images = subject.pipe.vqvae, subject.images()
+    theirs = peer.network(vqvae) if subject.against else None
+    vqvae.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: vqvae.moments(images.to(subject.dtype)))
+    other = _peers(subject, lambda: _encoded(theirs, images))
+    return _pair(subject, own, other, partial(compile_for_inference, vqvae.encoder))
+
+
+def forward(subject: Subject) -> list[Contestant]:
+    """One call of the UNet."""
+    unet, noise, timestep = subject.pipe.unet, subject.noise(), torch.tensor(500, device=subject.device)
+    theirs = peer.network(unet) if subject.against else None
+    unet.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: unet(noise.to(subject.dtype), timestep).sample)
+    other = _peers(subject, lambda: theirs(noise, timestep).sample)
+    return _pair(subject, own, other, partial(compile_for_inference, unet))
+
+
+def decode(subject: Subject) -> list[Contestant]:
+    """Latents to images."""
+    vqvae, noise = subject.pipe.vqvae, subject.noise()
+    theirs = peer.network(vqvae) if subject.against else None
+    vqvae.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: vqvae.decode(noise.to(subject.dtype)).sample)
+    other = _peers(subject, lambda: theirs.decode(noise).sample)
+    return _pair(subject, own, other, partial(compile_for_inference, vqvae.decoder))
+
+
+def train(subject: Subject) -> list[Contestant]:
+    """A step of stage 2 without its loader: ours on cached latents, diffusers' with an encode in it.
+
+    Forward, backward, clipping, the optimizer's step and the moving average; all with the experiment's settings.
+    """
+    steps = [
+        Step(subject, subject.pipe.unet, lambda network: build(subject.config.model.ema, "model.ema", network=network))
+    ]
+    if subject.against:
+        from diffusers.training_utils import EMAModel
+
+        theirs, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
+        images = subject.images()
+        average = Step(subject, theirs, lambda network: EMAModel(network.parameters(), decay=0.9999))
+        average.encode = _peers(subject, lambda: _encoded(vqvae, images))
+        average.dtype = subject.peer_dtype
+        steps.append(average)
+    names = ("ldm_lab {}, cached latents", "diffusers {}, encode in the step")
+    found = [
+        Contestant(name.format(_short(step.dtype)), step, subject.batch_size, step.dtype, rest=step.rest)
+        for name, step in zip(names, steps, strict=False)
+    ]
+    found[0].compile = steps[0].network.compile
+    return found
+
+
+class Step:
+    """One step of training.
+
+    Args:
+        subject: what is trained.
+        network: its UNet, ours or the peer's.
+        make_average: makes what follows its weights.
+    """
+
+    def __init__(self, subject: Subject, network: nn.Module, make_average: Callable[[nn.Module], Any]) -> None:
+        config = subject.config
+        self.network, self.device, self.dtype = network.train(), subject.device, subject.dtype
+        self.objective = build(config.model.objective, "model.objective", scheduler=subject.pipe.scheduler)
+        parameters = list(network.parameters())
+        self.optimizer = build(config.model.optimizer, "model.optimizer", params=[{"params": parameters}])
+        self.average, self.clip = make_average(network), config.trainer.gradient_clip_val
+        self.latents, self.noise = subject.noise(), subject.noise()
+        self.timesteps = torch.arange(len(self.noise), device=self.device) * 37 % 1000
+        self.encode: Callable[[], Tensor] | None = None
+        self.rest: list[float] = []
+
+    def __call__(self) -> None:
+        """Take it."""
+        latents = self.encode() if self.encode else self.latents
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
+            loss = self.objective(lambda x, t: self.network(x, t).sample, latents, self.noise, self.timesteps).mean()
+        loss.backward()
+        synchronize(self.device)
+        start = time.perf_counter()
+        if isinstance(self.average, EMA):
+            gradient_norms(self.network)  # which training looks at in every step
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if isinstance(self.average, EMA):
+            self.average.update(self.network)
+        else:
+            self.average.step(self.network.parameters())
+        synchronize(self.device)
+        self.rest.append(time.perf_counter() - start)
+
+
+def _peers(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What diffusers' networks compute without gradients."""
+
+    @torch.no_grad()
+    def computed() -> Tensor:
+        with subject.peer_context():
+            return run()
+
+    return computed
+
+
+def _encoded(vqvae: nn.Module, images: Tensor) -> Tensor:
+    """What diffusers' first stage of either kind encodes: latents, or moments."""
+    found = vqvae.encode(images)
+    return found.latents if hasattr(found, "latents") else found.latent_dist.parameters
+
+
+def _pair(subject: Subject, own: Callable, other: Callable, compile_own: Callable[[], object]) -> list[Contestant]:
+    """Ours, and diffusers' where it takes part."""
+    first = Contestant(f"ldm_lab {_short(subject.dtype)}", own, subject.batch_size, subject.dtype, compile_own)
+    second = Contestant(f"diffusers {_short(subject.peer_dtype)}", other, subject.batch_size, subject.peer_dtype)
+    return [first, second][: 1 + subject.against]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,173 @@
+"""List the latents that runs have cached, check them, and remove those that are not needed any more.
+
+Without a flag they are listed: key, size, images, when a run last used them, and what they are of. Only caches are
+removed, only when asked for by one of --prune, --older-than and --all, and of their folders only the files that they
+are made of. A cache that a run is filling is left alone. --verify reads everything and compares checksums, which a
+training, that reads by memory map, does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+
+from ldm_lab.data.latents import KEY, META, OWN_FILE, is_intact
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.reading import LoadError, read_json
+
+FLOAT32 = "32-true"  # the precision of a key, see `ldm_lab.training.latents`
+UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+class Entry(NamedTuple):
+    """One cache.
+
+    Attributes:
+        folder: its folder, named by its key.
+        files: what it is made of.
+        size: bytes.
+        used: when a run last used it, in seconds since 1970.
+        what: in words.
+    """
+
+    folder: Path
+    files: list[Path]
+    size: int
+    used: float
+    what: str
+
+
+def main(argv: list[str]) -> None:
+    """List, check or remove. Raises `UserError` for flags that cannot be, and for damage."""
+    options = parse(argv)
+    found = entries(options.folder / "latents")
+    if options.verify:
+        verify(found)
+    if unknown := sorted(set(options.prune) - {entry.folder.name for entry in found}):
+        raise UserError(f"--prune {unknown[0]}: {options.folder / 'latents'} has no cache of this key")
+    latest = time.time() - options.older_than if options.older_than else None
+    chosen = [
+        entry
+        for entry in found
+        if options.all or entry.folder.name in options.prune or (latest is not None and entry.used < latest)
+    ]
+    if not (options.all or options.prune or options.older_than or options.verify):
+        print(f"{options.folder / 'latents'}: {len(found)} cache(s), {_gigabytes(sum(e.size for e in found))}")
+        for entry in found:
+            print(line(entry))
+    for entry in chosen:
+        print(f"{'removed' if remove(entry) else 'in use, left'}: {line(entry)}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags, checked."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m ldm_lab cache", description=__doc__, formatter_class=text)
+    parser.add_argument("--prune", nargs="+", default=[], metavar="KEY", help="remove these")
+    parser.add_argument("--older-than", metavar="30d", help="remove those not used for so many h, d or w")
+    parser.add_argument("--all", action="store_true", help="remove all")
+    parser.add_argument("--verify", action="store_true", help="read all shards and compare their checksums")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="paths.cache (default: %(default)s)")
+    options = parser.parse_args(argv)
+    if options.older_than is not None:
+        if not (age := re.fullmatch(r"(\d+)([hdw])", options.older_than)):
+            raise UserError(f"--older-than {options.older_than}: give hours, days or weeks, such as 12h, 30d or 8w")
+        options.older_than = max(1, int(age[1])) * UNITS[age[2]]
+    return options
+
+
+def default_folder() -> Path:
+    """`paths.cache` of configs/paths/default.yaml."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "."), ".cache"))
+    return Path(os.environ.get("LDM_LAB_CACHE") or home / "ldm_lab")
+
+
+def entries(root: Path) -> list[Entry]:
+    """All caches, the one last used first; links are none."""
+    folders = root.iterdir() if root.is_dir() else ()
+    found = [entry(f) for f in folders if KEY.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def entry(folder: Path) -> Entry:
+    """What lies in one folder."""
+    with os.scandir(folder) as scanned:
+        own = [file for file in scanned if OWN_FILE.fullmatch(file.name) and not file.is_dir(follow_symlinks=False)]
+        statuses = {Path(file.path): file.stat(follow_symlinks=False) for file in own}
+    meta = statuses.get(folder / META)
+    used = meta.st_mtime if meta else max((status.st_mtime for status in statuses.values()), default=0.0)
+    return Entry(folder, sorted(statuses), sum(status.st_size for status in statuses.values()), used, _what(folder))
+
+
+def _what(folder: Path) -> str:
+    try:
+        meta = read_json(folder / META)
+        size = " x ".join(str(int(side)) for side in meta["transform"]["image_size"])
+        mirrored = ", mirrored too" if meta["shape"][0] == 2 else ""
+        kind, images = (str(meta[part]["class"]) for part in ("autoencoder", "images"))
+        weights = str(meta["autoencoder"]["weights"])
+        precision = meta.get("precision", FLOAT32)
+        encoded = "" if precision == FLOAT32 else f" encoded in {precision}"
+        words = f"{int(meta['count']):,} {images} of {size}{mirrored}, {meta['dtype']}{encoded}, by {kind} {weights}"
+    except (LoadError, LookupError, TypeError, ValueError):
+        return f"damaged: no {META} that says what it is"
+    return "".join(letter for letter in words if letter.isprintable())[:200]
+
+
+def line(entry: Entry) -> str:
+    """Key, size, last use, and what it is."""
+    days = max(0, int((time.time() - entry.used) / UNITS["d"]))
+    return f"{entry.folder.name}  {_gigabytes(entry.size):>9}  used {days:>3} day(s) ago  {entry.what}"
+
+
+def verify(found: list[Entry]) -> None:
+    """Check every shard of every cache. Raises `UserError` with the damaged ones."""
+    damaged = []
+    for entry in found:
+        shards = [path for path in entry.files if path.suffix == ".safetensors" and not path.name.startswith(".")]
+        bad = [path for path in shards if not (path.is_file() and is_intact(path))]
+        print(f"{entry.folder.name}  {len(shards) - len(bad)} of {len(shards)} shards are as they were written")
+        damaged += bad
+    if damaged:
+        names = ", ".join(str(path) for path in damaged[:3])
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise UserError(f"damaged: {names}{more}; remove these files, and the next training encodes them again")
+
+
+def remove(entry: Entry) -> bool:
+    """Remove a cache, unless a run is filling it; whether it is gone. What others have put there stays."""
+    with _held(entry) as free:
+        if free:
+            # Last of all what says what it is: what is left of a removal cut short is still known for what it is.
+            for path in sorted(entry.files, key=lambda path: path.name == META):
+                path.unlink(missing_ok=True)
+    if free:
+        with contextlib.suppress(OSError):
+            entry.folder.rmdir()
+    return free
+
+
+@contextlib.contextmanager
+def _held(entry: Entry) -> Iterator[bool]:
+    """Whether no process has claimed a shard; nobody can while this lasts."""
+    with contextlib.ExitStack() as stack:
+        try:
+            for path in entry.files:
+                if path.suffix == ".lock":
+                    stack.enter_context(filelock.FileLock(path, timeout=0))
+        except filelock.Timeout:
+            yield False
+            return
+        yield True
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GB" if size >= 2**27 else f"{size / 2**20:,.1f} MB"

@@ -1,0 +1,105 @@
+"""Build W&B's dashboards: a saved workspace for each stage, and a report, that compare runs.
+
+They show quality over images seen and over device hours, samples of the same seeds step by run, the codec, losses by
+timestep, throughput and memory, and the settings in which the runs differ. With --runs there are panels of what these
+runs have logged, and of no others. Where nobody is logged in, or W&B cannot be reached, the specification is written
+to a file instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.runs.record import STAGES, RunRecord, read_run
+from ldm_lab.tools.dashboard import layout
+from ldm_lab.tools.dashboard.runs import differing, logged, unused, wandb_id
+from ldm_lab.utils.errors import UserError, one_line
+from ldm_lab.utils.writing import write_json
+
+RESULTS = {"autoencoder": "val/psnr.max", "diffusion": "val/loss.min"}  # as summaries have them
+DISTANCES = ("eval/fid", "eval/fd_dinov2", "eval/kid")  # in their place where they are measured, the first of them
+
+
+def main(argv: list[str]) -> None:
+    """Build, and save or write. Raises `UserError` for flags that cannot be; `LoadError`: a folder is no run."""
+    options = parse(argv)
+    runs = [read_run(folder) for folder in options.runs]
+    baseline = read_run(options.baseline) if options.baseline else None
+    views = tools()
+    pages = [page(views, stage, runs, baseline) for stage in STAGES if not runs or any(stage in r.stages for r in runs)]
+    why = None if options.output else away()
+    entity = options.entity or ("" if options.output or why else default_entity())
+    workspaces = [views.workspace(one, entity, options.project) for one in pages]
+    report = views.report(pages, entity, options.project)
+    if not options.output and not why:
+        try:
+            for one in (report, *workspaces):  # the report makes the project where there is none
+                print(f"saved: {one.save().url}")
+            return
+        except Exception as error:  # whatever is wrong with W&B
+            why = f"W&B cannot be reached ({one_line(error)})"
+    path = unused(options.output or Path(f"dashboard_{options.project}.json"))
+    write_json(path, views.specification(workspaces, report))
+    print(f"{why + ': ' if why else ''}the specification of the dashboard is in {path}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m ldm_lab dashboard", description=__doc__, formatter_class=text)
+    parser.add_argument("--project", required=True, help="the W&B project (logger.wandb.project)")
+    parser.add_argument("--entity", help="user or team; default: yours")
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="RUN", help="folders of runs to compare")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="pinned, and what the others are compared with")
+    parser.add_argument("--output", type=Path, help="write the specification there, and save nothing")
+    return parser.parse_args(argv)
+
+
+def page(views: Any, stage: str, runs: Sequence[RunRecord], baseline: RunRecord | None) -> Any:  # noqa: ANN401
+    """What is shown of a stage."""
+    records = [run.stages[stage] for run in runs if stage in run.stages]
+    names = logged(records) if records else None
+    distance = next((f"{name}.min" for name in DISTANCES if name in (names or ())), None)
+    return views.Page(
+        stage=stage,
+        sections=layout.sections(stage, names),
+        columns=differing(records),
+        result=distance or RESULTS[stage],
+        groups=[str(record.config["name"]) for record in records],
+        baseline=wandb_id(baseline.stages[stage]) if baseline and stage in baseline.stages else None,
+    )
+
+
+def tools() -> Any:  # noqa: ANN401
+    """What speaks with `wandb-workspaces`. Raises `UserError` where that is not installed."""
+    try:
+        return importlib.import_module("ldm_lab.tools.dashboard.views")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'ldm_lab[dashboards]'") from error
+
+
+def away() -> str | None:
+    """Why nothing can be saved online; None: it can be tried."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    import wandb
+
+    with contextlib.suppress(Exception):
+        if wandb.login(prompt=False, verify=False):
+            return None
+    return "nobody is logged in to W&B"
+
+
+def default_entity() -> str:
+    """Of the user; empty where W&B does not say, which saving will then tell."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        return str(wandb.Api(timeout=20).default_entity or "")
+    return ""

@@ -1,0 +1,47 @@
+"""What the runs that a dashboard is for have logged, and in which settings they differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm_lab.runs.record import StageRecord
+from ldm_lab.tools.dashboard.layout import PICTURES
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.nested import flatten
+
+PLAIN_ID = re.compile(r"[a-z0-9]{1,32}")
+APART = ("name", "paths.", "logger.", "callbacks.", "plugins", "resume", "data.root", "data.cache_dir")  # no settings
+USUAL = ("model.optimizer.lr", "data.global_batch_size", "max_images", "seed")
+MOST = 10  # coordinates side by side
+
+
+def logged(records: Sequence[StageRecord]) -> set[str]:
+    """Metrics and pictures, with their prefix, of one stage of some runs."""
+    metrics = {name for record in records for name in record.curves}
+    return metrics | {f"{PICTURES}{name}" for record in records for name in record.pictures}
+
+
+def differing(records: Sequence[StageRecord]) -> list[str]:
+    """The settings in which runs differ, the first of them; where none does, those that people change."""
+    settings = [flatten(record.config) for record in records]
+    keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(APART))
+    found = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
+    return found[:MOST] or list(USUAL)
+
+
+def wandb_id(record: StageRecord) -> str:
+    """The id of a stage's W&B run. Raises `UserError` where it has none."""
+    path = record.folder / "wandb_id"
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    if not PLAIN_ID.fullmatch(text):
+        raise UserError(f"--baseline {record.folder}: has no W&B run ({path.name} is missing): train with logger=many")
+    return text
+
+
+def unused(path: Path) -> Path:
+    """`path`, where there is nothing yet. Raises `UserError`."""
+    if path.exists():
+        raise UserError(f"--output {path}: is there already; name another file")
+    return path

@@ -1,0 +1,83 @@
+"""A first stage alone: what it makes of held-out images, before anyone trains on its latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+
+from ldm_lab.losses.perceptual import LPIPS
+from ldm_lab.metrics import distribution
+from ldm_lab.metrics.extractors import Extractor
+from ldm_lab.metrics.images import Pixels
+from ldm_lab.metrics.reconstruction import psnr, ssim
+from ldm_lab.metrics.reference import Reference, header
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.tools.evaluate.evaluator import exact_device
+from ldm_lab.tools.evaluate.rows import rows
+from ldm_lab.tools.evaluate.scores import Scores, compare
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.images import to_unit
+from ldm_lab.utils.reading import LoadError, first_bytes, kind_of
+
+
+def reconstructions(
+    autoencoder: FirstStage, extractor: Extractor, lpips: LPIPS | None, images: Pixels, trainer: Trainer, draws: int
+) -> tuple[Scores, Reference]:
+    """Figures of reconstructions against their originals.
+
+    The Fréchet distance is that between both sets (`rfid` for Inception), PSNR, SSIM and LPIPS are means over images.
+
+    Args:
+        autoencoder: what is judged; latents that are drawn are taken at their mode.
+        extractor: for the Fréchet distance.
+        lpips: the perceptual distance; `None` leaves it out.
+        images: held-out ones.
+        trainer: shares the work among its devices.
+        draws: replicates of the bootstrap.
+
+    Returns:
+        The figures, and the originals that they are against.
+    """
+    size = extractor.dimension
+
+    def judge(originals: Tensor) -> Tensor:
+        """`(B, 3, H, W)`, uint8 -> features of originals and reconstructions, PSNR, SSIM, LPIPS: `(B, 2D + 3)`."""
+        target = originals.float() / 127.5 - 1
+        copies = autoencoder.decode(autoencoder.latents(target)).sample.float()
+        copies8 = (to_unit(copies) * 255).round().to(torch.uint8)  # as they would be seen
+        pairs = list(zip(copies.split(1), target.split(1), strict=True))
+        each = [torch.stack([measure(*pair) for pair in pairs]) for measure in (psnr, ssim)]  # (B,) each
+        each.append(target.new_zeros(len(target)) if lpips is None else lpips(copies.clamp(-1, 1), target))
+        return torch.cat([extractor(originals), extractor(copies8), torch.stack(each, 1)], 1)
+
+    networks = nn.ModuleList([autoencoder, extractor])
+    found = rows(trainer, networks, images, judge, 2 * size + 3).to(exact_device(trainer))
+    reference = Reference(header(images, extractor), found[:, :size])
+    distance = "rfid" if extractor.distance == "fid" else extractor.distance
+    scores = {distance: compare(found[:, size : 2 * size], reference, distance, draws)[distance]}
+    for place, name in enumerate(("psnr", "ssim", "lpips"), start=2 * size):
+        if name != "lpips" or lpips is not None:
+            scores[name] = distribution.mean(found[:, place], draws)
+    return scores, reference
+
+
+def perceptual(weights: str | None) -> LPIPS | None:
+    """LPIPS; `None`, and a line that says so, where its weights cannot be had. Raises `LoadError` for a file of others.
+
+    Args:
+        weights: file of torchvision's VGG16; None: from torch's hub.
+    """
+    distance = LPIPS(weights)
+    try:
+        distance.setup()
+    except UserError as error:
+        if weights:
+            kind = kind_of(first_bytes(Path(weights)))
+            what = f"this is {kind}" if kind else "no weights of torchvision's VGG16"
+            raise LoadError(f"--lpips-weights {weights}: {what}") from error
+        print("lpips is left out: torchvision's VGG16 cannot be had; --lpips-weights vgg16-397923af.pth", flush=True)
+        return None
+    return distance

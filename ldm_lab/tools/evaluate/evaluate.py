@@ -1,0 +1,267 @@
+"""What `python -m ldm_lab evaluate` does, for samples, images, snapshots and first stages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.checkpoints import locate
+from ldm_lab.checkpoints.checkpoint import fingerprint
+from ldm_lab.checkpoints.locate import State
+from ldm_lab.metrics.images import Pixels
+from ldm_lab.models.autoencoders import load_autoencoder
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.runs import card, tracking
+from ldm_lab.tools.evaluate import autoencoder, drawn, results, sources
+from ldm_lab.tools.evaluate.drawn import Sampling
+from ldm_lab.tools.evaluate.evaluator import Evaluator
+from ldm_lab.tools.evaluate.scores import Scores
+from ldm_lab.tools.evaluate.sources import Target
+from ldm_lab.training import device
+from ldm_lab.training.quiet import quiet
+from ldm_lab.training.run import is_first_process
+from ldm_lab.training.trainer import Trainer
+from ldm_lab.training.watch import watched
+from ldm_lab.utils import hub
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.writing import SaveError, require_writable
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        source: a model, or images.
+        data: what they are compared with; None: the training images of the run.
+        sampling: how samples are drawn.
+        features: kind of features, one of `ldm_lab.tools.evaluate.evaluator.FEATURES`.
+        weights: of these; None: from torch's hub.
+        lpips_weights: of LPIPS; None: from torch's hub.
+        image_size: (height, width) to which images are resized; None takes them as they are.
+        most: real images to compare with, at most.
+        draws: replicates of the bootstrap.
+        cache_dir: where what is computed once is kept.
+        data_cache: where drawn images lie; None leaves it to the run's config.
+        output: folder for the result; None: `eval/` of the run, or a folder beside the images.
+        save_reference: a file that statistics of the real images are written to.
+        accelerator: of `lightning.Trainer`.
+        devices: the same.
+        num_workers: loader processes on each device.
+        plugins: packages whose classes a model or a config may name.
+        max_pixels: of an image file; None leaves it to Pillow.
+    """
+
+    source: str
+    data: str | None
+    sampling: Sampling
+    features: str
+    weights: str | None
+    lpips_weights: str | None
+    image_size: Sequence[int] | None
+    most: int
+    draws: int
+    cache_dir: Path
+    data_cache: str | None
+    output: Path | None
+    save_reference: Path | None
+    accelerator: str
+    devices: int
+    num_workers: int
+    plugins: Sequence[str]
+    max_pixels: int | None = None
+
+    def trainer(self) -> Trainer:
+        """Shares the work among the devices."""
+        quiet()
+        return Trainer(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            strategy="auto" if self.devices == 1 else "ddp",
+            precision=device.resolve_precision("auto", self.accelerator),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+    def evaluator(self, target: Target, trainer: Trainer) -> Evaluator:
+        """What measures."""
+        return Evaluator(target, trainer, self.features, self.weights, self.cache_dir, self.draws, self.num_workers)
+
+    def target(self, size: Sequence[int], run: Path | None = None) -> Target:
+        """What images of `size` are compared with; those of a run, where nothing is named, with what it trained on.
+
+        Raises:
+            UserError: nobody says with what, or it has another size.
+        """
+        if self.data:
+            found = sources.named_data(self.data, size, self.said_of(run), self.most, self.max_pixels)
+        else:
+            found = self.run_data(run)
+        if found is None:
+            raise UserError(f"{self.source}: no run that says what it was trained on: add --data FOLDER or stats.npz")
+        if self.save_reference and found.images is None:
+            raise UserError(f"--save-reference: --data {self.data} is statistics already, and the images are not here")
+        if found.images is not None and found.images.size != tuple(size):
+            there, here = (" x ".join(map(str, sides)) for sides in (found.images.size, size))
+            raise UserError(f"{found.images.source} has {there} pixels and {self.source} {here}: sizes must be equal")
+        return found
+
+    def said_of(self, run: Path | None) -> Target | None:
+        """The data of a run where they are there: what is named beside them does not need them."""
+        with contextlib.suppress(UserError):
+            return self.run_data(run)
+        return None
+
+    def run_data(self, run: Path | None) -> Target | None:
+        """What a run was trained on; `None` where there is none. Raises `UserError` where that is gone."""
+        return run and sources.run_data(run, self.plugins, self.data_cache, self.most)
+
+
+def evaluate(request: Request) -> Scores:
+    """Samples of a model, or images; returns the figures.
+
+    Raises:
+        UserError: something cannot be had, or does not fit; one line says what.
+    """
+    trainer, state = request.trainer(), sources.state_of(request.source)
+    with watched():
+        if state is not None:
+            return evaluate_state(request, state, trainer)[0]
+        images = sources.images_of(request.source, request.image_size, request.max_pixels)
+        evaluator = request.evaluator(request.target(images.size), trainer)
+        evaluator.check(len(images), images.jpeg())
+        return finish(request, evaluator, images, "images")
+
+
+def evaluate_state(
+    request: Request, state: State, trainer: Trainer, evaluator: Evaluator | None = None
+) -> tuple[Scores, Evaluator]:
+    """Draw samples of a state and measure them; the evaluator can be used again for another state of the run."""
+    pipe = LDMPipeline.from_pretrained(state.path, plugins=request.plugins)
+    if evaluator is None:
+        evaluator = request.evaluator(request.target(drawn.image_size(pipe), state.source), trainer)
+        prepare(evaluator.target)
+        # Before anything is drawn. A model was trained on images of its run as they are.
+        evaluator.check(request.sampling.num_samples, jpeg=0.0 if request.data else None)
+    samples = drawn.draw(pipe, state, request.source, request.sampling, trainer, is_first_process(), request.output)
+    how = {"images_seen": drawn.images_seen(state), "sampling": request.sampling.settings()}
+    return finish(request, evaluator, samples, "samples", state, **how), evaluator
+
+
+def prepare(target: Target) -> None:
+    """Draw what data sets draw once; the first process does, and the others come when it is there."""
+    for images in (target.images, target.held_out):
+        if hasattr(images, "data") and is_first_process():
+            images.data.prepare()
+
+
+def finish(
+    request: Request,
+    evaluator: Evaluator,
+    images: Pixels,
+    kind: str,
+    state: State | None = None,
+    **how: Any,  # noqa: ANN401
+) -> Scores:
+    """Measure, write and print."""
+    folder = request.output or sources.home(request.source, state)
+    if is_first_process():
+        require_writable(folder, "--output")
+    found = evaluator.features(images)  # first of all: it starts the other processes
+    real = evaluator.reference
+    content = results.describe(request.source, kind, images.fingerprint(), len(images), real, request.draws, **how)
+    name = results.file_name(content)
+    scores, beside = evaluator.measure(found, images, folder / f"{name}_neighbours.png")
+    if not evaluator.trainer.is_global_zero:
+        return scores
+    path = results.write(folder, content, scores, held_out=beside or None)
+    report(request, content, scores, beside)
+    print(f"  {path}", flush=True)
+    if state is not None:
+        with contextlib.suppress(SaveError):  # a model may lie where nothing can be written
+            card.refresh(state.source)
+        values = {f"eval/{name}": score.value for name, score in scores.items()}
+        used, made = ("samples", images.fingerprint()), ("evaluation", name.rpartition("_")[2])
+        tracking.log_to_run(state.source / "diffusion", folder, used, made, content, values, how["images_seen"])
+    if request.save_reference:
+        evaluator.reference.save(request.save_reference)
+    return scores
+
+
+def report(request: Request, content: dict[str, Any], scores: Scores, beside: dict[str, Any]) -> None:
+    """Print the table."""
+    reference = content["reference"]
+    count = "" if reference["count"] is None else f" ({reference['count']:,} images)"
+    print(f"{request.source}: {content['num_samples']:,} {content['kind']} against {reference['source']}{count}")
+    print(results.table(scores, beside))
+
+
+def evaluate_snapshots(request: Request, export: Path | None = None) -> dict[int, Scores]:
+    """Every snapshot of a run and its newest state; the best by Fréchet distance is named, and exported if asked for.
+
+    Raises:
+        UserError: the run has none, or `export` holds something.
+    """
+    if export and export.exists() and (not export.is_dir() or any(export.iterdir())):
+        raise UserError(f"--export-best {export}: must not exist, or be an empty folder")
+    run = Path(request.source)
+    stage = run / "diffusion" if (run / "diffusion").is_dir() else run
+    found = [State(run, path, seen) for seen, path in locate.snapshots(stage / locate.SNAPSHOTS).items()]
+    if not found:
+        raise UserError(f"{run}: has no snapshots; train.py snapshots=1M takes one every million images")
+    newest = locate.find(run)
+    if drawn.images_seen(newest) != found[-1].images_seen:
+        found.append(newest)
+    trainer, evaluator, curve = request.trainer(), None, []
+    with watched():
+        for state in found:
+            scores, evaluator = evaluate_state(request, state, trainer, evaluator)
+            curve.append((state, drawn.images_seen(state), scores))
+    if not is_first_process():
+        return {}
+    distance = evaluator.extractor.distance
+    best = min(curve, key=lambda point: point[2][distance].value)[0]
+    print(f"{'images':>12}  {distance}")
+    for state, seen, scores in curve:
+        count = "unknown" if seen is None else f"{seen:,}"
+        print(f"{count:>12}  {scores[distance].value:.4g}{'  best' if state is best else ''}")
+    if export:
+        LDMPipeline.from_pretrained(best.path, plugins=request.plugins).save_pretrained(export)
+        print(f"{best.path} -> {export}")
+    return {seen: scores for _, seen, scores in curve}
+
+
+def evaluate_autoencoder(request: Request) -> Scores:
+    """A first stage alone, on the held-out images of its run, or on those that `--data` names."""
+    path = hub.local(request.source)
+    model = load_autoencoder(path, request.plugins)
+    if request.data and Path(request.data).suffix == ".npz":
+        raise UserError(f"--data {request.data}: reconstructions need the images themselves: name a folder")
+    of_run = request.said_of(path) if request.data else request.run_data(path)
+    size = request.image_size or (of_run and of_run.images.size)
+    if size is None:
+        raise UserError(f"{request.source} does not say of which images it is: add --data FOLDER and --image-size")
+    target = request.target(size, path)
+    images = target.images if request.data else target.held_out
+    folder = request.output or sources.home(request.source, State(Path(request.source), path))
+    if is_first_process():
+        require_writable(folder, "--output")
+    trainer, lpips = request.trainer(), autoencoder.perceptual(request.lpips_weights)
+    prepare(target)
+    evaluator = request.evaluator(target, trainer)
+    evaluator.check(len(images))
+    with watched():
+        scores, real = autoencoder.reconstructions(model, evaluator.extractor, lpips, images, trainer, request.draws)
+    identity = f"{fingerprint(model)}-{images.fingerprint()}"
+    content = results.describe(request.source, "reconstructions", identity, len(images), real, request.draws)
+    if not trainer.is_global_zero:
+        return scores
+    written = results.write(folder, content, scores)
+    report(request, content, scores, {})
+    print(f"  {written}", flush=True)
+    return scores

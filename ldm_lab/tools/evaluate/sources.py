@@ -1,0 +1,180 @@
+"""What the user names: a model to draw samples from, images that are there, and the images to compare them with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.checkpoints import locate
+from ldm_lab.data.avatars import AvatarImages
+from ldm_lab.data.dataset import ImageDataset
+from ldm_lab.data.drawn import DrawnImages, drawn_or_folder
+from ldm_lab.data.files import ARCHIVES
+from ldm_lab.data.images import FolderImages
+from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
+from ldm_lab.metrics.reference import names, read_header
+from ldm_lab.sampling import generate
+from ldm_lab.utils import signatures
+from ldm_lab.utils.errors import UserError, one_line
+from ldm_lab.utils.nested import find
+from ldm_lab.utils.reading import LoadError, read_yaml
+
+CONFIG = "config.yaml"
+SETS = (AvatarImages, FolderImages, DrawnImages, drawn_or_folder)
+KNOWN = {f"{kind.__module__}.{kind.__name__}": kind for kind in SETS}  # all that a config may make us call
+STAGES = ("diffusion", "autoencoder")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What images are compared with.
+
+    Attributes:
+        images: real ones; `None` where a file has their statistics alone.
+        statistics: that file.
+        held_out: real ones that were not trained on; `None` where nobody held any out.
+        known: real ones that an extractor may learn from.
+        transform: what must be said of statistics.
+    """
+
+    images: Pixels | None = None
+    statistics: Path | None = None
+    held_out: Pixels | None = None
+    known: Pixels | None = None
+    transform: dict[str, Any] = field(default_factory=dict)
+
+
+def state_of(source: str) -> locate.State | None:
+    """The state of a model that `source` names; `None` where it names images (a folder, an archive, an `.npz`).
+
+    Raises:
+        LoadError: there is nothing of that name.
+    """
+    path = Path(source)
+    if path.suffix == ".npz" or (path.is_file() and path.suffix in ARCHIVES):
+        return None
+    if path.is_dir() and locate.search(path, "diffusion") is None:
+        return None
+    return locate.find(source)
+
+
+def images_of(source: str, size: Sequence[int] | None = None, max_pixels: int | None = None) -> Pixels:
+    """Images that are there.
+
+    Args:
+        source: an `.npz`, a folder or archive, or a folder that `sample.py` has written.
+        size: (height, width) that they are resized and cropped to, as the loader does; None takes them as they are.
+        max_pixels: of an image file; None leaves it to Pillow.
+
+    Raises:
+        UserError: they are not all of one size.
+        LoadError: there are none.
+    """
+    path = Path(source)
+    if path.suffix == ".npz":
+        return ArrayPixels(path)
+    samples = path / "images" if (path / generate.MANIFEST).is_file() else path
+    if size:
+        return DataPixels(WholeFolder(samples, size, max_pixels), source)
+    first = WholeFolder(samples, 1, max_pixels).read(0)
+    return DataPixels(AsTheyAre(samples, (first.height, first.width), max_pixels), source)
+
+
+class AsTheyAre(WholeFolder):
+    """Images that must be of one size: resizing generated ones in silence would make their figures wrong."""
+
+    def read(self, index: int) -> Any:  # noqa: ANN401
+        """Image `index`. Raises `UserError` where it is of another size."""
+        image = super().read(index)
+        if (image.height, image.width) != self.image_size:
+            height, width = self.image_size
+            raise UserError(
+                f"{self.path(index)} has {image.width} x {image.height} pixels, the first image of the folder"
+                f" {width} x {height}: --image-size resizes all of them as the loader does"
+            )
+        return image
+
+    def transform(self) -> dict[str, Any]:
+        """None was made."""
+        return {"image_size": list(self.image_size)}
+
+
+def home(source: str, state: locate.State | None) -> Path:
+    """Where evaluations of it go: into `eval/` of a model's folder; for a file, or images, of a folder beside it."""
+    path = state.source if state else Path(source)
+    return path / "eval" if state and path.is_dir() else path.with_name(f"{path.stem}_eval")
+
+
+def run_data(
+    source: Path, plugins: Sequence[str] = (), cache_dir: str | None = None, most: int | None = None
+) -> Target | None:
+    """The data of a run, as its stages trained on them; `None` for what has no `config.yaml` of a stage.
+
+    Args:
+        source: folder of a run or a stage, or a checkpoint in one.
+        plugins: packages whose data sets it may name.
+        cache_dir: where drawn images lie; None leaves it to the run's config.
+        most: images to compare with, at most.
+
+    Raises:
+        LoadError: the config names a data set that is not known here.
+        UserError: the images are not there any more.
+    """
+    folders = [*(source / stage for stage in STAGES), source, *source.parents[:2]]
+    path = next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
+    module = find(read_yaml(path), "data.module") if path else None
+    if not isinstance(module, dict):
+        return None
+    train, val = (_built(path, module.get(name), plugins, cache_dir) for name in ("train_set", "val_set"))
+    said = f"training images of {path.parent}"
+    known = DataPixels(train, said)
+    return Target(DataPixels(train, said, most), None, DataPixels(val, "held-out images"), known, known.transform())
+
+
+def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None) -> ImageDataset:  # noqa: ANN401
+    """The data set of a config's node; a config is data, and may call `KNOWN` and what plugins hold alone."""
+    settings = dict(node) if isinstance(node, dict) else {}
+    target = str(settings.pop("_target_", None))
+    module, _, name = target.rpartition(".")
+    if target not in KNOWN and target.split(".")[0] not in plugins:
+        raise LoadError(f"{path}: data of class {target}: give --plugins with its package, or the images with --data")
+    kind = KNOWN.get(target) or getattr(importlib.import_module(module), name)
+    if cache_dir and "cache_dir" in settings:
+        settings["cache_dir"] = cache_dir
+    try:
+        signatures.check(kind, (), settings)
+        return kind(**settings)
+    except UserError as error:
+        raise LoadError(f"{path}: {one_line(error)}; the images can be named with --data") from error
+
+
+def named_data(
+    name: str, size: Sequence[int], of_run: Target | None, most: int | None = None, max_pixels: int | None = None
+) -> Target:
+    """What `--data` names: statistics, images in an `.npz`, or all images of a folder or archive.
+
+    Args:
+        name: as typed.
+        size: (height, width) of the images that are compared with it.
+        of_run: the data of the run that these are of, if they are.
+        most: images to compare with, at most.
+        max_pixels: of an image file; None leaves it to Pillow.
+
+    Raises:
+        LoadError: it cannot be used.
+    """
+    path = Path(name)
+    if path.suffix != ".npz":
+        known = DataPixels(WholeFolder(path, size, max_pixels), name)
+        return Target(DataPixels(known.data, name, most), known=known)
+    if not path.is_file():
+        raise LoadError(f"--data {name}: no such file")
+    if read_header(path) is None and "arr_0" in names(path):
+        images = ArrayPixels(path, most)
+        statistics = path if {"mu", "sigma"} <= set(names(path)) else None
+        return Target(images, statistics, known=images)
+    said = of_run.transform if of_run else {"image_size": list(size)}
+    return Target(None, path, known=of_run and of_run.known, transform=said)

@@ -1,0 +1,219 @@
+"""Train variants of the demo at one budget and compare them with intervals: the table of docs/quality.md.
+
+Every row is commands that a user could type, `train.py` and `python -m ldm_lab evaluate`, so that the same command
+again goes on where it stopped, and a row that is there is not made twice. One first stage serves all rows that do not
+ask for another. With two jobs on two cores, each computes with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.runs.record import Evaluation, read_evaluation
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.writing import replacing
+
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+FIRST_STAGES = {
+    "vq": (),
+    "vq_left_alone": ("model.codebook.init_step=null", "+model.codebook.until_step=0"),
+    "kl": ("model=kl_avatars",),
+}
+OBJECTIVE = "ldm_lab.diffusion.objective"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: what is asked, the answer that is tried, and how.
+
+    Attributes:
+        name: of its runs.
+        question: what the row is about.
+        answer: what is tried.
+        settings: overrides of stage 2.
+        first_stage: one of `FIRST_STAGES`.
+    """
+
+    name: str
+    question: str
+    answer: str
+    settings: tuple[str, ...] = ()
+    first_stage: str = "vq"
+
+
+DEMO = Variant("demo", "the demo as it is", "VQ, velocity, min-SNR, low-discrepancy timesteps, EMA 0.999")
+VARIANTS = (
+    DEMO,
+    Variant("kl", "first stage", "KL", first_stage="kl"),
+    Variant("left_alone", "codebook", "neither drawn from latents nor re-used", first_stage="vq_left_alone"),
+    Variant("epsilon", "prediction", "epsilon", ("model.scheduler.prediction_type=epsilon",)),
+    Variant(
+        "uniform", "timesteps", "uniform",
+        ("model.objective.timesteps._target_=ldm_lab.diffusion.timesteps.UniformTimesteps",),
+    ),
+    Variant(
+        "plain", "weighting", "plain",
+        (f"model.objective.weighting._target_={OBJECTIVE}.PlainWeighting", "~model.objective.weighting.gamma"),
+    ),
+    # Longer ones than the demo's would be the same: what warms up does not reach them in so short a training.
+    Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
+    Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
+)  # fmt: skip
+SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
+            ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
+CHOICES = [*(variant.name for variant in VARIANTS), "samplers"]
+STANDARD = ("dpm_solver", 20, 0)  # of all rows but those of samplers: what a minute buys most with
+OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # beside the Frechet distance
+
+
+def main(argv: list[str]) -> None:
+    """Make what is missing, print the table and write it to `quality.md`. Raises `UserError` where a command fails."""
+    options = parser().parse_args(argv)
+    for flag in ("seeds", "samples", "jobs"):
+        if getattr(options, flag) < 1:
+            raise UserError(f"--{flag} {getattr(options, flag)}: must be at least 1")
+    text = Workshop(options).table()
+    print(text)
+    with replacing(options.runs / "quality.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    text = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m ldm_lab quality", description=__doc__, formatter_class=text)
+    add = parser.add_argument
+    add("settings", nargs="*", metavar="KEY=VALUE", help="of all trainings, e.g. trainer=gpu")
+    add("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs (default: %(default)s)")
+    add("--cache", type=Path, help="paths.cache: images, latents, extractors (default: that of train.py)")
+    add("--budget", default="22400", help="training images of stage 2 (default: %(default)s)")
+    add("--first-stage", default="11200", help="training images of stage 1 (default: %(default)s)")
+    add("--seeds", type=int, default=2, help="of every row (default: %(default)s)")
+    add("--samples", type=int, default=1000, help="of an evaluation (default: %(default)s)")
+    add("--jobs", type=int, default=2, help="commands at a time (default: %(default)s)")
+    add("--only", nargs="+", choices=CHOICES, default=CHOICES, help="these rows (default: all)")
+    return parser
+
+
+class Workshop:
+    """Makes the rows by running commands, each in a process of its own.
+
+    Args:
+        options: the flags.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.runs = options, options.runs.absolute()
+        asked = {DEMO.name, *options.only} if "samplers" in options.only else set(options.only)  # they are the demo's
+        self.variants = [variant for variant in VARIANTS if variant.name in asked]
+        self.seeds = range(options.seeds)
+
+    def table(self) -> str:
+        """Train and evaluate what is missing; all rows, in Markdown."""
+        first_stages = list(dict.fromkeys(variant.first_stage for variant in self.variants))
+        of_first_stages = [(name, seed) for name in first_stages for seed in self.seeds]
+        of_variants = [(variant, seed) for variant in self.variants for seed in self.seeds]
+        self.each(self.train_first_stage, of_first_stages)
+        reconstructions = self.each(self.evaluate_first_stage, of_first_stages)
+        self.each(self.train, of_variants)
+        samples = self.each(self.evaluate, [(*pair, STANDARD) for pair in of_variants])
+        lines = [*self.head("first stage", reconstructions[0], OF_FIRST_STAGES)]
+        lines += self.rows(first_stages, reconstructions, OF_FIRST_STAGES)
+        lines += ["", *self.head("question", samples[0], OF_SAMPLES)]
+        lines += self.rows([f"{one.question}: {one.answer}" for one in self.variants], samples, OF_SAMPLES)
+        if "samplers" in self.options.only:
+            found = self.each(self.evaluate, [(DEMO, seed, how) for how in SAMPLERS for seed in self.seeds])
+            lines += ["", *self.head("sampler, of the demo", found[0], OF_SAMPLES)]
+            lines += self.rows(
+                [f"{name}, {steps} steps, eta {eta}" for name, steps, eta in SAMPLERS], found, OF_SAMPLES
+            )
+        return "\n".join(lines)
+
+    def each(self, act: Callable[..., Any], items: Sequence[tuple]) -> list[Any]:
+        """What comes of all items, so many at a time. The first failure is raised when those that run have ended."""
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            return list(pool.map(lambda item: act(*item), items))
+
+    def train_first_stage(self, name: str, seed: int) -> None:
+        """A run `first_<name>_<seed>`."""
+        settings = ["experiment=avatars/autoencoder", f"max_images={self.options.first_stage}", *FIRST_STAGES[name]]
+        self.run_training(f"first_{name}_{seed}", seed, settings)
+
+    def train(self, variant: Variant, seed: int) -> None:
+        """A run `<variant>_<seed>`, on the first stage of seed 0: one serves all."""
+        first = self.runs / f"first_{variant.first_stage}_0" / "autoencoder" / "final"
+        settings = ["experiment=avatars/diffusion", f"max_images={self.options.budget}", f"autoencoder={first}"]
+        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *variant.settings])
+
+    def run_training(self, name: str, seed: int, settings: list[str]) -> None:
+        """`train.py`, which finds a finished run finished."""
+        cache = [f"paths.cache={self.options.cache.absolute()}"] if self.options.cache else []
+        own = [f"name={name}", f"seed={seed}", f"paths.runs={self.runs}", "logger=csv", *cache]
+        self.command(str(TRAIN), *settings, *own, *self.options.settings)
+
+    def evaluate_first_stage(self, name: str, seed: int) -> Evaluation:
+        """Of held-out images."""
+        return self.evaluation(f"first_{name}_{seed}", "--autoencoder")
+
+    def evaluate(self, variant: Variant, seed: int, how: tuple[str, int, int]) -> Evaluation:
+        """Of samples, drawn once."""
+        sampler, steps, eta = how
+        flags = {"--num-samples": self.options.samples, "--sampler": sampler, "--steps": steps, "--eta": eta}
+        return self.evaluation(f"{variant.name}_{seed}", *(str(word) for flag in flags.items() for word in flag))
+
+    def evaluation(self, name: str, *flags: str) -> Evaluation:
+        """`evaluate`, into a folder for these flags alone."""
+        folder = self.runs / name / "tables" / "_".join(flag.strip("-") for flag in flags)
+        if not list(folder.glob("*.json")):
+            cache = ["--cache", str(self.options.cache.absolute())] if self.options.cache else []
+            words = [*flags, *cache, "--output", str(folder), "--batch-size", "32"]
+            self.command("-m", "ldm_lab", "evaluate", str(self.runs / name), *words)
+        return read_evaluation(next(iter(sorted(folder.glob("*.json")))))
+
+    def command(self, *words: str) -> None:
+        """Run one, with its share of the cores. Raises `UserError` with its last line where it fails."""
+        threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        print(" ".join(words), flush=True)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=TRAIN.parent, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it said nothing"]
+            raise UserError(f"{' '.join(words)} failed: {said[-1]}")
+
+    def head(self, first: str, evaluation: Evaluation, names: Sequence[str]) -> list[str]:
+        """The first two lines of a table; the distance is called what the evaluation calls it."""
+        return [f"| {first} | {' | '.join((distance(evaluation), *names))} |", f"|{'---|' * (2 + len(names))}"]
+
+    def rows(self, labels: Sequence[str], found: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+        """A line each, with the values of all seeds."""
+        count = len(self.seeds)
+        lines = []
+        for place, label in enumerate(labels):
+            seeds = found[place * count : (place + 1) * count]
+            cells = [" / ".join(cell(one, name) for one in seeds) for name in (distance(seeds[0]), *names)]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        return lines
+
+
+def distance(evaluation: Evaluation) -> str:
+    """The name of the Frechet distance among the metrics."""
+    return next(name for name in evaluation.metrics if name.startswith(("fd_", "rfd_", "fid", "rfid")))
+
+
+def cell(evaluation: Evaluation, name: str) -> str:
+    """A value with its interval where it has one."""
+    found = evaluation.metrics.get(name)
+    if found is None:
+        return "-"
+    value = f"{found['value']:.3g}"
+    return f"{value} ({found['low']:.3g}, {found['high']:.3g})" if {"low", "high"} <= found.keys() else value

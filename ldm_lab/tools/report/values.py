@@ -1,0 +1,84 @@
+"""Single numbers of runs, each with the file and the row that it is from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_lab.runs.record import Curve, Evaluation, StageRecord
+
+HIGHER = ("psnr", "ssim", "precision", "recall", "density", "coverage", "perplexity", "used_fraction")
+LOWER = ("loss", "loss_on_training_images", "fid", "kid", "lpips", "rfid")
+JUDGED = ("val", "eval", "codebook")  # prefixes; what training logs is of single batches
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number and where it is to be found.
+
+    Attributes:
+        value: may be NaN.
+        file: that holds it.
+        images_seen: the row of `metrics.csv`, or what an evaluation says of its model; None: it says nothing.
+        low: lower end of its interval, where one is known.
+        high: upper end.
+    """
+
+    value: float
+    file: Path
+    images_seen: int | None
+    low: float | None = None
+    high: float | None = None
+
+
+def direction(metric: str) -> str | None:
+    """Whether "lower" or "higher" is better; None where neither is."""
+    prefix, _, name = metric.rpartition("/")
+    if prefix not in JUDGED:
+        return None
+    if name in HIGHER:
+        return "higher"
+    return "lower" if name in LOWER or name.startswith(("fd_", "loss_t")) else None
+
+
+def measured(record: StageRecord, metric: str, images_seen: int | None = None) -> Value:
+    """What `metrics.csv` says at a number of images, or in the last row that has the metric."""
+    curve = record.curves[metric]
+    images_seen = curve[-1][0] if images_seen is None else images_seen
+    return Value(dict(curve)[images_seen], record.folder / "metrics.csv", images_seen)
+
+
+def best(record: StageRecord, metric: str) -> Value | None:
+    """The best value on the way; None where none is better than another."""
+    file = record.folder / "metrics.csv"
+    return best_of([Value(value, file, images) for images, value in record.curves[metric]], direction(metric))
+
+
+def best_of(values: Iterable[Value], better: str | None) -> Value | None:
+    """The first of the best; None where there is none."""
+    finite = [value for value in values if math.isfinite(value.value)]
+    if not better or not finite:
+        return None
+    choose: Callable[..., Value] = min if better == "lower" else max
+    return choose(finite, key=lambda value: value.value)
+
+
+def evaluated(evaluation: Evaluation, name: str) -> Value:
+    """What an evaluation says of `name`, such as `fid`."""
+    found, seen = evaluation.metrics[name], evaluation.content.get("images_seen")
+    low, high = (found.get(end) if isinstance(found.get(end), (int, float)) else None for end in ("low", "high"))
+    return Value(float(found["value"]), evaluation.path, seen if isinstance(seen, int) else None, low, high)
+
+
+def thinned(curve: Curve, most: int) -> Curve:
+    """At most so many points of a curve: of each part the lowest and the highest, so that no spike is lost."""
+    if len(curve) <= most:
+        return curve
+    parts, kept = max(1, most // 2 - 1), [curve[0], curve[-1]]
+    for part in range(parts):
+        piece = curve[part * len(curve) // parts : (part + 1) * len(curve) // parts]
+        finite = [point for point in piece if math.isfinite(point[1])] or piece
+        kept += [min(finite, key=lambda point: point[1]), max(finite, key=lambda point: point[1])]
+    return sorted(dict(kept).items())

@@ -1,0 +1,49 @@
+"""`data.batch_size=auto`: the most images that a device holds at a time."""
+
+from __future__ import annotations
+
+import functools
+from bisect import bisect_right
+from collections.abc import Callable
+
+import torch
+
+from ldm_lab.data.sampler import divisors
+from ldm_lab.training.planning import memory
+from ldm_lab.training.planning.trial import Trial
+from ldm_lab.training.run import say
+from ldm_lab.utils.errors import UserError
+
+
+def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) -> int:
+    """The largest batch size that fits this process's device and divides its share of the global batch; it is said.
+
+    Every rank looks at its own device, before there is a process group; `SmallestBatchSize` makes them agree.
+
+    Args:
+        trial: of the stage.
+        budget: bytes of a device that may be taken.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    allowed, needs = trial.portion(budget(trial.device)), functools.cache(trial.needs)
+    found = largest(trial.share, needs, allowed)
+    if found is None:
+        raise UserError(trial.refusal(1))
+    steps = trial.share // found
+    used, there = memory.readable(needs(found)), memory.readable(memory.total(trial.device))
+    say(f"data.batch_size=auto: {found} ({steps} micro-batch{'es' * (steps > 1)} a step, {used} of {there})")
+    return found
+
+
+def largest(share: int, needs: Callable[[int], float], allowed: float) -> int | None:
+    """The largest divisor of `share` with `needs(divisor) <= allowed`; `None` where not even 1 is one.
+
+    Tried are the whole, which often fits, and then few: a larger number needs more.
+    """
+    if needs(share) <= allowed:
+        return share
+    sizes = divisors(share)
+    fitting = bisect_right(sizes, allowed, key=needs)
+    return sizes[fitting - 1] if fitting else None

@@ -1,0 +1,55 @@
+"""What can be known to be impossible before anything is trained, tried without memory and without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ldm_lab.data.transforms import parse_size
+from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.unet import UNet2DModel
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.runs.folder import RunFolder
+from ldm_lab.utils.errors import UserError
+
+
+def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UNet2DModel | None = None) -> None:
+    """Pass an image through networks like these on the meta device.
+
+    Raises:
+        UserError: its size, or the channels of the latents, do not fit.
+    """
+    size = parse_size(image_size)
+    with torch.device("meta"):
+        autoencoder = type(autoencoder).from_config(autoencoder.config)
+        if unet is not None:
+            unet = type(unet).from_config(unet.config)
+            LDMPipeline(autoencoder, unet, DDIMScheduler())  # refuses networks that do not fit each other
+        try:
+            latents = autoencoder.latents(torch.empty(1, autoencoder.config.in_channels, *size))
+            if unet is not None:
+                unet(latents, torch.zeros(1))
+        except ValueError as error:
+            factor = autoencoder.downsample_factor * getattr(unet, "downsample_factor", 1)
+            near = [max(factor, round(side / factor) * factor) for side in size]
+            advice = f"sides must be multiples of {factor}, e.g. {near[0] if near[0] == near[1] else near}"
+            raise UserError(f"data.image_size={image_size} does not fit the networks: {error}; {advice}") from error
+
+
+def check_order(stages: Sequence[RunFolder], lengths: Sequence[int]) -> None:
+    """Refuse to train a first stage on whose UNet has begun: its latents would no longer be those of the UNet.
+
+    Raises:
+        UserError: stage 1 is unfinished at its length and a later stage holds something.
+    """
+    first, *later = stages
+    for stage in later:
+        state = first.status()
+        if stage.has_state() and not (state.get("finished") and state["max_images"] == lengths[0]):
+            raise UserError(
+                f"max_images={lengths[0]} would train {first.folder} on from {state.get('max_images', 0)}, but"
+                f" {stage.folder} is trained on it as it is: lengthen stage 2 alone, experiment=.../diffusion,"
+                " or choose another name="
+            )

@@ -1,0 +1,226 @@
+"""Models by their name on the Hugging Face hub: `owner/model`, or `owner/model@revision`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ldm_lab.utils import shell
+from ldm_lab.utils.reading import LoadError, read_json
+from ldm_lab.utils.weights import OWN_STEM, STEM, choose, shards, variants
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<model>\w[\w.-]*)(@\w[\w.-]*)?", re.ASCII)
+FILES = (".ckpt", ".pt", ".safetensors", ".yaml")  # a file was meant, though it is not there
+
+INDEX, CONFIG = "model_index.json", "config.json"
+DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # arguments of any download
+PIPELINES = ("LDMPipeline", "LatentDiffusionUncondPipeline")  # the class in an index, today and in 2022
+
+# Seconds to wait for the hub's first word, unless HF_HUB_ETAG_TIMEOUT says otherwise: a mistyped path must not hang
+# on a machine without network.
+PATIENCE = "5"
+
+
+def is_name(source: str | Path) -> bool:
+    """Whether `source` may name a model on the hub.
+
+    It may not where its first part is a local folder: the mistyped `runs/x` is never asked for on the network.
+    """
+    found = NAME.fullmatch(str(source))
+    return bool(found) and not found["model"].endswith(FILES) and not Path(found["owner"]).is_dir()
+
+
+def local(source: str | Path, subfolder: str | None = None, revision: str | None = None, **download: Any) -> Path:  # noqa: ANN401
+    """A path as it is; of a name on the hub, where the model was downloaded to.
+
+    Args:
+        source: a path, or a name on the hub.
+        subfolder: the place of a single network in there, "" being the top; None: no single network is meant.
+        revision: a branch, tag or commit of a name on the hub.
+        download: see `fetch`.
+
+    Raises:
+        LoadError: as `fetch`; or a revision is given, but no name on the hub.
+    """
+    if is_name(source):
+        return fetch(str(source), revision, subfolder=subfolder, **download) / (subfolder or "")
+    if revision:
+        raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
+    return shell.path(source) / (subfolder or "")
+
+
+def fetch(
+    name: str,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    *,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+    without: Collection[str] = (),
+    weights: bool = True,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> Path:
+    """The local folder of a model on the hub; what the cache lacks of it is downloaded.
+
+    Only what can be loaded is fetched: the configs, and of each network the weights that `weights.choose` takes. The
+    variables and the login of `huggingface_hub` apply (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` ...). Where the hub
+    does not answer, what the cache holds is used, and a warning says so.
+
+    Args:
+        name: `owner/model` or `owner/model@revision`.
+        revision: a branch, tag or commit; None is that of the name, else the main branch.
+        cache_dir: the cache; None is that of `huggingface_hub`.
+        local_files_only: use the cache alone.
+        force_download: download what is in the cache, too.
+        token: instead of the login; False: none at all.
+        subfolder: fetch this folder alone, "" being the top; None: the top and the folders in it.
+        without: of these folders, which are not fetched.
+        weights: False fetches the configs alone.
+        variant: of the weights; a network that lacks it comes with its plain ones, but not all of them may.
+        use_safetensors: see `weights.choose`.
+
+    Raises:
+        LoadError: `huggingface_hub` is not installed; the model, its revision or the variant does not exist, or is not
+            for everybody; the hub cannot be reached and the cache has no copy; or this is another kind of pipeline.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import OfflineModeIsEnabled
+    except ImportError:
+        advice = 'a model on the Hugging Face hub needs huggingface_hub: pip install "ldm_lab[hub]"'
+        raise LoadError(f"{name}: nothing local has this name, and {advice}") from None
+    repository, _, named = name.partition("@")
+    if named and revision not in (None, named):
+        raise LoadError(f"{name}: names the revision {named!r}, but revision={revision!r}: give one of them")
+    revision = revision or named or None
+    trouble = OfflineModeIsEnabled("local_files_only") if local_files_only else _trouble(repository, revision, token)
+    options = {"force_download": force_download, "token": token, "local_files_only": trouble is not None}
+    download = functools.partial(snapshot_download, repository, cache_dir=cache_dir, **options)
+    selection = Selection(subfolder, without, variant, use_safetensors)
+    try:
+        folder = _configs(download, name, revision, selection)
+        files = selection.weights(folder, _listing(repository, folder, cache_dir)) if weights else []
+        if files:
+            download(revision=folder.name, allow_patterns=files)  # this commit, whatever is pushed meanwhile
+    except LoadError as error:
+        raise error if name in str(error) else LoadError(f"{name}: {error}") from error
+    except Exception as error:  # those of the library, of the one that carries its requests, and of the disk
+        raise LoadError(f"{name}: {_explain(trouble or error, repository, revision)}") from error
+    if trouble and not isinstance(trouble, OfflineModeIsEnabled):
+        log.warning(f"{name}: the hub was of no help ({_line(trouble)}): the copy in the cache is used")
+    return folder
+
+
+def _trouble(repository: str, revision: str | None, token: str | bool | None) -> Exception | None:
+    """What keeps the hub from serving this model, found in seconds: the download itself may retry for half a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        timeout = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", PATIENCE))
+        HfApi(token=token).model_info(repository, revision=revision, timeout=timeout)
+    except Exception as error:  # which ones depends on the library that carries the requests
+        return error
+    return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which files of a model are wanted: see `fetch`."""
+
+    subfolder: str | None
+    without: Collection[str]
+    variant: str | None
+    use_safetensors: bool | None
+
+    def configs(self) -> dict[str, list[str]]:
+        """Patterns of the configs, and of what is left out of them; in patterns of the hub, * matches slashes too."""
+        place = f"{self.subfolder}/" if self.subfolder else ""
+        deeper = "*/*/*" if self.subfolder is None else f"{place}*/*"
+        left_out = [deeper, *(f"{folder}/*" for folder in self.without)]
+        return {"allow_patterns": [f"{place}*.json"], "ignore_patterns": left_out}
+
+    def weights(self, folder: Path, listing: Collection[str]) -> list[str]:
+        """The files of weights, of those that the model has; the configs are in `folder`."""
+        places: dict[str, set[str]] = {}
+        for path in listing:
+            place, _, name = path.rpartition("/")
+            places.setdefault(place, set()).add(name)
+        networks = {place: names for place, names in places.items() if CONFIG in names and self._takes(place)}
+        there = {place: variants(names) for place, names in networks.items()}
+        if self.variant is not None and not any(self.variant in found for found in there.values()):
+            known = ", ".join(sorted({str(name) for found in there.values() for name in found if name})) or "none"
+            raise LoadError(f"variant={self.variant!r}: there are no such weights; variants that are there: {known}")
+        files: list[Path] = []
+        for place, names in networks.items():
+            files += self._of(folder / place, names, self.variant if self.variant in there[place] else None)
+        return [path.relative_to(folder).as_posix() for path in files]
+
+    def _takes(self, place: str) -> bool:
+        if self.subfolder is not None:
+            return place == self.subfolder
+        return "/" not in place and place not in self.without
+
+    def _of(self, folder: Path, names: set[str], variant: str | None) -> list[Path]:
+        """The files with a network's weights; none where there are none, of which its loading says more."""
+        kinds = (True, False) if self.use_safetensors is None else (self.use_safetensors,)
+        for safe, stem in product(kinds, (STEM, OWN_STEM)):
+            with contextlib.suppress(LoadError):
+                chosen = folder / choose(names, stem, variant, safe)
+                return [folder / name for name in shards(chosen)] if chosen.suffix == ".json" else [chosen]
+        return []
+
+
+def _configs(download: Callable[..., str], name: str, revision: str | None, selection: Selection) -> Path:
+    """Download the configs first, so that gigabytes of another kind of pipeline are not fetched to be refused."""
+    folder = Path(download(revision=revision, **selection.configs()))
+    if not folder.is_dir():
+        raise LoadError(f"{name}: holds no configs, so it is no folder of a model; give a checkpoint file by its path")
+    index = folder / INDEX
+    whole = selection.subfolder is None and index.is_file()
+    if whole and (kind := read_json(index).get("_class_name")) not in PIPELINES:
+        raise LoadError(f"{name}: is a {kind!r}, not an LDMPipeline; its weights were not downloaded")
+    return folder
+
+
+def _listing(repository: str, folder: Path, cache_dir: str | Path | None) -> list[str]:
+    """The paths of all files of the model, also of those that are not downloaded."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        return [file.path for file in get_cached_repo_tree(repository, revision=folder.name, cache_dir=cache_dir)]
+    except errors.CachedRepoTreeNotFoundError:  # an older version of the library has made this cache
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _explain(error: Exception, repository: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    hub, log_in = constants.ENDPOINT, 'log in with "hf auth login" or set HF_TOKEN'
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub} has this model, but no revision {revision!r}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"access is granted on request: ask for it on {hub}/{repository}, then {log_in}"
+    refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401
+    if refused or isinstance(error, errors.RepositoryNotFoundError):
+        return f"nothing local has this name, nor has a model on {hub} that you may see; if it is private, {log_in}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "not whole in the cache, and the hub may not be asked (HF_HUB_OFFLINE or local_files_only)"
+    return f"nothing local has this name, nor is it whole in the cache, and {hub} is of no help ({_line(error)})"
+
+
+def _line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, which may go on with advice."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,76 @@
+"""Images at the border: tensors in [-1, 1] inside, uint8, PIL and PNG grids outside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], clamped, any shape."""
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """`(B, C, H, W)` in [0, 1] -> `(B, H, W, C)` float32."""
+    return images.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """`(B, 3, H, W)` in [0, 1] -> `(B, H, W, 3)` in 0..255, rounded to the nearest."""
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """`(B, 3, H, W)` in [0, 1] -> B images."""
+    from PIL import Image
+
+    return [Image.fromarray(image) for image in to_uint8(images)]
+
+
+def array_to_pil(images: np.ndarray) -> list[Image.Image]:
+    """`(B, H, W, C)` or `(H, W, C)` in [0, 1] -> B images; of one channel they are grey."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = (images[None] if images.ndim == 3 else images) * 255
+    pixels = pixels.round().astype(np.uint8)
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def grid(tiles: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """One picture of equal images `(H, W, 3)` uint8, row by row, on white; as square as it goes."""
+    from PIL import Image
+
+    height, width, _ = tiles[0].shape
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        sheet.paste(Image.fromarray(tile), (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    from ldm_lab.utils.writing import replacing
+
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def save_pngs(images: Mapping[Path, Image.Image]) -> None:
+    """Write PNGs, each whole or not at all, on all cores: a batch takes longer to pack than a GPU to draw."""
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(save_png, images.values(), images))

@@ -1,0 +1,68 @@
+"""The switches of the namesake's pipelines that save memory: what each does here, or what is used in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from typing_extensions import Self
+
+from ldm_lab.utils.notices import say_once
+
+ATTENTION = "attention is torch's scaled_dot_product_attention, which never holds the whole matrix of its weights"
+
+
+class MemorySwitches:
+    """For a pipeline with a first stage `vqvae`; a switch that has no effect here says so once."""
+
+    vqvae: Any
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the images of a batch one by one: see `FirstStage.enable_slicing`."""
+        self.vqvae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode a batch at once."""
+        self.vqvae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images in tiles: see `FirstStage.enable_tiling`."""
+        self.vqvae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode images of any size at once."""
+        self.vqvae.disable_tiling()
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Has no effect: see `ATTENTION`."""
+        say_once(f"enable_attention_slicing has no effect: {ATTENTION}")
+
+    def disable_attention_slicing(self) -> None:
+        """Has no effect: attention is not sliced."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:  # noqa: ANN401
+        """Has no effect: see `ATTENTION`."""
+        say_once(f"enable_xformers_memory_efficient_attention has no effect: {ATTENTION}")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Has no effect: xformers is not used."""
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> Self:
+        """Move both networks to the accelerator, and leave them there.
+
+        Args:
+            gpu_id: its index.
+            device: the device itself; None: the accelerator that is here, else the CPU.
+        """
+        found = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        found = found if gpu_id is None or found.type == "cpu" else torch.device(found.type, gpu_id)
+        size = sum(value.nbytes for part in (self.unet, self.vqvae) for value in part.parameters()) / 1e9
+        advice = "enable_vae_slicing() and enable_vae_tiling() save what decoding takes"
+        say_once(f"nothing is offloaded: both networks, {size:.1f} GB, stay on {found}; {advice}")
+        return self.to(found)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> Self:
+        """As `enable_model_cpu_offload`."""
+        return self.enable_model_cpu_offload(gpu_id, device)

@@ -1,0 +1,122 @@
+"""What callables take, asked before a user's values are handed over: names, defaults and types of arguments."""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import importlib
+import inspect
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any
+
+from ldm_lab.utils.errors import UserError
+
+MOST = 2**63 - 1  # the largest whole number that torch takes
+MORE = inspect.Parameter.VAR_KEYWORD
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, MORE)
+PLAIN = (NoneType, bool, int, float, str, list, dict)  # what a config holds
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def named(target: str) -> Any:  # noqa: ANN401
+    """What a `_target_` names; `None` where it cannot be imported, of which whoever builds it says more."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except Exception:  # whatever an import may raise
+        return None
+
+
+def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, Any]) -> None:
+    """Compare arguments with a signature; of callables of this package also plain data with its annotations.
+
+    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its annotations are.
+
+    Raises:
+        UserError: one is unknown, missing, or of another type.
+    """
+    try:
+        parameters, hints = declared(make)
+        if package(make) != package(check):
+            parameters, hints = dict(inspect.signature(make).parameters), {}
+    except (TypeError, ValueError):  # some that are built in have none
+        return
+    signature = inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
+    try:
+        signature.bind_partial(*args, **settings)  # a name that is unknown tells more than one that is missing
+        given = signature.bind(*args, **settings).arguments
+    except TypeError as error:
+        name = getattr(make, "__qualname__", type(make).__name__)
+        raise UserError(f"{name}: {error}; it takes {', '.join(parameters)}") from error
+    for name, value in given.items():
+        if parameters[name].kind not in VARIADIC and not fits(value, hints.get(name, Any)):
+            raise UserError(f"{name}={value!r}: must be {words(hints[name])}")
+
+
+@functools.cache
+def declared(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """The arguments of a callable by name, and their types; of a class also those that `**more` hands to its bases.
+
+    Raises:
+        TypeError, ValueError: it has no signature.
+    """
+    parameters = dict(inspect.signature(make).parameters)
+    if not isinstance(make, type):
+        return parameters, _hints(make)
+    hints = _hints(make.__init__)
+    for base in make.__mro__[1:]:
+        more = [name for name, parameter in parameters.items() if parameter.kind is MORE]
+        if not more or "__init__" not in vars(base):
+            continue
+        del parameters[more[0]]
+        _, *theirs = inspect.signature(base.__init__).parameters.values()
+        for parameter in theirs:
+            kind = parameter.kind if parameter.kind in VARIADIC else inspect.Parameter.KEYWORD_ONLY
+            parameters.setdefault(parameter.name, parameter.replace(kind=kind))
+        hints = _hints(base.__init__) | hints
+    return parameters, hints
+
+
+def _hints(function: Any) -> dict[str, Any]:  # noqa: ANN401
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that are imported for a type checker alone
+        return {}
+
+
+def package(make: Callable[..., Any]) -> str:
+    """The package that a callable belongs to; "" where it does not say."""
+    return str(getattr(make, "__module__", None) or "").split(".")[0]
+
+
+def fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
+    """Whether plain data is of an annotated type; objects, and types that say too little, pass."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if not isinstance(value, PLAIN) or hint is Any:
+        return True
+    if origin in (typing.Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is collections.abc.Callable or getattr(hint, "_is_protocol", False):
+        return False
+    if origin in (list, tuple, collections.abc.Sequence):
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint is int:
+        return type(value) is int and abs(value) <= MOST
+    kind = origin or hint
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def words(hint: Any) -> str:  # noqa: ANN401
+    """An annotation as a message says it: `a whole number, list of a whole number or null`."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        *first, last = map(words, inner)
+        return f"{', '.join(first)} or {last}"
+    if origin in (list, tuple, collections.abc.Sequence):
+        return f"list of {words(inner[0])}"
+    return WORDS.get(hint) or getattr(hint, "__name__", str(hint))
