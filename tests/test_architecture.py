@@ -15,9 +15,9 @@ ROOMS = {
         "config", "training", "sampling", "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models",
         "diffusion", "utils",
     },
-    "config": {"training", "models", "data", "checkpoints", "utils"},
+    "config": {"training", "runs", "models", "data", "checkpoints", "utils"},
     "training": {
-        "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models", "diffusion", "utils",
+        "sampling", "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models", "diffusion", "utils",
     },
     "sampling": {"pipeline", "checkpoints", "data", "models", "diffusion", "utils"},
     "runs": {"checkpoints", "diffusion", "utils"},

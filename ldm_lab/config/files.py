@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from ldm_lab.config.sweep import search_lines
+from ldm_lab.runs.stages import STAGES
 from ldm_lab.utils.errors import UserError, one_line
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-STAGES = ("autoencoder", "diffusion")
 OPTIONAL = ("debug", "length", "local")  # groups that may be left out
 
 

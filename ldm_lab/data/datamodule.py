@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm_lab.data.dataset import ImageDataset
+from ldm_lab.data.dataset import ImageDataset, spread
 from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
@@ -230,8 +230,3 @@ class Chosen(Dataset):
 def _print_once(line: str) -> None:
     """Both stages, validation and training set up the same images."""
     print(line, flush=True)
-
-
-def spread(count: int, size: int) -> list[int]:
-    """`count` indices, evenly over a data set of `size` images; with repeats where it has fewer."""
-    return [place * size // count for place in range(count)]

@@ -108,3 +108,8 @@ def sorted_marks(images: Iterable[bytes]) -> np.ndarray:
 def digest(parts: Iterable[object]) -> str:
     """Sixteen hexadecimal digits that stand for `parts`."""
     return blake2b("\n".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+
+
+def spread(count: int, size: int) -> list[int]:
+    """`count` indices, evenly over a data set of `size` images; with repeats where it has fewer."""
+    return [place * size // count for place in range(count)]

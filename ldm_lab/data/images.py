@@ -18,7 +18,7 @@ from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
 from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
 from ldm_lab.data.transforms import covering_size
-from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.errors import UserError, first_line
 
 
 class ImageError(UserError):
@@ -161,7 +161,7 @@ class FolderImages(ImageDataset):
         except PixelLimitError as error:
             raise ImageError(f"{self.path(index)}: {error}: {self.pixels_key}{error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on damaged data
-            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise ImageError(f"{self.path(index)}: cannot be read: {reason}") from error
 
     def format(self, index: int) -> str | None:

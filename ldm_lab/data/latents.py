@@ -32,8 +32,8 @@ from torch.utils.data import Dataset
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.transforms import is_flipped
 from ldm_lab.utils import shell
-from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import LoadError, check_plain, first_line, read_json
+from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.reading import LoadError, check_plain, read_json
 from ldm_lab.utils.writing import replacing, write_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

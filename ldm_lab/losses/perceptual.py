@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from ldm_lab.models.layout import LaidOut
-from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import first_line, reason
+from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.reading import reason
 
 _TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the features of VGG16
 _READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)

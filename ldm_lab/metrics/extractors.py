@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.utils import float32
-from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import LoadError, first_line, read_torch
+from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.reading import LoadError, read_torch
 
 CHUNK = 32  # images at a time: a constant, so that features depend neither on batch size nor on number of devices
 LACKING = "it is not installed: pip install -e '.[metrics]'"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.data.dataset import ImageDataset, digest, spread
 from ldm_lab.data.decode import EXTENSIONS
 from ldm_lab.data.files import Found
 from ldm_lab.data.images import FolderImages
@@ -105,11 +105,6 @@ class DataPixels(Pixels):
     def transform(self) -> dict[str, Any]:
         """That of the data set, and how it resizes."""
         return {**self.data.transform(), "resize": RESIZE}
-
-
-def spread(count: int, size: int) -> list[int]:
-    """`count` places, evenly over `size` images."""
-    return [place * size // count for place in range(count)]
 
 
 class FilePixels(Pixels):

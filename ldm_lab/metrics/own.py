@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm_lab.data.avatars import AvatarImages
-from ldm_lab.data.dataset import ImageDataset, digest
+from ldm_lab.data.dataset import ImageDataset, digest, spread
 from ldm_lab.metrics.extractors import Extractor
-from ldm_lab.metrics.images import DataPixels, Pixels, spread
+from ldm_lab.metrics.images import DataPixels, Pixels
 from ldm_lab.utils import shell
-from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.randomness import generator
-from ldm_lab.utils.reading import LoadError, first_line
+from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.transfer import to_device
 from ldm_lab.utils.writing import replacing, require_writable
 

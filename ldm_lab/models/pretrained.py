@@ -17,8 +17,8 @@ from typing_extensions import Self
 from ldm_lab.checkpoints.state_dicts import unwrapped
 from ldm_lab.utils import hub, shell, weights
 from ldm_lab.utils.configurable import Configurable, FrozenConfig, register_to_config
-from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import LoadError, blaming, check_plain, first_line
+from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.reading import LoadError, blaming, check_plain
 
 __all__ = ["Configurable", "FrozenConfig", "PretrainedModel", "register_to_config"]
 

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.runs.record import STAGES, Evaluation, RunRecord, StageRecord, read_run
+from ldm_lab.runs.record import Evaluation, RunRecord, StageRecord, read_run
+from ldm_lab.runs.stages import STAGES
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.version import __version__

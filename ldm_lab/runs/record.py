@@ -23,13 +23,13 @@ from typing import Any
 
 from PIL import Image
 
+from ldm_lab.runs.stages import STAGES
 from ldm_lab.utils import shell
-from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import LoadError, first_line, read_json, read_yaml
+from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.reading import LoadError, read_json, read_yaml
 from ldm_lab.utils.version import FORMAT_KEY
 
 AXIS = "images_seen"
-STAGES = ("autoencoder", "diffusion")
 EVALUATIONS = "eval"
 MAX_PIXELS = 2**26  # of a picture in a folder that anybody may have made
 PICTURE = re.compile(r"(?P<name>.+)_(?P<images>\d{9,})\.png")

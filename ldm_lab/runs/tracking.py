@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from ldm_lab.utils.writing import write_json
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds, for a start and for the end
+RUN_ID = "wandb_id"  # the file in a stage's folder that keeps the id of its W&B run
+PLAIN_ID = re.compile(r"[a-z0-9]{1,32}")
+
+
+def run_id(folder: Path) -> str | None:
+    """The id of a stage's W&B run; None where its folder keeps no plain id."""
+    path = folder / RUN_ID
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        found = file.read(100).strip()
+    return found if PLAIN_ID.fullmatch(found) else None
 
 
 def start(folder: Path, offline: bool, **settings: Any) -> Any:  # noqa: ANN401

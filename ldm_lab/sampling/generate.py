@@ -20,7 +20,8 @@ from ldm_lab.checkpoints import checkpoint
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.utils import locks, randomness
+from ldm_lab.sampling.seeds import generators
+from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, save_pngs
 from ldm_lab.utils.reading import read_json
@@ -62,8 +63,7 @@ class SamplingModule(LightningModule):
     def predict_step(self, batch: Tensor, _: int) -> None:
         """Indices `(B,)` -> a file each, also where one is there twice."""
         indices = batch.tolist()
-        generators = [randomness.generator(self.seed, "sample", index) for index in indices]
-        images = self.pipe(len(indices), generators, self.eta, self.steps).images
+        images = self.pipe(len(indices), generators(self.seed, indices), self.eta, self.steps).images
         save_pngs({image_path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
 
 
@@ -221,3 +221,9 @@ def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> N
         np.lib.format.write_array_header_2_0(member, header)
         for path in paths:
             member.write(np.asarray(Image.open(path)).tobytes())
+
+
+def image_size(pipe: LDMPipeline) -> tuple[int, int]:
+    """(height, width) of a pipeline's images. Raises `UserError` where the UNet's config does not say."""
+    height, width = pipe.noise(1).shape[2:]
+    return height * pipe.vqvae.downsample_factor, width * pipe.vqvae.downsample_factor

@@ -16,7 +16,8 @@ from ldm_lab.diffusion.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.utils import randomness
+from ldm_lab.sampling.generate import image_size
+from ldm_lab.sampling.seeds import generators
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
 from ldm_lab.utils.writing import replacing
@@ -25,11 +26,6 @@ STEPS_SHOWN = 10  # of a denoising, in a row
 BETWEEN = 12  # frames from one sample to the next
 FRAME_MS = 120
 VARIATIONS, MOST_RECONSTRUCTED, COLUMNS = 8, 32, 8
-
-
-def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """Those that samples are drawn from: sample i follows from (seed, i)."""
-    return [randomness.generator(seed, "sample", index) for index in indices]
 
 
 @torch.no_grad()
@@ -139,7 +135,7 @@ def variations(
     clean = vqvae.latents(image[None].to(pipe.device, vqvae.dtype)).float() * vqvae.config.scaling_factor
     scheduler.set_timesteps(steps)
     scheduler.set_timesteps(timesteps=scheduler.timesteps[-max(1, round(strength * steps)) :].tolist())
-    own = [randomness.generator(seed, "variation", index) for index in range(count)]
+    own = generators(seed, range(count), "variation")
     clean = clean.expand(count, -1, -1, -1)  # (1, C, h, w) -> (B, C, h, w)
     noise = randn(clean.shape, own, pipe.device)
     latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1].expand(count))
@@ -154,12 +150,6 @@ def reconstructions(vqvae: FirstStage, images: Tensor) -> Tensor:
     device = next(vqvae.parameters()).device
     made = [vqvae.decode(vqvae.latents(image[None].to(device, vqvae.dtype))).sample for image in images]
     return torch.cat(made).float().cpu()
-
-
-def image_size(pipe: LDMPipeline) -> tuple[int, int]:
-    """(height, width) of what a model draws."""
-    height, width = pipe.noise(1).shape[2:]
-    return height * pipe.vqvae.downsample_factor, width * pipe.vqvae.downsample_factor
 
 
 def read_images(

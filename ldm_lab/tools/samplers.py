@@ -22,7 +22,8 @@ from torch import Tensor
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.utils import float32, randomness
+from ldm_lab.sampling.seeds import generators
+from ldm_lab.utils import float32
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.writing import replacing
 
@@ -141,5 +142,6 @@ def latents(pipe: LDMPipeline, scheduler: Scheduler, steps: int, seeds: int) -> 
     """What the pipeline draws with a sampler: `(seeds, C, h, w)`, scaled, float64, on the CPU."""
     pipe = LDMPipeline(pipe.vqvae, pipe.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    generators = [randomness.generator(0, "sample", index) for index in range(seeds)]
-    return pipe(seeds, generators, num_inference_steps=steps, output_type="latent").images.cpu().double()
+    return (
+        pipe(seeds, generators(0, range(seeds)), num_inference_steps=steps, output_type="latent").images.cpu().double()
+    )

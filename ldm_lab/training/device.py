@@ -38,6 +38,11 @@ def resolve_precision(precision: str | int | None, accelerator: str) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
+def precision_of(trainer: Trainer) -> torch.autocast:
+    """The precision of a training for networks that a callback runs: autocast in bf16-mixed, else float32."""
+    return torch.autocast(trainer.strategy.root_device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed")
+
+
 def device_type(accelerator: str) -> str:
     """What `trainer.accelerator` stands for on this machine: `auto` is a GPU where there is one, Apple's too.
 

@@ -9,7 +9,8 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ldm_lab.data.datamodule import Chosen, spread
+from ldm_lab.data.datamodule import Chosen
+from ldm_lab.data.dataset import spread
 from ldm_lab.data.loading import Loader
 from ldm_lab.training.callbacks.pictures import shared
 from ldm_lab.utils import float32

@@ -28,6 +28,7 @@ from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.facts import facts
+from ldm_lab.training.loggers.run_logger import run_loggers
 from ldm_lab.training.planning import memory
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils import hub
@@ -96,10 +97,12 @@ def fit(
         run.write_marks(data.marks)
         run.write_status(finished=False, **identity)
         for logger in trainer.loggers:
-            if hasattr(logger, "forget_after"):
-                logger.forget_after(data.images_seen)
             logger.log_hyperparams(config)
-            introduce(logger, module, data, config)
+        for logger in run_loggers(trainer):
+            logger.forget_after(data.images_seen)
+            logger.log_facts(facts(module, data))
+            if config["autoencoder_hash"]:
+                logger.use_artifact("autoencoder", config["autoencoder_hash"])
         if start:
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
             if before and before["max_images"] < config["max_images"]:
@@ -132,14 +135,6 @@ def stopped(interrupt: Interrupt, trainer: Trainer, module: StageModule) -> Stop
     here = f"with experiment=.../{module.stage} and max_images={images} it finishes here"
     line = f"stopped at {images:,} images: {interrupt.reason(trainer)}; the same command continues, {here}"
     return Stopped(AGAIN, line)
-
-
-def introduce(logger: Any, module: StageModule, data: ImageDataModule, config: dict[str, Any]) -> None:  # noqa: ANN401
-    """Tell a logger that asks for it what the stage is made of."""
-    if hasattr(logger, "log_facts"):
-        logger.log_facts(facts(module, data))
-    if hasattr(logger, "use_artifact") and config["autoencoder_hash"]:
-        logger.use_artifact("autoencoder", config["autoencoder_hash"])
 
 
 def owes_validation(data: ImageDataModule, config: dict[str, Any]) -> bool:
@@ -179,9 +174,9 @@ def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int) -> Non
 def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[str, Any]:
     """Arguments of the trainer, with what no run can do without: validation, checkpoints, a clean stop, the export."""
     stage = config["paths"]["stage"]
-    checkpoints = Checkpoint(f"{stage}/checkpoints", config["checkpoint_every"])
-    checks = [SmallestBatchSize(), SameStart()]
-    always = [*checks, Validate(config["validate_every"]), checkpoints, Interrupt(), Export(stage)]
+    validate = Validate(config["validate_every"])
+    checkpoints = Checkpoint(f"{stage}/checkpoints", config["checkpoint_every"], validate)
+    always = [SmallestBatchSize(), SameStart(), validate, checkpoints, Interrupt(), Export(stage)]
     # `NotFinite` comes first: before others see, show or save what has come of a step.
     callbacks = [NotFinite(stage), Encode(), *callbacks, *always]
     return {"callbacks": callbacks, "logger": loggers or False, "plugins": [BackgroundCheckpointIO()]}

@@ -29,6 +29,11 @@ def own_line(message: str) -> str:
     return message.strip().splitlines()[-1].partition(": ")[2]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message: torch's go on with a stack, others with advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def one_line(error: BaseException) -> str:
     """An exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lab.utils import shell
+from ldm_lab.utils.errors import first_line
 from ldm_lab.utils.reading import LoadError, read_json
 from ldm_lab.utils.weights import OWN_STEM, STEM, choose, shards, variants
 
@@ -120,7 +121,8 @@ def fetch(
     except Exception as error:  # those of the library, of the one that carries its requests, and of the disk
         raise LoadError(f"{name}: {_explain(trouble or error, repository, revision)}") from error
     if trouble and not isinstance(trouble, OfflineModeIsEnabled):
-        log.warning(f"{name}: the hub was of no help ({_line(trouble)}): the copy in the cache is used")
+        reason = f"{type(trouble).__name__}: {first_line(trouble)}"
+        log.warning(f"{name}: the hub was of no help ({reason}): the copy in the cache is used")
     return folder
 
 
@@ -218,9 +220,5 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
         return f"nothing local has this name, nor has a model on {hub} that you may see; if it is private, {log_in}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "not whole in the cache, and the hub may not be asked (HF_HUB_OFFLINE or local_files_only)"
-    return f"nothing local has this name, nor is it whole in the cache, and {hub} is of no help ({_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    """The kind of an error and the first line of its message, which may go on with advice."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return f"nothing local has this name, nor is it whole in the cache, and {hub} is of no help ({reason})"

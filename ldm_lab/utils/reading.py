@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm_lab.utils.errors import UserError, own_line
+from ldm_lab.utils.errors import UserError, first_line, own_line
 from ldm_lab.utils.version import FORMAT, FORMAT_KEY
 
 # What a file may ask for, far above whatever was trained: networks are laid out before their weights are compared.
@@ -86,11 +86,6 @@ def blaming(origin: object) -> Iterator[None]:
         raise LoadError(f"{origin}: {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise LoadError(f"{origin}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message; torch's go on with a stack."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def kind_of(start: bytes) -> str | None:

@@ -13,8 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import first_line
+from ldm_lab.utils.errors import UserError, first_line
 
 
 class SaveError(UserError):

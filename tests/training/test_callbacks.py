@@ -19,6 +19,11 @@ from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO, place
 from ldm_lab.utils.signals import STOPPING, Interrupted
 
 
+def saving(folder, every):
+    """A `Checkpoint` where no validation is due but the last one."""
+    return Checkpoint(folder, every, Validate(NEVER))
+
+
 class FakeTrainer(SimpleNamespace):
     """As much of a trainer as callbacks look at; `train` calls them batch by batch."""
 
@@ -70,13 +75,13 @@ class FakeTrainer(SimpleNamespace):
 )
 def test_checkpoints_are_counted_in_images_and_never_inside_a_step(tmp_path, accumulation, interval, expected):
     trainer = FakeTrainer(steps=9, accumulation=accumulation)
-    trainer.train(Checkpoint(tmp_path, interval))
+    trainer.train(saving(tmp_path, interval))
     assert trainer.saves == expected
 
 
 def test_counting_goes_on_where_a_resumed_run_stands(tmp_path):
     trainer = FakeTrainer(steps=9, start=40)
-    trainer.train(Checkpoint(tmp_path, 16))
+    trainer.train(saving(tmp_path, 16))
     assert trainer.saves == [48, 64, 72]
 
 
@@ -94,7 +99,7 @@ def test_metrics_are_on_disk_before_the_state_that_will_not_repeat_them(tmp_path
     trainer.loggers = [SimpleNamespace(flush=lambda: order.append("metrics")), SimpleNamespace()]
     trainer.save_checkpoint = lambda path: order.append("state")
     trainer._logger_connector.update_train_step_metrics = lambda: order.append("this step's")
-    Checkpoint(tmp_path, 8).save(trainer)
+    saving(tmp_path, 8).save(trainer)
     assert order == ["this step's", "metrics", "state"]
 
 
@@ -159,7 +164,7 @@ def test_validation_is_counted_in_images_and_comes_at_the_end(accumulation):
 def test_a_signal_ends_the_step_saves_and_stops(tmp_path, number, accumulation):
     before = [signal.getsignal(one) for one in STOPPING]
     trainer = FakeTrainer(steps=9, accumulation=accumulation)
-    checkpoint, interrupt = Checkpoint(tmp_path, 1000), Interrupt()
+    checkpoint, interrupt = saving(tmp_path, 1000), Interrupt()
     first_batch_of_step_3 = 16 + 8 // accumulation
     trainer.train(
         checkpoint, interrupt, each_batch=lambda n: n == first_batch_of_step_3 and signal.raise_signal(number)
@@ -235,9 +240,10 @@ def test_a_validation_is_broken_off_where_the_step_is_not(training):
         training.on_validation_batch_start(trainer, trainer.module, {}, 1)
 
 
-def test_the_state_is_saved_before_a_validation(tmp_path):
-    trainer = FakeTrainer(steps=9)
-    trainer.train(Validate(32), Checkpoint(tmp_path, 24))
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_state_is_saved_before_a_validation_whichever_callback_comes_first(tmp_path, order):
+    trainer, validate = FakeTrainer(steps=9), Validate(32)
+    trainer.train(*[validate, Checkpoint(tmp_path, 24, validate)][::order])
     assert trainer.saves == [24, 32, 48, 64, 72]
 
 
@@ -251,7 +257,7 @@ def test_ranks_agree_every_few_steps_whatever_is_accumulated(tmp_path, accumulat
         return flag.fill_(signal.SIGINT) if trainer.global_step >= 10 else flag
 
     trainer.strategy.reduce = reduce
-    trainer.train(Checkpoint(tmp_path, 10**6), interrupt)
+    trainer.train(saving(tmp_path, 10**6), interrupt)
     assert asked == [Interrupt.EVERY, 2 * Interrupt.EVERY]
     assert trainer.saves == [2 * Interrupt.EVERY * 8]
 
@@ -269,7 +275,7 @@ def test_a_callback_ends_the_training_after_a_whole_step(tmp_path, accumulation,
     def ask(images_seen):
         trainer.should_stop |= images_seen == 16 + 8 // accumulation
 
-    trainer.train(Checkpoint(tmp_path, 1000), interrupt, each_batch=ask)
+    trainer.train(saving(tmp_path, 1000), interrupt, each_batch=ask)
     assert trainer.saves == [8 * max(3, least or 0)] == [trainer.module.images_seen]
     assert trainer.limit_val_batches == 0
     assert interrupt.received is None
@@ -277,7 +283,7 @@ def test_a_callback_ends_the_training_after_a_whole_step(tmp_path, accumulation,
 
 def test_a_wish_of_the_last_step_is_fulfilled_anyway(tmp_path):
     trainer, interrupt = FakeTrainer(steps=3), Interrupt()
-    trainer.train(Checkpoint(tmp_path, 1000), interrupt, each_batch=lambda n: setattr(trainer, "should_stop", n == 24))
+    trainer.train(saving(tmp_path, 1000), interrupt, each_batch=lambda n: setattr(trainer, "should_stop", n == 24))
     assert trainer.saves == [24]
     assert trainer.limit_val_batches == 1.0, "its validation is wanted"
 
@@ -286,7 +292,7 @@ def test_what_a_callback_of_another_rank_asks_for_stops_all(tmp_path):
     trainer, interrupt = FakeTrainer(steps=99, world_size=2), Interrupt()
     other = [0.0, Interrupt.NO_SIGNAL]
     trainer.strategy.reduce = lambda wish, reduce_op: max(wish, torch.tensor(other.pop(0)))
-    trainer.train(Checkpoint(tmp_path, 10**6), interrupt)
+    trainer.train(saving(tmp_path, 10**6), interrupt)
     assert trainer.saves == [2 * Interrupt.EVERY * 8]
     assert interrupt.received is None
 

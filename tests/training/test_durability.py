@@ -23,6 +23,7 @@ from ldm_lab.checkpoints import checkpoint, locate
 from ldm_lab.training import checkpoint_io
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
 from ldm_lab.training.callbacks.same_start import SameStart
+from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.host_copy import HostCopy
 from ldm_lab.training.planning import memory
@@ -351,7 +352,7 @@ class FakeTrainer(SimpleNamespace):
             datamodule=SimpleNamespace(global_batch_size=8), strategy=SimpleNamespace(checkpoint_io=io_),
             _logger_connector=SimpleNamespace(update_train_step_metrics=lambda: None),
         )  # fmt: skip
-        self.module, self.callback = SimpleNamespace(images_seen=0), Checkpoint(folder, 8)
+        self.module, self.callback = SimpleNamespace(images_seen=0), Checkpoint(folder, 8, Validate(NEVER))
         self.callback.on_train_start(self, self.module)
 
     def save_checkpoint(self, path):

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.runs.record import STAGES, RunRecord, read_run
+from ldm_lab.runs.record import RunRecord, read_run
+from ldm_lab.runs.stages import STAGES
 from ldm_lab.tools.dashboard import layout
 from ldm_lab.tools.dashboard.runs import differing, logged, unused, wandb_id
 from ldm_lab.utils.errors import UserError, one_line

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ldm_lab.runs import tracking
 from ldm_lab.runs.record import StageRecord
 from ldm_lab.tools.dashboard.layout import PICTURES
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import flatten
 
-PLAIN_ID = re.compile(r"[a-z0-9]{1,32}")
 APART = ("name", "paths.", "logger.", "callbacks.", "plugins", "resume", "data.root", "data.cache_dir")  # no settings
 USUAL = ("model.optimizer.lr", "data.global_batch_size", "max_images", "seed")
 MOST = 10  # coordinates side by side
@@ -33,11 +32,11 @@ def differing(records: Sequence[StageRecord]) -> list[str]:
 
 def wandb_id(record: StageRecord) -> str:
     """The id of a stage's W&B run. Raises `UserError` where it has none."""
-    path = record.folder / "wandb_id"
-    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    if not PLAIN_ID.fullmatch(text):
-        raise UserError(f"--baseline {record.folder}: has no W&B run ({path.name} is missing): train with logger=many")
-    return text
+    found = tracking.run_id(record.folder)
+    if found is None:
+        missing = f"{tracking.RUN_ID} is missing"
+        raise UserError(f"--baseline {record.folder}: has no W&B run ({missing}): train with logger=many")
+    return found
 
 
 def unused(path: Path) -> Path:

@@ -15,7 +15,6 @@ from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.record import read_run
 from ldm_lab.sampling import generate
 from ldm_lab.utils import locks
-from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.writing import SaveError, require_writable
 
@@ -45,16 +44,6 @@ class Sampling:
     def settings(self) -> dict[str, Any]:
         """What samples depend on beside the model."""
         return {name: getattr(self, name) for name in KEPT}
-
-
-def image_size(pipe: LDMPipeline) -> tuple[int, int]:
-    """(height, width) of what a pipeline draws. Raises `UserError` where its config does not say."""
-    size = pipe.unet.config.sample_size
-    if size is None:
-        raise UserError("the UNet's config has no sample_size: sample with sample.py, and evaluate the folder")
-    height, width = (size, size) if isinstance(size, int) else size
-    factor = pipe.vqvae.downsample_factor
-    return height * factor, width * factor
 
 
 def draw(

@@ -15,6 +15,7 @@ from ldm_lab.metrics.images import Pixels
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs import card, tracking
+from ldm_lab.sampling.generate import image_size
 from ldm_lab.tools.evaluate import autoencoder, drawn, results, sources
 from ldm_lab.tools.evaluate.drawn import Sampling
 from ldm_lab.tools.evaluate.evaluator import Evaluator
@@ -144,7 +145,7 @@ def evaluate_state(
     """Draw samples of a state and measure them; the evaluator can be used again for another state of the run."""
     pipe = LDMPipeline.from_pretrained(state.path, plugins=request.plugins)
     if evaluator is None:
-        evaluator = request.evaluator(request.target(drawn.image_size(pipe), state.source), trainer)
+        evaluator = request.evaluator(request.target(image_size(pipe), state.source), trainer)
         prepare(evaluator.target)
         # Before anything is drawn. A model was trained on images of its run as they are.
         evaluator.check(request.sampling.num_samples, jpeg=0.0 if request.data else None)

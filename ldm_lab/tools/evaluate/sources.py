@@ -16,6 +16,7 @@ from ldm_lab.data.files import ARCHIVES
 from ldm_lab.data.images import FolderImages
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
 from ldm_lab.metrics.reference import names, read_header
+from ldm_lab.runs.stages import STAGES
 from ldm_lab.sampling import generate
 from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, one_line
@@ -25,7 +26,6 @@ from ldm_lab.utils.reading import LoadError, read_yaml
 CONFIG = "config.yaml"
 SETS = (AvatarImages, FolderImages, DrawnImages, drawn_or_folder)
 KNOWN = {f"{kind.__module__}.{kind.__name__}": kind for kind in SETS}  # all that a config may make us call
-STAGES = ("diffusion", "autoencoder")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def run_data(
         LoadError: the config names a data set that is not known here.
         UserError: the images are not there any more.
     """
-    folders = [*(source / stage for stage in STAGES), source, *source.parents[:2]]
+    folders = [*(source / stage for stage in reversed(STAGES)), source, *source.parents[:2]]
     path = next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
     module = find(read_yaml(path), "data.module") if path else None
     if not isinstance(module, dict):

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ldm_lab.runs.changes import is_harmless
-from ldm_lab.runs.record import STAGES, Curve, RunRecord, StageRecord, last
+from ldm_lab.runs.record import Curve, RunRecord, StageRecord, last
+from ldm_lab.runs.stages import STAGES
 from ldm_lab.tools.report.compare import Comparison, compare, verdict
 from ldm_lab.tools.report.evaluations import series
 from ldm_lab.tools.report.pictures import Budget, chosen, inlined

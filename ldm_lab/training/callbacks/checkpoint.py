@@ -9,6 +9,8 @@ from lightning import Callback, Trainer
 
 from ldm_lab.checkpoints import checkpoint
 from ldm_lab.training.callbacks.every import Every
+from ldm_lab.training.callbacks.validate import Validate
+from ldm_lab.training.loggers.run_logger import run_loggers
 from ldm_lab.training.stage_module import StageModule
 
 
@@ -21,10 +23,11 @@ class Checkpoint(Callback):
     Args:
         folder: `checkpoints/` of the stage.
         every_images: interval in training images.
+        validate: when validation runs.
     """
 
-    def __init__(self, folder: str, every_images: int) -> None:
-        self.folder, self.every = Path(folder), Every(every_images)
+    def __init__(self, folder: str, every_images: int, validate: Validate) -> None:
+        self.folder, self.every, self.validate = Path(folder), Every(every_images), validate
 
     @property
     def last(self) -> Path:
@@ -36,18 +39,16 @@ class Checkpoint(Callback):
         self.every.start(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: Any) -> None:  # noqa: ANN401
-        """Save when due, at the last step, and before a validation, which `Interrupt` may break off."""
+        """Save when due, and before a validation, which `Interrupt` may break off; the last step has one."""
         trainer.strategy.checkpoint_io.check()
-        finished = trainer.global_step >= trainer.max_steps
-        if self.every.due(trainer, module) or finished or trainer.val_check_batch == 1:
+        if self.every.due(trainer, module) or self.validate.due(trainer, module):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Begin to write now; every rank must call it. Until the new file is whole the old one keeps its name."""
         trainer._logger_connector.update_train_step_metrics()  # of this step; Lightning's own turn comes too late
-        for logger in trainer.loggers:
-            if hasattr(logger, "flush"):
-                logger.flush()  # what was measured before this state is never measured again
+        for logger in run_loggers(trainer):
+            logger.flush()  # a resumed run measures nothing again that was measured before this state
         trainer.save_checkpoint(self.last)
 
     def on_train_end(self, trainer: Trainer, module: StageModule) -> None:

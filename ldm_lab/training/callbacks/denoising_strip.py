@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ldm_lab.diffusion import samplers
 from ldm_lab.diffusion.denoising import denoise
+from ldm_lab.sampling.seeds import generators
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.pictures import shared, show
+from ldm_lab.training.device import precision_of
 from ldm_lab.training.diffusion_module import DiffusionModule
-from ldm_lab.utils import randomness
 
 
 class DenoisingStrip(Callback):
@@ -66,10 +67,10 @@ class DenoisingStrip(Callback):
         shown = {round(place) for place in torch.linspace(0, self.steps - 1, min(self.frames, self.steps)).tolist()}
 
         def strips(indices: Sequence[int]) -> Tensor:
-            own = [randomness.generator(self.seed, "sample", index) for index in indices]
+            own = generators(self.seed, indices)
             latents = pipe.noise(len(indices), own)  # (n, C, h, w)
             pipe.scheduler.set_timesteps(self.steps)
-            with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
+            with precision_of(trainer):
                 frames = [
                     pipe.decode(output.pred_original_sample)
                     for step, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, own))

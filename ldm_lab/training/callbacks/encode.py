@@ -10,20 +10,21 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_lab.data.datamodule import ImageDataModule, spread
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.dataset import spread
 from ldm_lab.data.latents import DTYPES, UNKNOWN, CachedLatents, Error, LatentCache, Shard, relative_rms
 from ldm_lab.data.loading import Loader
 from ldm_lab.metrics.extractors import exactly
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.latents import are_cached, latent_cache
+from ldm_lab.training.loggers.run_logger import RunLogger, run_loggers
 from ldm_lab.training.planning.memory import readable
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.errors import UserError
@@ -67,12 +68,11 @@ class Encode(Callback):
         shards = [data.cached.shard(number) for number in cache.shards]  # all of them are checked
         if trainer.is_global_zero:
             tqdm.write(f"{rounding(cache, shards, data.latents_precision)}: {cache.folder}")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_artifact"):
-                tell(logger, cache, bool(new))
+        for logger in run_loggers(trainer):
+            tell(logger, cache, bool(new))
 
 
-def tell(logger: Any, cache: LatentCache, new: bool) -> None:  # noqa: ANN401
+def tell(logger: RunLogger, cache: LatentCache, new: bool) -> None:
     """Tell a logger what the stage is trained on, and whether that was made for it."""
     if new:
         logger.log_artifact("latents", cache.key, folder=str(cache.folder), **cache.meta)

@@ -13,9 +13,10 @@ from ldm_lab.diffusion import samplers
 from ldm_lab.metrics import distribution, features
 from ldm_lab.metrics.extractors import CHUNK, exactly
 from ldm_lab.metrics.images import DataPixels
+from ldm_lab.sampling.seeds import generators
 from ldm_lab.training.callbacks.every import Every
+from ldm_lab.training.device import precision_of
 from ldm_lab.training.diffusion_module import DiffusionModule
-from ldm_lab.utils import randomness
 from ldm_lab.utils.errors import UserError
 
 
@@ -120,9 +121,9 @@ class EvaluateSamples(Callback):
         pipe.set_progress_bar_config(disable=True)
 
         def draw(places: range) -> Tensor:
-            generators = [randomness.generator(self.seed, "sample", place) for place in places]
-            with torch.autocast(module.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
-                images = pipe(len(places), generators, num_inference_steps=self.steps, output_type="pt").images
+            own = generators(self.seed, places)
+            with precision_of(trainer):
+                images = pipe(len(places), own, num_inference_steps=self.steps, output_type="pt").images
             return (images * 255).round().to(torch.uint8)  # as they would be saved
 
         return draw

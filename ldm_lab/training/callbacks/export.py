@@ -9,6 +9,7 @@ from lightning import Callback, Trainer
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.training.loggers.run_logger import run_loggers
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.hub import INDEX
 
@@ -35,10 +36,9 @@ class Export(Callback):
         else:
             module.autoencoder.save_pretrained(self.folder / "final")
         _, network = next(iter(module.exported().values()))
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_artifact"):
-                where = {"folder": str(self.folder / "final"), "images_seen": module.images_seen}
-                logger.log_artifact(module.stage, fingerprint(network), **where)
+        where = {"folder": str(self.folder / "final"), "images_seen": module.images_seen}
+        for logger in run_loggers(trainer):
+            logger.log_artifact(module.stage, fingerprint(network), **where)
 
 
 def publish(pipeline: Path, run: Path) -> None:

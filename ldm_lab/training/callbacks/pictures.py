@@ -9,6 +9,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from ldm_lab.training.loggers.run_logger import run_loggers
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
 
@@ -42,6 +43,5 @@ def show(
         return
     picture = grid(to_uint8(to_unit(images.float())), columns)
     save_png(picture, folder / f"{name}_{module.images_seen:09d}.png")
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_picture"):
-            logger.log_picture(name, picture, module.images_seen)
+    for logger in run_loggers(trainer):
+        logger.log_picture(name, picture, module.images_seen)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
 from ldm_lab.diffusion import samplers
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.sampling.seeds import generators
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.pictures import shared, show
+from ldm_lab.training.device import precision_of
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.neighbours import Neighbours
-from ldm_lab.utils import randomness
 
 
 class SampleGrid(Callback):
@@ -83,8 +83,8 @@ class SampleGrid(Callback):
         pipe.set_progress_bar_config(disable=True)
 
         def draw(indices: Sequence[int]) -> Tensor:
-            generators = [randomness.generator(self.seed, "sample", index) for index in indices]
-            with torch.autocast(pipe.device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed"):
-                return pipe(len(indices), generators, num_inference_steps=self.steps, output_type="pt").images
+            own = generators(self.seed, indices)
+            with precision_of(trainer):
+                return pipe(len(indices), own, num_inference_steps=self.steps, output_type="pt").images
 
         return shared(trainer, count, draw) * 2 - 1

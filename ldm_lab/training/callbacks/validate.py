@@ -13,7 +13,7 @@ NEVER = sys.maxsize  # batches
 
 
 class Validate(Callback):
-    """Lightning counts batches between validations; this sets its interval to one batch when one is due.
+    """Lightning counts batches between validations; this callback sets that interval to 1 where a validation is due.
 
     Args:
         every_images: interval in training images; the last step is validated whatever it is.
@@ -21,6 +21,7 @@ class Validate(Callback):
 
     def __init__(self, every_images: int) -> None:
         self.every = Every(every_images)
+        self._decided: tuple[tuple[int, int], bool] = ((-1, -1), False)
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
         """Begin to count."""
@@ -28,5 +29,12 @@ class Validate(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: object) -> None:
         """Decide for the batch that has just ended: Lightning looks at the interval after this hook."""
-        due = self.every.due(trainer, module) or trainer.global_step >= trainer.max_steps
-        trainer.val_check_batch = 1 if due else NEVER
+        trainer.val_check_batch = 1 if self.due(trainer, module) else NEVER
+
+    def due(self, trainer: Trainer, module: StageModule) -> bool:
+        """Whether a validation follows the batch that has just ended; the same for whoever asks, however often."""
+        place = (module.images_seen, trainer.global_step)
+        if self._decided[0] != place:
+            due = self.every.due(trainer, module) or trainer.global_step >= trainer.max_steps
+            self._decided = (place, due)
+        return self._decided[1]

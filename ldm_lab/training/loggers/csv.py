@@ -7,14 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm_lab.runs.record import AXIS, read_metrics
+from ldm_lab.training.loggers.run_logger import RunLogger
 from ldm_lab.utils.writing import replacing
 
 
-class MetricsCSV(Logger):
+class MetricsCSV(RunLogger):
     """Appends metrics to `folder/metrics.csv`, sorted by images seen, one row for each value of it.
 
     Lightning's own CSV logger deletes the file of an earlier start; here a resumed run replaces only the

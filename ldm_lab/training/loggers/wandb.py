@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from ldm_lab.runs import tracking
 from ldm_lab.runs.record import AXIS
+from ldm_lab.training.loggers.run_logger import RunLogger
 from ldm_lab.utils.errors import one_line
 from ldm_lab.utils.reading import read_json
 from ldm_lab.utils.writing import replacing, write_json
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PLAIN_ID = re.compile(r"[a-z0-9]{1,32}")
 YOUNG = 300  # rows: more than there are in the 15 seconds after which W&B writes them; a killed process loses them
 
 
-class WandbLogger(Logger):
+class WandbLogger(RunLogger):
     """Logs over images seen. Online only where the user is logged in, else into `folder/wandb`.
 
     Whatever goes wrong, training goes on and one warning says so: a start that fails online is repeated offline (see
@@ -76,13 +75,10 @@ class WandbLogger(Logger):
     @property
     def version(self) -> str:
         """The run's id, made once and kept in the stage's folder; what is no plain id there makes place for one."""
-        path = self.folder / "wandb_id"
-        if path.is_file():  # a pipe would be waited for
-            with open(path, encoding="utf-8", errors="replace") as file:
-                if PLAIN_ID.fullmatch(found := file.read(100).strip()):
-                    return found
+        if found := tracking.run_id(self.folder):
+            return found
         new = uuid4().hex[:12]
-        with replacing(path) as temporary:
+        with replacing(self.folder / tracking.RUN_ID) as temporary:
             temporary.write_text(new, encoding="utf-8")
         return new
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_lab.data.datamodule import ImageDataModule, spread
+from ldm_lab.data.datamodule import ImageDataModule
+from ldm_lab.data.dataset import spread
 from ldm_lab.data.images import ImageError
 from ldm_lab.data.sampler import StreamBatchSampler
 from ldm_lab.metrics.reconstruction import psnr
