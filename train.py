@@ -26,8 +26,8 @@ def job(overrides: list[str]) -> float | None:
     configs = recipe.compose()
 
     from ldm_lab.config import stages
-    from ldm_lab.training.run import say
     from ldm_lab.training.watch import watched
+    from ldm_lab.utils.terminal import say
 
     if len(configs) > 1 and any(override.key_or_group == "autoencoder" for override in recipe.overrides):
         configs = [config for config in configs if config.stage != "autoencoder"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from typing_extensions import Self
 
-from ldm_lab.checkpoints import compvis, locate, parts
+from ldm_lab.checkpoints import locate, parts
 from ldm_lab.diffusion.denoising import denoise
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.samplers import SAMPLERS
@@ -272,7 +272,28 @@ class LDMPipeline(MemorySwitches):
         choice = {"variant": variant, "use_safetensors": use_safetensors}
         download = {"token": token, "force_download": force_download, "without": tuple(given)}
         path = locate.find(source, revision, cache_dir, local_files_only, **download, **choice).path
-        found = parts.read(path, cls.classes, given, plugins, **choice)
+        return cls.from_file_or_folder(path, device, dtype, given=given, plugins=plugins, **choice)
+
+    @classmethod
+    def from_file_or_folder(
+        cls,
+        path: Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **reading: Any,  # noqa: ANN401
+    ) -> Self:
+        """Build a pipeline from the parts that a local checkpoint or pipeline folder holds.
+
+        Args:
+            path: the file or folder.
+            device: where the networks go; None leaves them on the CPU.
+            dtype: their floating-point type; None keeps that of the file.
+            reading: see `checkpoints.parts.read`.
+
+        Raises:
+            LoadError: a part is missing, damaged or does not fit the others.
+        """
+        found = parts.read(path, cls.classes, **reading)
         with blaming(path):
             pipe = cls(**found)
         return pipe.to(device=device, dtype=dtype)
@@ -301,8 +322,5 @@ class LDMPipeline(MemorySwitches):
             LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
                 missing or left over; one line says which.
         """
-        path = shell.path(path)
-        found = parts.of_checkpoint(path, compvis.read(path, original_config, use_ema), cls.classes, {}, ())
-        with blaming(path):
-            pipe = cls(**found)
-        return pipe.to(device=device, dtype=floating_type(torch_dtype))
+        reading = {"original_config": original_config, "use_ema": use_ema}
+        return cls.from_file_or_folder(shell.path(path), device, floating_type(torch_dtype), single_file=reading)

@@ -1,9 +1,15 @@
 """Who may import whom. The table is the architecture: arrows go one way, and nothing imports what it does not list."""
 
 import ast
+import importlib
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+
+from ldm_lab.utils import moved
+from ldm_lab.utils.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ldm_lab"
@@ -15,7 +21,9 @@ ROOMS = {
         "config", "training", "sampling", "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models",
         "diffusion", "utils",
     },
-    "config": {"training", "runs", "models", "data", "checkpoints", "utils"},
+    "config": {
+        "training", "sampling", "runs", "pipeline", "data", "models", "checkpoints", "diffusion", "utils",
+    },
     "training": {
         "sampling", "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models", "diffusion", "utils",
     },
@@ -33,7 +41,7 @@ ROOMS = {
 }  # fmt: skip
 
 # Libraries that only some may import.
-LIGHTNING = {"training", "data.datamodule", "sampling.generate", "tools.evaluate"}
+LIGHTNING = {"training", "config.sampling", "data.datamodule", "sampling.generate", "tools.evaluate"}
 HYDRA = {"config"}
 
 
@@ -94,6 +102,46 @@ def test_the_mathematics_is_pure(folder):
             outside = {target.split(".")[0] for target in imports(path)} - {"ldm_lab"}
             third_party = {library for library in outside if library not in __import__("sys").stdlib_module_names}
             assert third_party <= {"torch", "typing_extensions"}, f"{name} imports {third_party}"
+
+
+def named_paths(page):
+    """The files and folders of this repository that a page names in backquotes."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|toml))[`:]", text)
+
+
+@pytest.mark.parametrize("page", [f"docs/{name}.md" for name in ("architecture", "reliability", "performance")])
+def test_pages_name_paths_that_are_there(page):
+    rooms = [path for path in PACKAGE.iterdir() if path.is_dir()]
+    homes = (ROOT, PACKAGE, ROOT / "tests", PACKAGE / "tools/evaluate", *rooms)
+    elsewhere = ("lightning/", "runs/x", "gpu_check.")
+    found = [path for path in named_paths(page) if not path.startswith(elsewhere) and "NAME" not in path]
+    assert found
+    assert [path for path in found if not any((home / path).exists() for home in homes)] == []
+
+
+def test_the_page_has_a_row_for_each_room():
+    rows = set(re.findall(r"^\| `ldm_lab/(\w+)", (ROOT / "docs/architecture.md").read_text(encoding="utf-8"), re.M))
+    assert rows >= set(ROOMS) - {"__init__", "__main__"}
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(MOVED.items()))
+def test_moved_modules_are_imported_by_their_old_names(old, new):
+    spec = importlib.util.find_spec(f"ldm_lab.{new}")
+    assert spec is not None
+    assert moved.current(f"ldm_lab.{old}.Name") == f"ldm_lab.{new}.Name"
+    assert importlib.import_module(f"ldm_lab.{old}") is importlib.import_module(f"ldm_lab.{new}")
+
+
+def test_names_that_have_not_moved_stay():
+    for name in (
+        "ldm_lab.models.unet.UNet2DModel",
+        "torch.nn.Linear",
+        "my_pkg.errors.Mine",
+        "ldm_lab.training.ema.EMA",
+    ):
+        assert moved.current(name) == name
+    assert moved.current("ldm_lab.interop.compvis.read") == "ldm_lab.checkpoints.compvis.read"
 
 
 def test_importing_the_package_is_cheap():

@@ -21,12 +21,14 @@ LATENTS = {"beta_schedule": "scaled_linear", "clip_sample": False}
 
 ELSEWHERE = {
     # LDMPipeline
-    "there is neither latents= nor callback=": "test_pipeline_recorded.py::test_trajectories",
-    "there are no outputs of type pt and latent": "test_pipeline.py::test_output_types",
+    "there is neither latents= nor callback=": "pipeline/test_pipeline_recorded.py::test_trajectories",
+    "there are no outputs of type pt and latent": "pipeline/test_pipeline.py::test_output_types",
     "a VQ folder without scaling_factor is decoded to garbage": (
-        "test_pipeline_folders.py::test_a_foreign_autoencoder_without_the_key_is_not_scaled"
+        "pipeline/test_pipeline_folders.py::test_a_foreign_autoencoder_without_the_key_is_not_scaled"
     ),
-    "the converters of CompVis checkpoints do not run": "interop/test_compvis_checkpoint.py::test_prediction_and_ddim",
+    "the converters of CompVis checkpoints do not run": (
+        "checkpoints/test_compvis_checkpoint.py::test_prediction_and_ddim"
+    ),
     # Schedulers
     "order 3 of the SDE does not converge: a sign in its last weight": (
         "diffusion/test_dpm_solver.py::test_more_steps_of_the_sde_come_closer_to_the_variance_of_the_data"
@@ -36,7 +38,7 @@ ELSEWHERE = {
     ),
     # VQModel
     "beta stands before the wrong term of the loss, without a choice": (
-        "interop/test_compvis.py::test_encoder_and_quantizer"
+        "checkpoints/test_compvis.py::test_encoder_and_quantizer"
     ),
     # CompVis
     "the generator advances although eta is 0": "diffusion/test_ddim.py::test_without_eta_nothing_is_drawn",

@@ -13,7 +13,8 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = sorted(path.stem for path in (ROOT / "ldm_lab/tools").glob("[!_]*.py"))
+HOME = ROOT / "ldm_lab/tools"
+TOOLS = sorted(path.stem for path in [*HOME.glob("[!_]*.py"), *(p.parent for p in HOME.glob("*/__init__.py"))])
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from ldm_lab.utils import hub, shell
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.hub import INDEX
 from ldm_lab.utils.lengths import parse_images, short
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError, read_json
+from ldm_lab.utils.terminal import say_once
 
 RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last: what makes a folder a stage's result
 SNAPSHOTS = "snapshots"

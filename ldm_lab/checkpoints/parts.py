@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.checkpoints import checkpoint
+from ldm_lab.checkpoints import checkpoint, compvis
 from ldm_lab.utils.compiled import unwrapped
 from ldm_lab.utils.hub import INDEX, PIPELINES
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError, blaming, read_json
+from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.weights import variants
 from ldm_lab.utils.writing import write_json
 
@@ -21,10 +21,11 @@ NETWORKS = ("vqvae", "unet")
 def read(
     path: Path,
     classes: Classes,
-    given: Mapping[str, Any],
+    given: Mapping[str, Any] | None = None,
     plugins: Sequence[str] = (),
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    single_file: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Load the parts of a pipeline folder, ours or one of diffusers, or of a checkpoint.
 
@@ -35,15 +36,19 @@ def read(
         plugins: packages whose classes the files may name too.
         variant: see `weights.choose`; a network without it is taken as it is, unless all are.
         use_safetensors: see `weights.choose`.
+        single_file: arguments of `compvis.read`, for a checkpoint of CompVis; None: the file says whose it is.
 
     Raises:
         LoadError: a part is missing, damaged, or of a class that is not known.
     """
+    given = given or {}
+    if single_file is not None:
+        return _of_checkpoint(path, compvis.read(path, **single_file), classes, given, plugins)
     if path.is_dir():
         return _of_folder(path, classes, given, plugins, variant, use_safetensors)
     if variant is not None or use_safetensors:
         raise LoadError(f"{path}: variant= and use_safetensors=True are for folders, and this is a checkpoint")
-    return of_checkpoint(path, checkpoint.parts(path), classes, given, plugins)
+    return _of_checkpoint(path, checkpoint.parts(path), classes, given, plugins)
 
 
 def _of_folder(
@@ -87,21 +92,9 @@ def _with_variant(folder: Path, variant: str | None, given: Mapping[str, Any]) -
     return found
 
 
-def of_checkpoint(
+def _of_checkpoint(
     path: Path, parts: Mapping[str, checkpoint.Part], classes: Classes, given: Mapping[str, Any], plugins: Sequence[str]
 ) -> dict[str, Any]:
-    """Build the parts of a checkpoint.
-
-    Args:
-        path: the file, for messages.
-        parts: what it holds.
-        classes: see `read`, as are `given` and `plugins`.
-        given: not built.
-        plugins: packages.
-
-    Raises:
-        LoadError: a part is missing, damaged, or of a class that is not known.
-    """
     built = dict(given)
     for name in (name for name in NETWORKS if name not in given):
         built[name] = checkpoint.network(parts, name, classes[name], plugins, str(path))

@@ -24,12 +24,13 @@ from ldm_lab.training.planning import plan as planning
 from ldm_lab.training.planning.preflight import check_fit, check_order
 from ldm_lab.training.planning.trial import Trial
 from ldm_lab.training.quiet import quiet
-from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit, is_first_process, say
+from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.signals import STOPPING
+from ldm_lab.utils.terminal import is_first_process, say
 from ldm_lab.utils.writing import require_writable
 
 

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.signals import STOPPING, held
+from ldm_lab.utils.terminal import say_once
 
 SHARED = "/dev/shm"  # where Linux keeps what processes share
 ADVICE = "give it more (docker run --shm-size=8g), or use data.num_workers=0"

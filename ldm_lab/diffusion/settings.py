@@ -13,8 +13,8 @@ from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.utils import hub
 from ldm_lab.utils.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.utils.configurable import Configurable, FrozenConfig
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import blaming
+from ldm_lab.utils.terminal import say_once
 
 # Settings that one or another of the schedulers here and in diffusers has, which all take one another's configs.
 SHARED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,34 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def default_folder(state: State, settings: dict[str, Any]) -> Path:
+@dataclass(frozen=True)
+class SampleSettings:
+    """What samples follow from beside the model: written into their manifest.
+
+    Attributes:
+        seed: sample i is drawn from (seed, i).
+        sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
+        steps: evaluations of the UNet.
+        eta: of DDIM.
+        precision: of the networks.
+        compile: whether they are compiled.
+        tiling: whether they decode tile by tile.
+    """
+
+    seed: int
+    sampler: str
+    steps: int
+    eta: float
+    precision: str
+    compile: bool = False
+    tiling: bool = False
+
+
+def default_folder(state: State, settings: SampleSettings) -> Path:
     """A folder for each state and each sampler: in `samples/` of the folder that was named, or beside a file."""
     source = state.source
     samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
-    name = "{sampler}_{steps}_eta{eta:g}_seed{seed}".format(**settings)
+    name = f"{settings.sampler}_{settings.steps}_eta{settings.eta:g}_seed{settings.seed}"
     return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
 
 
@@ -140,11 +164,12 @@ def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int =
     return DataLoader(mine + surplus, batch_size=batch_size)  # type: ignore[arg-type]
 
 
-def describe(pipe: LDMPipeline, ckpt: str, settings: dict[str, Any]) -> dict[str, Any]:
+def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings) -> dict[str, Any]:
     """The manifest: everything that the images follow from, and which versions made them."""
     hashes = {name: checkpoint.fingerprint(getattr(pipe, name)) for name in ("unet", "vqvae")}
     versions = {"ldm_lab": __version__, "torch": torch.__version__}
-    return {"ckpt": ckpt, "hashes": hashes, **settings, "scheduler": dict(pipe.scheduler.config), "versions": versions}
+    scheduler = dict(pipe.scheduler.config)
+    return {"ckpt": ckpt, "hashes": hashes, **asdict(settings), "scheduler": scheduler, "versions": versions}
 
 
 def identity(manifest: dict[str, Any]) -> str:

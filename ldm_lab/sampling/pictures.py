@@ -192,7 +192,7 @@ def save_animation(frames: Sequence[Tensor], path: Path, columns: int | None = N
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PictureRequest:
     """Which pictures to write beside samples.
 
     Attributes:

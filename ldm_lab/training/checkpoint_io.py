@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from ldm_lab.checkpoints import checkpoint
 from ldm_lab.training.host_copy import HostCopy
-from ldm_lab.utils.notices import say_once
+from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.writing import flush, replacing
 
 

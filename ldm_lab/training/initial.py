@@ -27,12 +27,12 @@ from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.folder import RunFolder
 from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
-from ldm_lab.training.run import say
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils import hub
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import find, flatten
 from ldm_lab.utils.reading import LoadError, read_json
+from ldm_lab.utils.terminal import say
 
 # Of each stage: keys of the config -> parts of the source that they must agree with; the first is the one trained.
 NODES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from ldm_lab.utils import hub
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.signals import status_of
+from ldm_lab.utils.terminal import is_first_process, say
 
 Schedule = Callable[[int], float]  # images seen -> multiplier of the learning rate
 
@@ -52,11 +52,6 @@ class Stopped(NamedTuple):
 
     status: int
     line: str
-
-
-def is_first_process() -> bool:
-    """Whether this process may write; known before any process group exists."""
-    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def fit(
@@ -86,44 +81,67 @@ def fit(
     set_lengths(trainer, data, config["max_images"])
     if config["compile"]:
         module.compile_networks()
-    start = run.newest(say)
-    identity = {"stage": module.stage, "max_images": config["max_images"], "autoencoder": config["autoencoder_hash"]}
-    if start:
+    if start := run.newest(say):
         data.images_seen = checkpoint.describe(start)["images_seen"]
     if is_first_process():
         before = run.started_with()
-        run.clear_leftovers()
-        run.write_config(config)
-        run.write_marks(data.marks)
-        run.write_status(finished=False, **identity)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(config)
-        for logger in run_loggers(trainer):
-            logger.forget_after(data.images_seen)
-            logger.log_facts(facts(module, data))
-            if config["autoencoder_hash"]:
-                logger.use_artifact("autoencoder", config["autoencoder_hash"])
+        begin(run, module, data, trainer, config)
         if start:
             print(f"continuing {run.folder} at {data.images_seen:,} of {config['max_images']:,} images", flush=True)
             if before and before["max_images"] < config["max_images"]:
                 line = lengthened(module, before, schedule_of(before), config["max_images"], data.images_seen)
                 print(line, flush=True)
+    train(module, data, trainer, config, start)
+    interrupt = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupt))
+    finished = interrupt.agree(trainer) <= Interrupt.NO_SIGNAL and trainer.global_step >= trainer.max_steps
+    if finished:
+        finish(run, module, data, trainer, config)
+    trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
+    return None if finished else stopped(interrupt, trainer, module)
+
+
+def identity(module: StageModule, config: dict[str, Any]) -> dict[str, Any]:
+    """What a finished stage is known by, in status.json."""
+    return {"stage": module.stage, "max_images": config["max_images"], "autoencoder": config["autoencoder_hash"]}
+
+
+def begin(run: RunFolder, module: StageModule, data: ImageDataModule, trainer: Trainer, config: dict[str, Any]) -> None:
+    """Write into the folder what the stage is trained with, and tell the loggers. On the first process alone."""
+    run.clear_leftovers()
+    run.write_config(config)
+    run.write_marks(data.marks)
+    run.write_status(finished=False, **identity(module, config))
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    for logger in run_loggers(trainer):
+        logger.forget_after(data.images_seen)
+        logger.log_facts(facts(module, data))
+        if config["autoencoder_hash"]:
+            logger.use_artifact("autoencoder", config["autoencoder_hash"])
+
+
+def train(
+    module: StageModule, data: ImageDataModule, trainer: Trainer, config: dict[str, Any], start: Path | None
+) -> None:
+    """Train from the checkpoint `start`, or from the beginning, to the end or to where the user breaks off."""
     explained = memory.explained(module, data, trainer.world_size)
     with contextlib.suppress(BrokenOff), explained, enough_shared_memory():
         if start and owes_validation(data, config):
             trainer.validate(module, data, ckpt_path=start, weights_only=True, verbose=False)
         trainer.fit(module, data, ckpt_path=start, weights_only=True)
-    interrupt = next(callback for callback in trainer.callbacks if isinstance(callback, Interrupt))
-    finished = interrupt.agree(trainer) <= Interrupt.NO_SIGNAL and trainer.global_step >= trainer.max_steps
-    if finished and "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
+
+
+def finish(
+    run: RunFolder, module: StageModule, data: ImageDataModule, trainer: Trainer, config: dict[str, Any]
+) -> None:
+    """Validate where the last validation is missing; write the model card, and that the stage is finished."""
+    if "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
         trainer.validate(module, data, verbose=False)
-    if finished and is_first_process():
+    if is_first_process():
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
         kept = {key: value for key, value in sorted(metrics.items()) if key.startswith(KEPT) and "/loss_t" not in key}
         write_card(run, module.stage, kept)  # before the stage counts as finished
-        run.write_status(finished=True, **identity, **kept)
-    trainer.strategy.barrier()  # the next stage reads what rank 0 has just written
-    return None if finished else stopped(interrupt, trainer, module)
+        run.write_status(finished=True, **identity(module, config), **kept)
 
 
 def stopped(interrupt: Interrupt, trainer: Trainer, module: StageModule) -> Stopped:
@@ -188,12 +206,6 @@ def write_card(run: RunFolder, stage: str, metrics: dict[str, float]) -> None:
         card.write(RunRecord(run.folder.parent, {stage: StageRecord(run.folder, stage)}), stage, metrics)
     except LoadError as error:
         say(f"no model card: {error}")
-
-
-def say(line: str) -> None:
-    """Print once, not once a rank."""
-    if is_first_process():
-        print(line, flush=True)
 
 
 def first_stage(source: str | None, command: str, plugins: Sequence[str] = ()) -> FirstStage:

@@ -7,8 +7,8 @@ import sys
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from ldm_lab.training.run import is_first_process
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.terminal import is_first_process
 
 
 def check_tasks(devices: int, nodes: int) -> None:

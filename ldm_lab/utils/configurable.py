@@ -14,8 +14,8 @@ from typing import Any, NoReturn, TypeVar
 from typing_extensions import Self
 
 from ldm_lab.utils import hub, shell
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError, read_json
+from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import write_json
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError, read_json
+from ldm_lab.utils.terminal import say_once
 
 try:
     import fcntl

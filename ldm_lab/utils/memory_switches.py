@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from ldm_lab.utils.notices import say_once
+from ldm_lab.utils.terminal import say_once
 
 ATTENTION = "attention is torch's scaled_dot_product_attention, which never holds the whole matrix of its weights"
 

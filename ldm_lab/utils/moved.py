@@ -12,7 +12,7 @@ from types import ModuleType
 
 HOME = "ldm_lab."
 UTILS = (
-    "compiled", "configurable", "errors", "float32", "hub", "images", "lengths", "locks", "notices", "outputs",
+    "compiled", "configurable", "errors", "float32", "hub", "images", "lengths", "locks", "outputs",
     "randomness", "terminal", "threads", "transfer", "version", "weights",
 )  # fmt: skip
 PLANNING = ("batch_size", "estimate", "memory", "plan", "preflight", "preview", "trial")
@@ -21,7 +21,8 @@ PLANNING = ("batch_size", "estimate", "memory", "plan", "preflight", "preview", 
 MOVED = {
     **{name: f"utils.{name}" for name in UTILS},
     "signatures": "utils.signatures", "typed": "utils.shell", "untrusted": "utils.reading", "saving": "utils.writing",
-    "memory": "utils.memory_switches", "diffusion.checks": "utils.arguments", "models.arguments": "utils.arguments",
+    "memory": "utils.memory_switches", "notices": "utils.terminal",
+    "diffusion.checks": "utils.arguments", "models.arguments": "utils.arguments",
     "building": "config.build", "config_files": "config.files", "config_keys": "config.keys", "kinds": "config.kinds",
     "overrides": "config.overrides", "settings": "config.checks", "stages": "config.stages", "sweep": "config.sweep",
     "checkpoint": "checkpoints.checkpoint", "parts": "checkpoints.parts", "states": "checkpoints.locate",

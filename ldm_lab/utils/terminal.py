@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
+import logging
 import os
 import signal
 import sys
@@ -13,6 +15,25 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from ldm_lab.utils.signals import BROKEN_PIPE, Interrupted
+
+log = logging.getLogger(__name__)
+
+
+def is_first_process() -> bool:
+    """Whether this process may write; known before any process group exists."""
+    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def say(line: str) -> None:
+    """Print once, not once a rank."""
+    if is_first_process():
+        print(line, flush=True)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Warn, unless this very line was said before: a training opens and writes many files."""
+    log.warning(line)
 
 
 class Output(io.FileIO):

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError, read_json, read_safetensors, read_torch
+from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.writing import replacing
 
 STEM = "diffusion_pytorch_model"

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data import loading
 from ldm_lab.data.loading import Collate, Loader, enough_shared_memory
-from ldm_lab.utils import notices
+from ldm_lab.utils import terminal
 from ldm_lab.utils.errors import UserError
 
 SIZE = 3 * 32 * 32 * 4  # bytes of an item
@@ -46,7 +46,7 @@ def assert_equal_batches(found, expected):
 
 def test_too_little_shared_memory_is_not_used_and_said_once(monkeypatch, caplog):
     expected = batches(0)
-    notices.say_once.cache_clear()
+    terminal.say_once.cache_clear()
     monkeypatch.setattr(loading, "free", lambda: loading.ROOM * 2 * 4 * SIZE - 1)
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda *_, **__: os._exit(1))  # in the workers
     with caplog.at_level(logging.WARNING):

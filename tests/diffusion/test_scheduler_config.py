@@ -14,8 +14,8 @@ from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.diffusion.samplers import SAMPLERS
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.terminal import say_once
 from tests.diffusion.golden import COMPVIS, diffusers_meta
 from tests.helpers import GOLDEN
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ldm_lab import DDIMScheduler, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.terminal import say_once
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
 

@@ -14,8 +14,8 @@ from ldm_lab.checkpoints import checkpoint
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.terminal import say_once
 from tests.models.weights import assert_equal_weights
 
 VAE = {
@@ -141,7 +141,7 @@ from torch import nn
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.utils.notices import say_once
+from ldm_lab.utils.terminal import say_once
 from ldm_lab.models.pretrained import PretrainedModel, register_to_config
 
 

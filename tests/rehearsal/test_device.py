@@ -127,4 +127,4 @@ def test_a_wait_says_who_waits(rehearsal):
     from ldm_lab.utils.images import to_uint8
 
     to_uint8(torch.ones(1, 3, 2, 2).to(rehearsal.device))
-    assert rehearsal.log.waits[-1].places == ("images.py: to_uint8",)
+    assert rehearsal.log.waits[-1].places == ("utils/images.py: to_uint8",)

@@ -71,7 +71,7 @@ def test_large_maps_are_decoded_without_a_wait(rehearsal):
 def test_pictures_are_those_of_the_cpu(rehearsal, tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
-    wanted = pictures.Wanted(2, [0, 1], str(tmp_path / "image.png"), 0.6, str(tmp_path / "image.png"))
+    wanted = pictures.PictureRequest(2, [0, 1], str(tmp_path / "image.png"), 0.6, str(tmp_path / "image.png"))
     found = {}
     for device in ("cpu", rehearsal.device):
         folder = tmp_path / str(device)

@@ -12,11 +12,12 @@ import yaml
 from ldm_lab.runs.changes import compare
 from ldm_lab.runs.folder import RunFolder
 from ldm_lab.training import device
-from ldm_lab.training.run import first_stage, is_first_process, lengthened
+from ldm_lab.training.run import first_stage, lengthened
 from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup
 from ldm_lab.utils.errors import reporting
 from ldm_lab.utils.nested import flatten
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.terminal import is_first_process
 
 CONFIG = {
     "resume": "auto",

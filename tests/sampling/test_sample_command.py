@@ -17,7 +17,7 @@ from ldm_lab.config.compose import ConfigError
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling.generate import image_path
-from ldm_lab.sampling.pictures import Wanted
+from ldm_lab.sampling.pictures import PictureRequest
 from ldm_lab.utils.randomness import generator
 from tests.helpers import GOLDEN, contents
 
@@ -40,7 +40,7 @@ def test_networks_are_rounded_where_it_is_asked_for_and_nothing_else_is(tmp_path
     for index in range(2):
         drawn = pipe(1, [generator(0, "sample", index)], 0.0, 2).images[0]
         assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(image_path(folders[0], index))))
-    Wanted(interpolate=[0, 1]).write(pipe, tmp_path, seed=0, steps=2, eta=0.0)
+    PictureRequest(interpolate=[0, 1]).write(pipe, tmp_path, seed=0, steps=2, eta=0.0)
     name = "interpolation.png"
     assert (tmp_path / name).read_bytes() == (folders[0] / name).read_bytes() != (folders[1] / name).read_bytes()
     rounded, full = (json.loads((folder / "manifest.json").read_text()) for folder in folders)

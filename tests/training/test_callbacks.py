@@ -16,6 +16,7 @@ from ldm_lab.training.callbacks.export import publish
 from ldm_lab.training.callbacks.interrupt import BrokenOff, Interrupt
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO, place
+from ldm_lab.training.loggers.csv import MetricsCSV
 from ldm_lab.utils.signals import STOPPING, Interrupted
 
 
@@ -96,7 +97,8 @@ def test_every_is_due_once_for_each_multiple():
 
 def test_metrics_are_on_disk_before_the_state_that_will_not_repeat_them(tmp_path):
     trainer, order = FakeTrainer(steps=1), []
-    trainer.loggers = [SimpleNamespace(flush=lambda: order.append("metrics")), SimpleNamespace()]
+    trainer.loggers = [MetricsCSV(tmp_path), SimpleNamespace()]
+    trainer.loggers[0].flush = lambda: order.append("metrics")
     trainer.save_checkpoint = lambda path: order.append("state")
     trainer._logger_connector.update_train_step_metrics = lambda: order.append("this step's")
     saving(tmp_path, 8).save(trainer)

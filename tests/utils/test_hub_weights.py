@@ -8,8 +8,8 @@ import torch
 
 from ldm_lab import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from ldm_lab.utils import hub
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.terminal import say_once
 from tests.helpers import contents
 from tests.models.weights import assert_equal_weights
 from tests.utils.test_hub import LEGACY, TINY, failure, generate, world  # noqa: F401

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm_lab import AutoencoderKL, UNet2DModel, VQModel
 from ldm_lab.utils import weights
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.writing import SaveError
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights

@@ -17,8 +17,8 @@ from ldm_lab.checkpoints.compvis.original_config import OriginalConfig
 from ldm_lab.checkpoints.compvis.unet import unet_state
 from ldm_lab.checkpoints.state_dicts import State, tensors_in, unwrapped
 from ldm_lab.diffusion.ddim import DDIMScheduler
-from ldm_lab.utils.notices import say_once
 from ldm_lab.utils.reading import LoadError, blaming, pickled_names, read_torch
+from ldm_lab.utils.terminal import say_once
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
 OF_A_FIRST_STAGE = "encoder.down.0.block.0."  # what a checkpoint of a first stage alone is known by

@@ -71,7 +71,7 @@ def draw(
         SaveError: there is no place for them.
     """
     pipe.scheduler = samplers.choose(how.sampler, pipe.scheduler, how.eta)
-    settings = {**how.settings(), "precision": trainer.precision, "compile": False, "tiling": False}
+    settings = generate.SampleSettings(**how.settings(), precision=trainer.precision)
     folder = _folder(generate.default_folder(state, settings), how.num_samples, output)
     manifest = generate.describe(pipe, source, settings)
     module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta)

@@ -23,11 +23,11 @@ from ldm_lab.tools.evaluate.scores import Scores
 from ldm_lab.tools.evaluate.sources import Target
 from ldm_lab.training import device
 from ldm_lab.training.quiet import quiet
-from ldm_lab.training.run import is_first_process
 from ldm_lab.training.trainer import Trainer
 from ldm_lab.training.watch import watched
 from ldm_lab.utils import hub
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.terminal import is_first_process
 from ldm_lab.utils.writing import SaveError, require_writable
 
 

@@ -11,8 +11,8 @@ import torch
 from ldm_lab.data.sampler import divisors
 from ldm_lab.training.planning import memory
 from ldm_lab.training.planning.trial import Trial
-from ldm_lab.training.run import say
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.terminal import say
 
 
 def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) -> int:

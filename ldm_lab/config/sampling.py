@@ -1,0 +1,120 @@
+"""A sampling from its config to its files: the model, the trainer, the samples, and the pictures beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning import Trainer
+
+from ldm_lab.checkpoints import locate
+from ldm_lab.checkpoints.locate import State
+from ldm_lab.config import kinds
+from ldm_lab.config.build import DictConfig, build, plain
+from ldm_lab.diffusion import samplers
+from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.runs import tracking
+from ldm_lab.sampling import generate
+from ldm_lab.sampling.generate import MissingSamples, SampleSettings
+from ldm_lab.sampling.pictures import PictureRequest
+from ldm_lab.training import device
+from ldm_lab.training.quiet import quiet
+from ldm_lab.training.watch import watched
+from ldm_lab.utils import locks
+from ldm_lab.utils.errors import UserError, doing
+from ldm_lab.utils.terminal import is_first_process, say
+
+PICTURES = ("denoising", "interpolate", "variation", "strength", "reconstruct", "max_pixels")
+
+
+def sample(config: DictConfig) -> None:
+    """Draw the samples of a config that are missing, and the pictures that it asks for.
+
+    Raises:
+        UserError: a setting cannot be; the message names its key.
+        LoadError: the model is not there, or damaged.
+    """
+    quiet()
+    kinds.check(plain(config))
+    device.check(plain(config.trainer))
+    state = locate.find(config.ckpt)
+    pipe = load_pipeline(config, state)
+    settings = settings_of(config)
+    trainer = make_trainer(config, settings.precision)
+    pictures = requested_pictures(config, pipe)
+    folder = Path(config.output or generate.default_folder(state, settings))
+    with locks.alone(folder, "another output=", is_first_process()):
+        if is_first_process():
+            stands = "finished" if state.images_seen is None else f"not finished, at {state.images_seen:,} images"
+            say(f"{config.ckpt}: {stands}{'' if state.images_seen is None else f': {state.path}'}")
+            manifest = generate.describe(pipe, config.ckpt, settings)
+            generate.claim(folder, manifest)
+        drawn = draw(config, pipe, settings, trainer, folder)
+        if is_first_process():
+            files = ["manifest.json", *generate.collect(folder, config.num_samples)]
+            files += write_pictures(pictures, pipe, settings, trainer, folder)
+            if drawn:
+                used, made = ("diffusion", manifest["hashes"]["unet"]), ("samples", generate.identity(manifest))
+                tracking.log_to_run(state.source / "diffusion", folder, used, made, manifest)
+            say(f"{config.num_samples:,} samples ({drawn:,} new) in {folder}: {', '.join(files)}")
+
+
+def load_pipeline(config: DictConfig, state: State) -> LDMPipeline:
+    """The model of `ckpt=`, with the sampler and the memory switches of the config."""
+    reading = {"plugins": config.plugins}
+    if config.original_config:
+        reading = {"single_file": {"original_config": config.original_config}}
+    pipe = LDMPipeline.from_file_or_folder(state.path, **reading)
+    pipe.scheduler = samplers.choose(config.sampler.name, pipe.scheduler, config.sampler.eta or 0.0)
+    if config.tiling:
+        pipe.vqvae.enable_tiling()
+    if config.slicing:
+        pipe.vqvae.enable_slicing()
+    return pipe
+
+
+def settings_of(config: DictConfig) -> SampleSettings:
+    """What the samples of a config follow from beside the model."""
+    sampler = config.sampler
+    precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    switches = {"compile": config.compile, "tiling": config.tiling}
+    return SampleSettings(config.seed, sampler.name, sampler.steps, sampler.eta or 0.0, precision, **switches)
+
+
+def make_trainer(config: DictConfig, precision: str) -> Trainer:
+    """The trainer that shares the work among its devices.
+
+    Networks that are rounded (`bf16-true`) are rounded by `draw`: Lightning would compute all else in that type too.
+    """
+    computed = "32-true" if precision in device.ROUNDED else precision
+    return build(config.trainer, "trainer", precision=computed, enable_progress_bar=True, logger=False)
+
+
+def requested_pictures(config: DictConfig, pipe: LDMPipeline) -> PictureRequest:
+    """The pictures that a config asks for. Raises `UserError` where they cannot be, or where nothing is to be drawn."""
+    request = PictureRequest(**{name: plain(config)[name] for name in PICTURES})
+    request.check(pipe)
+    if not (config.num_samples or request):
+        raise UserError("num_samples=0: name how many, or a picture: denoising, interpolate, variation, reconstruct")
+    return request
+
+
+def draw(config: DictConfig, pipe: LDMPipeline, settings: SampleSettings, trainer: Trainer, folder: Path) -> int:
+    """Draw the missing samples on all devices; returns how many there were."""
+    pipe.to(dtype=device.ROUNDED.get(settings.precision))
+    module = generate.SamplingModule(pipe, folder, settings.seed, settings.steps, settings.eta, settings.compile)
+    samples = MissingSamples(folder, config.num_samples, config.batch_size, full=settings.compile)
+    with watched(), doing(f"drawing samples into {folder}"):
+        trainer.predict(module, datamodule=samples, return_predictions=False)
+        trainer.strategy.barrier()
+    return samples.count
+
+
+def write_pictures(
+    request: PictureRequest, pipe: LDMPipeline, settings: SampleSettings, trainer: Trainer, folder: Path
+) -> list[str]:
+    """Draw the pictures of a request on this device; returns the names of their files."""
+    if not request:
+        return []
+    pipe.to(trainer.strategy.root_device)  # from where Lightning has taken it away
+    with trainer.precision_plugin.forward_context():
+        return request.write(pipe, folder, settings.seed, settings.steps, settings.eta)
