@@ -114,7 +114,7 @@ def named_paths(page):
 def test_pages_name_paths_that_are_there(page):
     rooms = [path for path in PACKAGE.iterdir() if path.is_dir()]
     homes = (ROOT, PACKAGE, ROOT / "tests", PACKAGE / "tools/evaluate", *rooms)
-    elsewhere = ("lightning/", "runs/x", "gpu_check.")
+    elsewhere = ("lightning/", "runs/x", "gpu_check.", "eval/")
     found = [path for path in named_paths(page) if not path.startswith(elsewhere) and "NAME" not in path]
     assert found
     assert [path for path in found if not any((home / path).exists() for home in homes)] == []
