@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import asdict
 from io import BytesIO
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.sampling.test_generate import MODEL, SETTINGS, write_images
 
 TINY = (f"ckpt={MODEL}", "sampler.steps=2")
 ONE = ("trainer=cpu",)
-MANIFEST = {"ckpt": "x", "hashes": {}, **SETTINGS}
+MANIFEST = {"ckpt": "x", "hashes": {}, **asdict(SETTINGS)}
 
 
 def fork(function):

@@ -1,6 +1,7 @@
 """From seeds to files: which samples are drawn, what they depend on, and what they are written as."""
 
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,21 @@ from ldm_lab import DDIMScheduler, LDMPipeline
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.sampling import generate
-from ldm_lab.sampling.generate import SamplingModule, claim, collect, default_folder, describe, loader, missing
+from ldm_lab.sampling.generate import (
+    SampleSettings,
+    SamplingModule,
+    claim,
+    collect,
+    default_folder,
+    describe,
+    loader,
+    missing,
+)
 from ldm_lab.utils import randomness
 from tests.helpers import GOLDEN, contents
 
 MODEL = GOLDEN / "diffusers" / "ldm_tiny"
-SETTINGS = {"seed": 0, "sampler": "ddim", "steps": 2, "eta": 0.0, "precision": "32-true"}
+SETTINGS = SampleSettings(seed=0, sampler="ddim", steps=2, eta=0.0, precision="32-true")
 
 
 @pytest.fixture
@@ -74,7 +84,7 @@ def test_each_state_and_sampler_has_a_folder_of_its_own(tmp_path):
     file = tmp_path / "model.ckpt"
     assert default_folder(State(file, file, 8), SETTINGS) == tmp_path / "model_samples" / f"{own}_at8"
     changed = [{"seed": 1}, {"steps": 3}, {"eta": 0.5}, {"sampler": "ddpm"}]
-    assert len({default_folder(on_the_way, {**SETTINGS, **change}) for change in changed}) == 4
+    assert len({default_folder(on_the_way, replace(SETTINGS, **change)) for change in changed}) == 4
 
 
 # What they depend on.
@@ -181,7 +191,7 @@ def test_the_manifest_says_what_the_images_follow_from(pipe, tmp_path):
     claim(tmp_path / "new", manifest)
     written = json.loads((tmp_path / "new" / "manifest.json").read_text())
     assert written == json.loads(json.dumps(manifest))
-    assert {**SETTINGS, **written} == written
+    assert {**asdict(SETTINGS), **written} == written
     assert written["ckpt"] == "runs/demo"
     assert written["hashes"].keys() == {"unet", "vqvae"}
     assert written["scheduler"]["beta_end"] == 0.0195
@@ -229,7 +239,7 @@ def test_samples_of_before_there_was_a_setting_are_those_without_it(pipe, tmp_pa
 
 def test_samples_of_before_the_sampler_had_a_setting_are_those_without_it(pipe, tmp_path):
     pipe.scheduler = choose("dpm_solver", pipe.scheduler)
-    settings = {**SETTINGS, "sampler": "dpm_solver"}
+    settings = replace(SETTINGS, sampler="dpm_solver")
     claim(tmp_path, describe(pipe, "runs/demo", settings))
     write_images(tmp_path, 1)
     written = json.loads((tmp_path / "manifest.json").read_text())
