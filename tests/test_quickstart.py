@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs/quickstart.ipynb"
 SIZE = 32
-# What a tag of its own name stands for in other tools too: settings that the next cell may replace.
+# The tag of the cell of settings. Papermill knows it too: the cell below may replace them.
 PARAMETERS = "parameters"
 
 
@@ -30,16 +30,23 @@ def pictures(cell):
     return [Image.open(io.BytesIO(base64.b64decode(png))) for png in data]
 
 
+def settings(notebook):
+    """Where the cell of settings is, and what it sets."""
+    (place,) = (place for place, cell in enumerate(notebook.cells) if PARAMETERS in cell.metadata.get("tags", ()))
+    known = {}
+    exec(notebook.cells[place].source, known)
+    return place, known
+
+
 def with_settings(notebook, **values):
     """The notebook with a cell below its settings that replaces some of them; each must be one of its settings."""
-    place, settings = next(
-        (place, cell) for place, cell in enumerate(notebook.cells) if PARAMETERS in cell.metadata.get("tags", ())
-    )
-    known = {}
-    exec(settings.source, known)  # noqa: S102
+    place, known = settings(notebook)
     assert set(values) <= set(known)
     assert all(type(known[name]) is type(value) for name, value in values.items())
-    source = "\n".join(f"{name} = {value!r}" for name, value in values.items()).replace("PosixPath", "Path")
+    written = {
+        name: f"Path({str(value)!r})" if isinstance(value, Path) else repr(value) for name, value in values.items()
+    }
+    source = "\n".join(f"{name} = {value}" for name, value in written.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
     return notebook
 
@@ -54,8 +61,7 @@ def test_it_is_committed_without_outputs():
 
 def test_nothing_is_set_for_tests():
     """A newcomer trains real networks."""
-    known = {}
-    exec(next(cell.source for cell in read().cells if PARAMETERS in cell.metadata.get("tags", ())), known)
+    _, known = settings(read())
     assert known["EXTRA"] == []
     assert all(not path.is_absolute() for path in known.values() if isinstance(path, Path))
 
@@ -79,7 +85,7 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     )
     # Jupyter starts a notebook in the folder where it lies.
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
 
     assert len(list(images.iterdir())) == 40
     assert all((runs / "quickstart" / name).is_file() for name in ("samples.png", "model_index.json"))
@@ -93,9 +99,10 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert "iframe" in cells["report"].outputs[-1]["data"]["text/html"]
     shown = pictures(cells["pipeline"])
     assert [image.size for image in shown] == [(SIZE, SIZE)] * 4
-    last = code_cells(notebook)[-1]
-    saved = [Image.open(output / f"sample_{index}.png") for index in range(4)]
-    assert all(file.filename.split("/")[-1] in last.outputs[-1]["data"]["text/plain"] for file in saved)
+    names = [f"sample_{index}.png" for index in range(4)]
+    listed = code_cells(notebook)[-1].outputs[-1]["data"]["text/plain"]
+    assert all(name in listed for name in ("pipeline", "report.html", *names))
+    saved = [Image.open(output / name) for name in names]
     assert [image.size for image in saved] == [(SIZE, SIZE)] * 4
     assert len({image.tobytes() for image in saved}) == 4, "one image four times"
     assert [image.tobytes() for image in saved] == [image.convert("RGB").tobytes() for image in shown]
