@@ -1,4 +1,4 @@
-"""Train: `python train.py experiment=avatars`. What a stage is: configs/; how it is built and run: ldm_lab/stages."""
+"""Train: `python train.py experiment=avatars`. configs/ describes the stages, ldm_lab/config/stages.py runs them."""
 
 from __future__ import annotations
 

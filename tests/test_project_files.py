@@ -140,7 +140,7 @@ def test_agents_md_names_paths_that_exist():
     assert {"CONTRIBUTING.md", "docs/architecture.md"} <= set(links)
     assert {"CHANGELOG.md", "train.py", "ldm_lab/runs/changes.py", "tests/golden/"} <= set(quoted)
     missing = {path for path in (*links, *quoted) if not (ROOT / path).exists()}
-    assert missing <= {"docs/architecture.md"}
+    assert missing == set()
 
 
 def test_agents_md_names_every_room():
