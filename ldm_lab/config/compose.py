@@ -7,6 +7,7 @@ goes to every stage that knows its key. A stage on its own is a recipe of one.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -93,7 +94,7 @@ class Recipe:
                 raise ConfigError(f"{o.input_line}: is not of {' or '.join(self.stages)}; there are: {there}")
             if o.is_delete() and not is_group(o) and not o.key_or_group.startswith(("callbacks.", "logger.", "model.")):
                 raise ConfigError(f"{o.input_line}: is needed; give it another value")
-        bases = [_raw(_compose("train", [f"experiment={stage}", *self._groups(stage)])) for stage in self.stages]
+        bases = [_base("train", (f"experiment={stage}", *self._groups(stage)), _versions()) for stage in self.stages]
         lines = [where_known(base) for base in bases]
         for o in self.overrides:
             adds = o.is_add() or o.is_force_add()
@@ -151,7 +152,7 @@ def compose_sample(overrides: list[str]) -> DictConfig:
     """The config of `sample.py`."""
     parsed = one_job(parse_overrides(overrides))
     lines = [option(o, "sample") if is_group(o) else o.input_line for o in parsed]
-    base = _raw(_compose("sample", []))
+    base = _base("sample", (), _versions())
     for o in parsed:
         if not is_group(o):
             takers(o.input_line, o.key_or_group, o.is_add() or o.is_force_add(), [base])
@@ -172,9 +173,22 @@ def _compose(name: str, overrides: list[str]) -> DictConfig:
         raise ConfigError(one_line(error)) from error
 
 
-def _raw(config: DictConfig) -> dict[str, Any]:
-    """A config as plain data, with what is not given yet and what refers to other keys as text."""
-    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+@functools.lru_cache(maxsize=64)
+def _base(name: str, groups: tuple[str, ...], versions: object) -> dict[str, Any]:
+    """A config before keys are set, as plain data: missing values and references to other keys are text.
+
+    Args:
+        name: of the primary file.
+        groups: the overrides that pick files.
+        versions: of the files; a config is composed anew where they have changed, which takes half a second.
+    """
+    return OmegaConf.to_container(_compose(name, list(groups)), resolve=False)  # type: ignore[return-value]
+
+
+def _versions() -> tuple[tuple[str, int, int], ...]:
+    """Each YAML file with its size and time of change."""
+    found = [(path, path.lstat()) for path in sorted(CONFIGS.rglob("*.yaml"))]
+    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
