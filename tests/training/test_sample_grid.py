@@ -25,7 +25,8 @@ def test_the_sampler_that_was_asked_for_draws(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sample_grid, "show", lambda trainer, module, folder, name, images: shown.append(images))
     module = SimpleNamespace(device=torch.device("cpu"), pipeline=pipeline)
-    trainer = SimpleNamespace(global_rank=0, world_size=1, precision="32-true")
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_rank=0, world_size=1, precision="32-true", strategy=strategy)
     SampleGrid(tmp_path, 8, images=2, steps=3, sampler=name).sample(trainer, module)
     assert type(pipes[0].scheduler) is SAMPLERS[name]
     assert pipes[0].scheduler.num_inference_steps == 3
