@@ -15,7 +15,7 @@ ROOMS = {
         "config", "training", "sampling", "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models",
         "diffusion", "utils",
     },
-    "config": {"training", "models", "data", "checkpoints", "utils"},
+    "config": {"training", "runs", "models", "data", "checkpoints", "utils"},
     "training": {
         "runs", "metrics", "pipeline", "losses", "checkpoints", "data", "models", "diffusion", "utils",
     },

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from ldm_lab.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_hinge, generator_hinge
 from ldm_lab.losses.perceptual import PerceptualDistance
+from ldm_lab.utils.limits import NonNegative
 
 
 class AutoencoderLossOutput(NamedTuple):
@@ -58,8 +59,8 @@ class FirstStageLoss(nn.Module):
         discriminator: nn.Module | None = None,
         adversarial: AdversarialTerm | None = None,
         pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,
-        perceptual_weight: float = 1.0,
-        penalty_weight: float = 1.0,
+        perceptual_weight: NonNegative = 1.0,
+        penalty_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__()
         self.perceptual = perceptual
@@ -139,7 +140,7 @@ class AutoencoderLoss(FirstStageLoss):
 
     penalty = "codebook"
 
-    def __init__(self, *shared: Any, codebook_weight: float = 1.0, **more: Any) -> None:  # noqa: ANN401
+    def __init__(self, *shared: Any, codebook_weight: NonNegative = 1.0, **more: Any) -> None:  # noqa: ANN401
         super().__init__(*shared, penalty_weight=codebook_weight, **more)
 
     def scale(self, images: Tensor) -> int:
@@ -163,7 +164,7 @@ class KLAutoencoderLoss(FirstStageLoss):
 
     penalty = "kl"
 
-    def __init__(self, *shared: Any, kl_weight: float = 1e-6, **more: Any) -> None:  # noqa: ANN401
+    def __init__(self, *shared: Any, kl_weight: NonNegative = 1e-6, **more: Any) -> None:  # noqa: ANN401
         super().__init__(*shared, penalty_weight=kl_weight, **more)
 
     def scale(self, images: Tensor) -> int:

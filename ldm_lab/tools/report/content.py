@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ldm_lab.runs.changes import is_harmless
 from ldm_lab.runs.record import STAGES, Curve, RunRecord, StageRecord, last
+from ldm_lab.runs.settings import is_harmless
 from ldm_lab.tools.report.compare import Comparison, compare, verdict
 from ldm_lab.tools.report.evaluations import series
 from ldm_lab.tools.report.pictures import Budget, chosen, inlined
@@ -220,7 +220,8 @@ def _settings(runs: Sequence[RunRecord]) -> Iterable[Plain]:
         for key in dict.fromkeys(key for settings in having for key in settings if key != "name"):
             values = [_setting(settings, key) for settings in flat]
             if len({value for value, settings in zip(values, flat, strict=True) if settings is not None}) > 1:
-                yield {"stage": stage, "key": key, "harmless": is_harmless(key), "values": values}
+                first = next(record.config for record in records if record and key in flatten(record.config))
+                yield {"stage": stage, "key": key, "harmless": is_harmless(key, first), "values": values}
 
 
 def _setting(settings: Plain | None, key: str) -> str | None:

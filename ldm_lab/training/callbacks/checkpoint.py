@@ -10,6 +10,7 @@ from lightning import Callback, Trainer
 from ldm_lab.checkpoints import checkpoint
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.limits import Count
 
 
 class Checkpoint(Callback):
@@ -23,7 +24,7 @@ class Checkpoint(Callback):
         every_images: interval in training images.
     """
 
-    def __init__(self, folder: str, every_images: int) -> None:
+    def __init__(self, folder: str, every_images: Count) -> None:
         self.folder, self.every = Path(folder), Every(every_images)
 
     @property
