@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ldm_lab.runs.metrics import HOURS, TENTHS, direction
 from ldm_lab.runs.record import STAGES, Curve, RunRecord, StageRecord, last
 from ldm_lab.runs.settings import is_harmless
 from ldm_lab.tools.report.compare import Comparison, compare, verdict
 from ldm_lab.tools.report.evaluations import series
 from ldm_lab.tools.report.pictures import Budget, chosen, inlined
 from ldm_lab.tools.report.protocol import does_not_compare, other_images
-from ldm_lab.tools.report.values import Value, best, best_of, direction, evaluated, measured, thinned
+from ldm_lab.tools.report.values import Value, best, best_of, evaluated, measured, thinned
 from ldm_lab.utils.nested import find, flatten
 from ldm_lab.utils.reading import LoadError
 
@@ -23,8 +24,6 @@ POINTS = 1200  # of a curve
 PICTURES = ("samples", "reconstructions", "denoising", "samples_raw", "neighbours", "codebook", "data")  # in this order
 MAIN_PICTURES = PICTURES[:2]  # the others are folded
 FIRST = ("eval/", "val/loss", "val/psnr", "val/ssim", "val/", "codebook/", "train/loss", "train/", "disc/")  # metrics
-HOURS = "perf/device_hours"
-TENTHS = tuple(f"val/loss_t{tenth}" for tenth in range(10))
 SPEED = ("perf/images_per_second", HOURS, "perf/memory_gb")
 
 
