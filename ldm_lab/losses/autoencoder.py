@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from ldm_lab.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_hinge, generator_hinge
 from ldm_lab.losses.perceptual import PerceptualDistance
+from ldm_lab.utils.arguments import require
 from ldm_lab.utils.limits import NonNegative
 
 
@@ -49,6 +50,9 @@ class FirstStageLoss(nn.Module):
         pixel: mean distance of pixels, `(reconstruction, target) -> 0-dim`.
         perceptual_weight: weight of the perceptual distance.
         penalty_weight: weight of what is asked of the latents.
+
+    Raises:
+        UserError: `perceptual_weight` is negative.
     """
 
     penalty: ClassVar[str]  # what it is called among the terms
@@ -59,10 +63,11 @@ class FirstStageLoss(nn.Module):
         discriminator: nn.Module | None = None,
         adversarial: AdversarialTerm | None = None,
         pixel: Callable[[Tensor, Tensor], Tensor] = F.l1_loss,
-        perceptual_weight: NonNegative = 1.0,
-        penalty_weight: NonNegative = 1.0,
+        perceptual_weight: float = 1.0,
+        penalty_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        require(perceptual_weight >= 0, "perceptual_weight", perceptual_weight, "at least 0")
         self.perceptual = perceptual
         self.discriminator = discriminator
         self.adversarial = adversarial or AdversarialTerm()

@@ -40,6 +40,9 @@ class MultiScaleL1(PerceptualDistance):
 
     Args:
         levels: levels of the pyramid, full resolution included. Images need sides of at least `2**levels`.
+
+    Raises:
+        UserError: there is no level.
     """
 
     def __init__(self, levels: int = 3) -> None:

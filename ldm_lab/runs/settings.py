@@ -75,11 +75,11 @@ def is_harmless(key: str, config: dict[str, Any]) -> bool:
     node, _, name = key.rpartition(".")
     for place in (key, f"{key.split('.')[0]}.{name}"):
         if place in SETTINGS:
-            return signatures.marked(SETTINGS[place], Harmless)
+            return Harmless in signatures.marks(SETTINGS[place])
     parts = key.split(".")
     above = (".".join(parts[:count]) for count in range(1, len(parts)))
     hints = (SETTINGS.get(place) for place in above)
-    return any(signatures.marked(hint, Harmless) for hint in (*hints, *_arguments(config, node, name)))
+    return any(Harmless in signatures.marks(hint) for hint in (*hints, *_arguments(config, node, name)))
 
 
 def _arguments(config: dict[str, Any], node: str, name: str) -> Iterator[Any]:

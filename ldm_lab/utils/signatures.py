@@ -40,9 +40,9 @@ def named(target: str) -> Any:  # noqa: ANN401
 
 
 def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, Any]) -> None:
-    """Compare arguments with a signature; of callables of this package also plain data with its annotations.
+    """Compare arguments with a signature, and plain data with annotations, of other packages only with limits.
 
-    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its annotations are.
+    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its other annotations are.
 
     Raises:
         UserError: one is unknown, missing, or of another type.
@@ -50,7 +50,8 @@ def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, 
     try:
         parameters, hints = declared(make)
         if package(make) != package(check):
-            parameters, hints = dict(inspect.signature(make).parameters), {}
+            parameters = dict(inspect.signature(make).parameters)
+            hints = {name: hint for name, hint in hints.items() if any(isinstance(m, AtLeast) for m in marks(hint))}
     except (TypeError, ValueError):  # some that are built in have none
         return
     signature = inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
@@ -171,6 +172,6 @@ def _limits(hint: Any) -> list[AtLeast]:  # noqa: ANN401
     return [mark for mark in hint.__metadata__ if isinstance(mark, AtLeast)]
 
 
-def marked(hint: Any, mark: Any) -> bool:  # noqa: ANN401
-    """Whether an annotation, or a part of it, carries a mark: `Annotated[int | None, Harmless]`."""
-    return mark in getattr(hint, "__metadata__", ()) or any(marked(one, mark) for one in typing.get_args(hint))
+def marks(hint: Any) -> list[Any]:  # noqa: ANN401
+    """All that `Annotated` says in an annotation and its parts: limits, and `Harmless`."""
+    return [*getattr(hint, "__metadata__", ()), *(mark for one in typing.get_args(hint) for mark in marks(one))]
