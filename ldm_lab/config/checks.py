@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_lab.runs.settings import SETTINGS
 from ldm_lab.training.precisions import ALIASES, PRECISIONS, SAMPLING_PRECISIONS
+from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.moved import current
 from ldm_lab.utils.nested import find, flatten, shown, targets
 from ldm_lab.utils.shell import is_text
-from ldm_lab.utils.signatures import MOST
 
-# Whole numbers, and the lowest that each may be.
-LOWEST = {
-    "max_images": 1, "validate_every": 1, "checkpoint_every": 1, "preview_every": 1, "snapshots": 1, "seed": 0,
-    "data.global_batch_size": 1, "data.batch_size": 1, "data.val_batch_size": 1, "data.num_workers": 0,
-    "data.max_pixels": 1, "num_samples": 0, "batch_size": 1, "sampler.steps": 1, "denoising": 0, "max_pixels": 1,
-    "trainer.num_nodes": 1,
-}  # fmt: skip
-# Numbers that need not be whole.
-ABOVE_0, FROM_0 = ("model.optimizer.lr", "model.scaling_factor"), ("sampler.eta", "trainer.gradient_clip_val")
-WORDS = {  # instead of a number
-    "data.batch_size": ("auto", None), "data.val_batch_size": (None,), "snapshots": (None,),
-    "data.max_pixels": (None,), "max_pixels": (None,),
-    "model.scaling_factor": ("measure",), "sampler.eta": (None,), "trainer.gradient_clip_val": (None,),
-}  # fmt: skip
-NEEDED = (
-    "name", "ckpt", "resume", "paths.runs", "paths.stage", "paths.cache", "optimized_metric", "data.module", "strength",
-    "interpolate", "sampler.name",
-)  # fmt: skip
-SWITCHES = ("compile", "plan", "tiling", "slicing")
-CHOICES = {
-    "stage": ("autoencoder", "diffusion"),
-    "data.latents": ("cached", "online"),
-    "data.latents_dtype": ("float16", "bfloat16", "float32"),
-    "data.latents_precision": ("float32", "bfloat16"),
-}
 # Arguments of `lightning.Trainer` that do nothing here, or harm: what to type instead.
 _LENGTH = "the length of a stage is max_images=; debug=tiny tries everything in seconds"
 _ACCUMULATION = "gradients are accumulated until data.global_batch_size= is complete; a device holds data.batch_size="
@@ -66,13 +40,12 @@ PUBLIC = re.compile(r"(torch\.(nn|optim|optim\.lr_scheduler)|lightning|lightning
 
 def check(config: dict[str, Any]) -> None:
     """Refuse what is missing, numbers out of range and classes from elsewhere. Raises `UserError`."""
+    for key, hint in SETTINGS.items():
+        if (value := find(config, key, ...)) is not ...:
+            signatures.require(key, value, hint)
     _check_texts(config)
-    _check_numbers(config)
-    check_choices(config)
+    _check_precision(config)
     check_trainer(config)
-    for key in SWITCHES:
-        if not isinstance(value := config.get(key, False), bool):
-            raise UserError(f"{key}={shown(value)}: must be true or false")
     cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
     if cached and find(config, "data.module.train_set.random_crop"):
         raise UserError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
@@ -80,9 +53,6 @@ def check(config: dict[str, Any]) -> None:
 
 
 def _check_texts(config: dict[str, Any]) -> None:
-    for key in NEEDED:
-        if find(config, key, ...) is None:
-            raise UserError(f"{key}=null: must be given a value")
     for key, value in flatten(config).items():
         if value == "" and is_text(key):
             raise UserError(f"{key}= must be given a value, or be left out")
@@ -90,19 +60,12 @@ def _check_texts(config: dict[str, Any]) -> None:
             raise UserError(f"{key}={shown(value)}: is no text; in a YAML file, put it in quotes")
 
 
-def _check_numbers(config: dict[str, Any]) -> None:
-    for key in (*LOWEST, *ABOVE_0, *FROM_0):
-        value, words, low = find(config, key, ...), WORDS.get(key, ()), LOWEST.get(key, 0)
-        whole = key in LOWEST
-        if value is ... or value in words:
-            continue
-        is_number = type(value) is int or (type(value) is float and not whole and math.isfinite(value))
-        if not is_number or not low <= value or (whole and value > MOST) or (key in ABOVE_0 and value == 0):
-            least = "above 0" if key in ABOVE_0 else f"at least {low}"
-            most = f" and at most {MOST}" if is_number and whole and value > MOST else ""
-            beside = "".join(f" or {shown(word)}" for word in words)
-            wanted = f"a whole number, {least}" if whole else f"a number {least}"
-            raise UserError(f"{key}={shown(value)}: must be {wanted}{most}{beside}")
+def _check_precision(config: dict[str, Any]) -> None:
+    known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
+    value = find(config, "trainer.precision")
+    if value is not None and str(value) not in (*known, *ALIASES):
+        why = "training keeps its weights in float32: " if value in SAMPLING_PRECISIONS else ""
+        raise UserError(f"trainer.precision={value}: {why}give {', '.join(known[:-1])} or {known[-1]}")
 
 
 def check_trainer(config: dict[str, Any]) -> None:
@@ -111,23 +74,6 @@ def check_trainer(config: dict[str, Any]) -> None:
         if key in ELSEWHERE and value not in (None, -1) and value is not False:
             instead = ELSEWHERE[key] if "stage" in config else "num_samples= says how many to draw"
             raise UserError(f"trainer.{key}={shown(value)}: does nothing here; {instead}")
-
-
-def check_choices(config: dict[str, Any]) -> None:
-    """Refuse words that a setting does not know. Raises `UserError`."""
-    for key, choices in CHOICES.items():
-        if (value := find(config, key, ...)) is not ... and value not in choices:
-            raise UserError(f"{key}={shown(value)}: give {one_of(choices)}")
-    known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
-    value = find(config, "trainer.precision")
-    if value is not None and str(value) not in (*known, *ALIASES):
-        why = "training keeps its weights in float32: " if value in SAMPLING_PRECISIONS else ""
-        raise UserError(f"trainer.precision={value}: {why}give {one_of(known)}")
-
-
-def one_of(choices: Sequence[str]) -> str:
-    """`a, b or c`."""
-    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def check_code(config: dict[str, Any]) -> None:

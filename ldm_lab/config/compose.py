@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab.config import checks
+from ldm_lab.config import checks, kinds
 from ldm_lab.config.build import build, build_all, plain  # noqa: F401  the door to all of it
 from ldm_lab.config.files import (
     CONFIGS,
@@ -205,8 +205,7 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
             raise ConfigError(
                 f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
             )
-        for check_early in (checks.check_code, checks.check_choices):
-            check_early(plain(config))  # before an epoch is counted, for which data sets are built
+        checks.check_code(plain(config))  # before an epoch is counted, for which data sets are built
         _refuse_other_lengths(config)
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):
@@ -224,6 +223,7 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
 
 def _epoch(config: DictConfig) -> int:
     """Training images in one epoch."""
+    kinds.check({"data": plain(config.data)})
     return build(config.data.module, "data.module").num_train
 
 

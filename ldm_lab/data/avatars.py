@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.drawing import REVISION
 from ldm_lab.utils import shell
+from ldm_lab.utils.limits import Count, Whole
 from ldm_lab.utils.writing import replacing, require_writable
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,11 @@ class AvatarImages(ImageDataset):
         split: str,
         cache_dir: str | Path,
         image_size: int | Sequence[int] = 64,
-        num_train: int = 4096,
-        num_val: int = 512,
-        drawing_seed: int = 0,
+        num_train: Count = 4096,
+        num_val: Count = 512,
+        drawing_seed: Whole = 0,
         flip: bool = False,
-        seed: int = 0,
+        seed: Whole = 0,
     ) -> None:
         super().__init__(split, image_size, flip=flip, seed=seed)
         self.first, self.count = (0, num_train) if split == "train" else (num_train, num_val)

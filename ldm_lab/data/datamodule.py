@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning
 import numpy as np
@@ -18,6 +18,7 @@ from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import Count, Harmless, Whole
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -53,14 +54,14 @@ class ImageDataModule(lightning.LightningDataModule):
         self,
         train_set: ImageDataset,
         val_set: ImageDataset,
-        global_batch_size: int,
-        batch_size: int | str | None = None,
-        val_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        latents: str = "online",
-        latents_dtype: str = "float16",
-        latents_precision: str = "float32",
+        global_batch_size: Count,
+        batch_size: Annotated[Count | Literal["auto"] | None, Harmless] = None,
+        val_batch_size: Annotated[Count | None, Harmless] = None,
+        num_workers: Annotated[Whole, Harmless] = 0,
+        seed: Whole = 0,
+        latents: Annotated[Literal["cached", "online"], Harmless] = "online",
+        latents_dtype: Annotated[Literal["float16", "bfloat16", "float32"], Harmless] = "float16",
+        latents_precision: Annotated[Literal["float32", "bfloat16"], Harmless] = "float32",
         cache_dir: str | Path = ".",
     ) -> None:
         super().__init__()

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ldm_lab.data.dataset import ImageDataset, digest
-from ldm_lab.data.images import FolderImages
+from ldm_lab.data.images import FolderImages, MaxPixels, OnError
+from ldm_lab.utils.limits import Count, Whole
 
 
 class DrawnImages(ImageDataset):
@@ -32,11 +33,11 @@ class DrawnImages(ImageDataset):
         self,
         split: str,
         image_size: int | Sequence[int],
-        num_train: int = 64,
-        num_val: int = 16,
-        drawing_seed: int = 0,
+        num_train: Count = 64,
+        num_val: Count = 16,
+        drawing_seed: Whole = 0,
         flip: bool = False,
-        seed: int = 0,
+        seed: Whole = 0,
     ) -> None:
         super().__init__(split, image_size, flip=flip, seed=seed)
         self.first, self.count = (0, num_train) if split == "train" else (num_train, num_val)
@@ -68,10 +69,14 @@ def drawn_or_folder(
     root: str | Path | None,
     split: str,
     image_size: int | Sequence[int],
+    on_error: OnError = "raise",
+    max_pixels: MaxPixels = None,
     **options: Any,  # noqa: ANN401
 ) -> ImageDataset:
     """`FolderImages(root, ..., **options)`, or drawn images where `root` is None: what `debug=tiny` trains on."""
-    return DrawnImages(split, image_size) if root is None else FolderImages(root, split, image_size, **options)
+    if root is None:
+        return DrawnImages(split, image_size)
+    return FolderImages(root, split, image_size, on_error=on_error, max_pixels=max_pixels, **options)
 
 
 def _color(numbers: random.Random) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -18,7 +18,12 @@ from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
 from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
 from ldm_lab.data.transforms import covering_size
+from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.limits import Count, Harmless, Whole
+
+OnError = Annotated[Literal["raise", "skip"], Harmless]
+MaxPixels = Annotated[Count | None, Harmless]
 
 
 class ImageError(UserError):
@@ -72,9 +77,9 @@ class FolderImages(ImageDataset):
         random_crop: bool = False,
         flip: bool = False,
         background: str = "white",
-        on_error: str = "raise",
-        max_pixels: int | None = None,
-        seed: int = 0,
+        on_error: OnError = "raise",
+        max_pixels: MaxPixels = None,
+        seed: Whole = 0,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
         self.files = open_root(root)
@@ -85,8 +90,7 @@ class FolderImages(ImageDataset):
             self.background = ImageColor.getrgb(str(background))[:3]
         except ValueError:
             raise UserError(f"data.background={background!r}: give a colour, e.g. white or #ffffff") from None
-        if on_error not in ("raise", "skip"):
-            raise UserError(f"data.on_error={on_error}: give raise or skip")
+        signatures.require("data.on_error", on_error, OnError)
         self.on_error = on_error
         self.max_pixels = max_pixels
 

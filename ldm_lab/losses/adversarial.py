@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm_lab.utils.limits import NonNegative, Whole
+
 
 def generator_hinge(logits_fake: Tensor) -> Tensor:
     """-E[D(x̂)]: the generator's side of the hinge loss (Lim & Ye 2017, arXiv 1705.02894); float32, 0-dim."""
@@ -50,10 +52,10 @@ class AdversarialTerm:
         max_weight: upper end of the adaptive weight.
     """
 
-    weight: float = 0.75
-    start_images: int = 0
-    ramp_images: int = 0
-    max_weight: float = 1e4
+    weight: NonNegative = 0.75
+    start_images: Whole = 0
+    ramp_images: Whole = 0
+    max_weight: NonNegative = 1e4
 
     def discriminator_factor(self, images_seen: int) -> float:
         """Factor of the discriminator's loss: 0 before the start, then 1."""

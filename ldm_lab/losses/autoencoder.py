@@ -11,6 +11,8 @@ from torch.func import functional_call
 
 from ldm_lab.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_hinge, generator_hinge
 from ldm_lab.losses.perceptual import PerceptualDistance
+from ldm_lab.utils.arguments import require
+from ldm_lab.utils.limits import NonNegative
 
 
 class AutoencoderLossOutput(NamedTuple):
@@ -48,6 +50,9 @@ class FirstStageLoss(nn.Module):
         pixel: mean distance of pixels, `(reconstruction, target) -> 0-dim`.
         perceptual_weight: weight of the perceptual distance.
         penalty_weight: weight of what is asked of the latents.
+
+    Raises:
+        UserError: `perceptual_weight` is negative.
     """
 
     penalty: ClassVar[str]  # what it is called among the terms
@@ -62,6 +67,7 @@ class FirstStageLoss(nn.Module):
         penalty_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        require(perceptual_weight >= 0, "perceptual_weight", perceptual_weight, "at least 0")
         self.perceptual = perceptual
         self.discriminator = discriminator
         self.adversarial = adversarial or AdversarialTerm()
@@ -139,7 +145,7 @@ class AutoencoderLoss(FirstStageLoss):
 
     penalty = "codebook"
 
-    def __init__(self, *shared: Any, codebook_weight: float = 1.0, **more: Any) -> None:  # noqa: ANN401
+    def __init__(self, *shared: Any, codebook_weight: NonNegative = 1.0, **more: Any) -> None:  # noqa: ANN401
         super().__init__(*shared, penalty_weight=codebook_weight, **more)
 
     def scale(self, images: Tensor) -> int:
@@ -163,7 +169,7 @@ class KLAutoencoderLoss(FirstStageLoss):
 
     penalty = "kl"
 
-    def __init__(self, *shared: Any, kl_weight: float = 1e-6, **more: Any) -> None:  # noqa: ANN401
+    def __init__(self, *shared: Any, kl_weight: NonNegative = 1e-6, **more: Any) -> None:  # noqa: ANN401
         super().__init__(*shared, penalty_weight=kl_weight, **more)
 
     def scale(self, images: Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from ldm_lab.models.layout import LaidOut
+from ldm_lab.utils.arguments import require_positive
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.reading import reason
 
@@ -39,10 +40,14 @@ class MultiScaleL1(PerceptualDistance):
 
     Args:
         levels: levels of the pyramid, full resolution included. Images need sides of at least `2**levels`.
+
+    Raises:
+        UserError: there is no level.
     """
 
     def __init__(self, levels: int = 3) -> None:
         super().__init__()
+        require_positive(levels=levels)
         self.levels = levels
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:

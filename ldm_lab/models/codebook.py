@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm_lab.models.quantizer import VectorQuantizer, code_counts, perplexity
 from ldm_lab.utils.arguments import require_positive
+from ldm_lab.utils.limits import Count, Whole
 from ldm_lab.utils.randomness import generator
 from ldm_lab.utils.reading import MAX_CODES
 from ldm_lab.utils.transfer import to_device
@@ -48,12 +49,12 @@ class CodebookUsage(nn.Module):
 
     def __init__(
         self,
-        num_codes: int,
-        init_step: int | None = 0,
+        num_codes: Count,
+        init_step: Whole | None = 0,
         decay: float = 0.97,
         threshold: float = 0.1,
-        max_replaced: int = 64,
-        until_step: int | None = None,
+        max_replaced: Whole = 64,
+        until_step: Whole | None = None,
     ) -> None:
         super().__init__()
         require_positive(MAX_CODES, num_codes=num_codes)

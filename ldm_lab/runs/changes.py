@@ -11,25 +11,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm_lab.runs.settings import is_harmless
 from ldm_lab.utils import signatures
 from ldm_lab.utils.moved import current
 from ldm_lab.utils.nested import find, flatten
 
 MISSING = inspect.Parameter.empty
 OPEN = signatures.MORE
-
-# What may differ between two starts of one run, because it changes neither data, model nor objective: whole groups,
-# and of the data where it lies and how it is read. The length of a schedule follows `max_images`; the first stage has
-# its own check.
-HARMLESS_GROUPS = (
-    "trainer", "callbacks", "logger", "paths", "resume", "compile", "max_images", "validate_every",
-    "checkpoint_every", "preview_every", "snapshots", "autoencoder", "autoencoder_hash", "plan", "plugins",
-    "optimized_metric", "model.schedule.max_images", "model.gradient_checkpointing", "model.optimizer.fused",
-)  # fmt: skip
-HARMLESS_IN_DATA = (
-    "root", "cache_dir", "num_workers", "batch_size", "val_batch_size", "on_error", "max_pixels", "latents",
-    "latents_dtype", "latents_precision",
-)  # fmt: skip
 
 
 @dataclass
@@ -57,7 +45,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], typed: Collection[str] = (
     """
     changes, before, after = Changes(), _flat(old), _flat(new)
     for key in {**before, **after}:
-        if is_harmless(key) or (key in before and key in after and before[key] == after[key]):
+        if is_harmless(key, new) or (key in before and key in after and before[key] == after[key]):
             continue
         lacking, having = (old, new) if key not in before else (new, old)
         place = first_lacking(lacking, key)
@@ -106,12 +94,3 @@ def default_of(config: dict[str, Any], key: str) -> Any:  # noqa: ANN401
         default = parameters[name].default
         return list(default) if isinstance(default, tuple) else default
     return OPEN if any(parameter.kind is OPEN for parameter in parameters.values()) else MISSING
-
-
-def is_harmless(key: str) -> bool:
-    """Whether a changed setting leaves a run what it is: neither data, model nor objective are others."""
-    if key == "trainer.gradient_clip_val":
-        return False
-    if key.startswith("data."):
-        return key.rsplit(".", 1)[-1] in HARMLESS_IN_DATA
-    return any(key == group or key.startswith(f"{group}.") for group in HARMLESS_GROUPS)

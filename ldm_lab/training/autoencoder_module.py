@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import Harmless
 
 DECODER = ("post_quant_conv", "decoder")  # what stands between latents and images
 ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # terms of the game
@@ -46,7 +47,7 @@ class FirstStageModule(StageModule):
         autoencoder: FirstStage,
         loss: FirstStageLoss,
         train: str = "all",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Annotated[bool, Harmless] = False,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count, islice
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -22,6 +22,7 @@ from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.training.statistics import moments, of_all_ranks, pooled
 from ldm_lab.utils import randomness
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import Harmless, Positive
 
 
 class DiffusionModule(StageModule):
@@ -51,8 +52,8 @@ class DiffusionModule(StageModule):
         scheduler: Scheduler,
         objective: DenoisingObjective,
         ema: Callable[[UNet2DModel], EMA],
-        scaling_factor: float | str = 1.0,
-        gradient_checkpointing: bool = False,
+        scaling_factor: Positive | Literal["measure"] = 1.0,
+        gradient_checkpointing: Annotated[bool, Harmless] = False,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)

@@ -14,6 +14,7 @@ from ldm_lab.data.dataset import spread
 from ldm_lab.data.loading import Loader
 from ldm_lab.training.callbacks.pictures import shared
 from ldm_lab.utils import float32
+from ldm_lab.utils.limits import Count
 
 
 class Neighbours:
@@ -31,7 +32,7 @@ class Neighbours:
 
     BATCH = 64  # images read at a time
 
-    def __init__(self, samples: int = 6, nearest: int = 3, among: int = 1024, side: int = 16) -> None:
+    def __init__(self, samples: Count = 6, nearest: Count = 3, among: Count = 1024, side: Count = 16) -> None:
         self.samples, self.nearest, self.among, self.side = samples, nearest, among, side
         self._searched: Tensor | None = None
 

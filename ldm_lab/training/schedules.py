@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import Count, Harmless, Whole
 
 WARMUP_START = 1e-6  # multiplier of the first step, that of latent diffusion's lsun_churches experiment
 
@@ -21,7 +23,7 @@ class ConstantWithWarmup:
     Latent diffusion trained lsun_churches so, with 10,000 steps of 96 images: `warmup_images=960_000`.
     """
 
-    warmup_images: int = 0
+    warmup_images: Whole = 0
 
     def __post_init__(self) -> None:
         if self.warmup_images < 0:
@@ -40,8 +42,8 @@ class CosineWithWarmup:
     a trial run of fewer images than the warm-up ends within the warm-up.
     """
 
-    warmup_images: int
-    max_images: int
+    warmup_images: Whole
+    max_images: Annotated[Count, Harmless]
     final: float = 0.0
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from ldm_lab.checkpoints import checkpoint
 from ldm_lab.models.layout import follow_parameters
 from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.utils import randomness
+from ldm_lab.utils.limits import Whole
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.transfer import to_device
 from ldm_lab.utils.version import FORMAT, FORMAT_KEY, __version__
@@ -41,7 +42,7 @@ class StageModule(LightningModule):
         self,
         optimizer: Callable[[Iterable[dict]], torch.optim.Optimizer],
         schedule: Callable[[int], float],
-        seed: int = 0,
+        seed: Whole = 0,
     ) -> None:
         super().__init__()
         self.make_optimizer, self.schedule, self.seed = optimizer, schedule, seed

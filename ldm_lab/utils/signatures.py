@@ -10,15 +10,24 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import AtLeast, Given
+from ldm_lab.utils.nested import shown
 
 MOST = 2**63 - 1  # the largest whole number that torch takes
 MORE = inspect.Parameter.VAR_KEYWORD
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, MORE)
 PLAIN = (NoneType, bool, int, float, str, list, dict)  # what a config holds
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    Given: "given a value",
+}
 
 
 def named(target: str) -> Any:  # noqa: ANN401
@@ -31,9 +40,9 @@ def named(target: str) -> Any:  # noqa: ANN401
 
 
 def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, Any]) -> None:
-    """Compare arguments with a signature; of callables of this package also plain data with its annotations.
+    """Compare arguments with a signature, and plain data with annotations, of other packages only with limits.
 
-    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its annotations are.
+    Whether a class of others hands its `**more` to its bases nobody knows, nor how strict its other annotations are.
 
     Raises:
         UserError: one is unknown, missing, or of another type.
@@ -41,7 +50,8 @@ def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, 
     try:
         parameters, hints = declared(make)
         if package(make) != package(check):
-            parameters, hints = dict(inspect.signature(make).parameters), {}
+            parameters = dict(inspect.signature(make).parameters)
+            hints = {name: hint for name, hint in hints.items() if any(isinstance(m, AtLeast) for m in marks(hint))}
     except (TypeError, ValueError):  # some that are built in have none
         return
     signature = inspect.Signature(sorted(parameters.values(), key=lambda parameter: parameter.kind))
@@ -52,8 +62,16 @@ def check(make: Callable[..., Any], args: Sequence[Any], settings: Mapping[str, 
         name = getattr(make, "__qualname__", type(make).__name__)
         raise UserError(f"{name}: {error}; it takes {', '.join(parameters)}") from error
     for name, value in given.items():
-        if parameters[name].kind not in VARIADIC and not fits(value, hints.get(name, Any)):
-            raise UserError(f"{name}={value!r}: must be {words(hints[name])}")
+        if parameters[name].kind not in VARIADIC and (wanted := wrong(value, hints.get(name, Any))):
+            raise UserError(f"{name}={value!r}: {wanted}")
+
+
+def hints(target: str) -> dict[str, Any]:
+    """Argument -> annotation, of what a `_target_` names; arguments that have none are left out."""
+    try:
+        return declared(named(target))[1]
+    except (TypeError, ValueError):  # there is no such thing, or it has no signature
+        return {}
 
 
 @functools.cache
@@ -82,7 +100,7 @@ def declared(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], di
 
 def _hints(function: Any) -> dict[str, Any]:  # noqa: ANN401
     try:
-        return typing.get_type_hints(function)
+        return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):  # names that are imported for a type checker alone
         return {}
 
@@ -92,17 +110,41 @@ def package(make: Callable[..., Any]) -> str:
     return str(getattr(make, "__module__", None) or "").split(".")[0]
 
 
+def require(key: str, value: Any, hint: Any) -> None:  # noqa: ANN401
+    """Raise `UserError`, one line that names `key`, unless a value is of an annotated type and in its limits."""
+    if wanted := wrong(value, hint):
+        raise UserError(f"{key}={shown(value)}: {wanted}")
+
+
+def wrong(value: Any, hint: Any) -> str:  # noqa: ANN401
+    """How a message goes on about a value that does not fit: `must be a whole number, at least 1`; "" where it does."""
+    if fits(value, hint):
+        return ""
+    choices = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    if typing.get_origin(choices) is Literal:
+        *first, last = map(shown, typing.get_args(choices))
+        return f"give {', '.join(first)} or {last}"
+    too_large = type(value) is int and value > MOST and fits(MOST, hint)
+    return f"must be {words(hint)}" + (f", at most {MOST}" if too_large else "")
+
+
 def fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
-    """Whether plain data is of an annotated type; objects, and types that say too little, pass."""
+    """Whether plain data is of an annotated type and in its limits; objects, and types that say too little, pass."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if not isinstance(value, PLAIN) or hint is Any:
         return True
+    if origin is Annotated:
+        return fits(value, inner[0]) and all(limit.allows(value) for limit in _limits(hint))
     if origin in (typing.Union, UnionType):
         return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
     if origin is collections.abc.Callable or getattr(hint, "_is_protocol", False):
         return False
     if origin in (list, tuple, collections.abc.Sequence):
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if hint is Given:
+        return value is not None
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     if hint is int:
@@ -112,11 +154,24 @@ def fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
 
 
 def words(hint: Any) -> str:  # noqa: ANN401
-    """An annotation as a message says it: `a whole number, list of a whole number or null`."""
+    """An annotation as a message says it: `a whole number, at least 1 or list of a whole number or null`."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        comma = "," if inner[0] is int else ""
+        return "".join([words(inner[0]), *(f"{comma} {limit}" for limit in _limits(hint))])
     if origin in (typing.Union, UnionType):
-        *first, last = map(words, inner)
-        return f"{', '.join(first)} or {last}"
+        return " or ".join(map(words, inner))
+    if origin is Literal:
+        return " or ".join(map(shown, inner))
     if origin in (list, tuple, collections.abc.Sequence):
         return f"list of {words(inner[0])}"
     return WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+def _limits(hint: Any) -> list[AtLeast]:  # noqa: ANN401
+    return [mark for mark in hint.__metadata__ if isinstance(mark, AtLeast)]
+
+
+def marks(hint: Any) -> list[Any]:  # noqa: ANN401
+    """All that `Annotated` says in an annotation and its parts: limits, and `Harmless`."""
+    return [*getattr(hint, "__metadata__", ()), *(mark for one in typing.get_args(hint) for mark in marks(one))]

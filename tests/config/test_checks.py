@@ -67,12 +67,6 @@ def test_an_absent_plugin_is_named():
         check({"plugins": ["no_such_package"]})
 
 
-def test_a_batch_size_may_be_found_by_trial():
-    check({"data": {"batch_size": "auto"}})
-    with pytest.raises(ValueError, match=r"^data\.batch_size=most: must be a whole number, at least 1 or auto"):
-        check({"data": {"batch_size": "most"}})
-
-
 def test_find_looks_nothing_up_where_nothing_is():
     assert find({"a": {"b": 1}}, "a.b") == 1
     assert find({"a": {"b": 1}}, "a.c.d") is None

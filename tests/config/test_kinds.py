@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from ldm_lab.config import checks, kinds
+from ldm_lab.config import checks, files, kinds
 from ldm_lab.config.compose import Recipe, compose_sample, plain
 from ldm_lab.config.stages import try_training
 from ldm_lab.utils import nested
@@ -76,9 +76,7 @@ def refusal(config):
 
 
 STAGES = [
-    f"{recipe}/{stage}"
-    for recipe in ("avatars", "celebahq", "folder", "lsun_churches")
-    for stage in checks.CHOICES["stage"]
+    f"{recipe}/{stage}" for recipe in ("avatars", "celebahq", "folder", "lsun_churches") for stage in files.STAGES
 ]
 
 
@@ -121,6 +119,13 @@ def test_other_values_are_refused_in_one_line(composed, key, value):
         check(with_value(composed["celebahq/diffusion"], key, value))
     assert str(error.value).startswith(f"{key}={nested.shown(value)}: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_size_may_be_found_by_trial(composed):
+    config = composed["celebahq/diffusion"]
+    check(with_value(config, "data.batch_size", "auto"))
+    with pytest.raises(UserError, match=r"^data\.batch_size=most: must be a whole number, at least 1 or auto or null$"):
+        check(with_value(config, "data.batch_size", "most"))
 
 
 def test_what_an_annotation_leaves_open_is_the_constructors_to_judge(composed):

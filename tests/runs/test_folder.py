@@ -19,11 +19,15 @@ from ldm_lab.utils.nested import flatten
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.terminal import is_first_process
 
+DATA = "ldm_lab.data.datamodule.ImageDataModule"
 CONFIG = {
     "resume": "auto",
     "max_images": 64,
     "seed": 0,
-    "data": {"image_size": [64, 32], "module": {"num_workers": 0, "train_set": {"root": "/a", "num_train": 5}}},
+    "data": {
+        "image_size": [64, 32],
+        "module": {"_target_": DATA, "num_workers": 0, "train_set": {"root": "/a", "num_train": 5}},
+    },
     "model": {
         "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-3},
         "schedule": {"_target_": "a.Cosine", "max_images": 64, "warmup_images": 8},

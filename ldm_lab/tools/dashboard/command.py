@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ldm_lab.runs import metrics
 from ldm_lab.runs.record import RunRecord, read_run
 from ldm_lab.runs.stages import STAGES
 from ldm_lab.tools.dashboard import layout
 from ldm_lab.tools.dashboard.runs import differing, logged, unused, wandb_id
 from ldm_lab.utils.errors import UserError, one_line
 from ldm_lab.utils.writing import write_json
-
-RESULTS = {"autoencoder": "val/psnr.max", "diffusion": "val/loss.min"}  # as summaries have them
-DISTANCES = ("eval/fid", "eval/fd_dinov2", "eval/kid")  # in their place where they are measured, the first of them
 
 
 def main(argv: list[str]) -> None:
@@ -66,12 +64,13 @@ def page(views: Any, stage: str, runs: Sequence[RunRecord], baseline: RunRecord 
     """What is shown of a stage."""
     records = [run.stages[stage] for run in runs if stage in run.stages]
     names = logged(records) if records else None
-    distance = next((f"{name}.min" for name in DISTANCES if name in (names or ())), None)
+    evaluated = [name for name in metrics.main(stage, evaluated=True) if name in (names or ())]
+    result = [*evaluated, *metrics.main(stage, evaluated=False)][0]
     return views.Page(
         stage=stage,
         sections=layout.sections(stage, names),
         columns=differing(records),
-        result=distance or RESULTS[stage],
+        result=f"{result}.{'max' if metrics.direction(result) == 'higher' else 'min'}",  # as summaries have it
         groups=[str(record.config["name"]) for record in records],
         baseline=wandb_id(baseline.stages[stage]) if baseline and stage in baseline.stages else None,
     )

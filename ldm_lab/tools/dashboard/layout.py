@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from ldm_lab.runs import metrics
+from ldm_lab.runs.metrics import AUTOENCODER, DIFFUSION, HOURS
 from ldm_lab.runs.record import AXIS
 
-HOURS = "perf/device_hours"
 PICTURES = "pictures/"  # before the names of pictures
-TENTHS = tuple(f"val/loss_t{part}" for part in range(10))
-EVALUATIONS = (
-    "fid", "kid", "fd_dinov2", "precision", "recall", "density", "coverage", "near_copies", "rfid", "psnr", "ssim",
-    "lpips",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,115 +42,65 @@ class Section:
     panels: tuple[Panel, ...]
 
 
-def curve(title: str, *keys: str, x: str = AXIS, logarithmic: bool = False) -> Panel:
-    """Metrics in one frame."""
-    return Panel(title, keys, x, logarithmic)
-
-
 def picture(title: str, name: str) -> Panel:
     """One kind of picture."""
     return Panel(title, (f"{PICTURES}{name}",))
 
 
-def each(prefix: str, *names: str, x: str = AXIS) -> tuple[Panel, ...]:
-    """A frame for each metric."""
-    return tuple(curve(f"{prefix}{name}", f"{prefix}{name}", x=x) for name in names)
-
-
-QUALITY = {
-    "diffusion": (
-        curve("Loss on held-out images", "val/loss"),
-        curve("Held-out and training images: apart, it memorises", "val/loss", "val/loss_on_training_images"),
-        *each("eval/", *EVALUATIONS),
+# Pictures of the sections that have some; the first of a section.
+PICTURED = {
+    "data": (picture("What the network sees", "data"),),
+    "samples": (
+        picture("Averaged weights", "samples"),
+        picture("Raw weights", "samples_raw"),
+        picture("Denoising: what each step takes for clean", "denoising"),
+        picture("Each sample before the training images nearest to it", "neighbours"),
     ),
-    "autoencoder": (*each("val/", "psnr", "ssim", "loss"), *each("eval/", "rfid", "psnr", "ssim", "lpips")),
+    "reconstructions": (
+        picture("Originals above their reconstructions", "reconstructions"),
+        picture("How evenly the codes are used", "codebook"),
+    ),
 }
-MACHINE = Section(
-    "Throughput and memory",
-    (
-        curve("Images per second, all devices", "perf/images_per_second"),
-        curve("Memory of a device at most, GB", "perf/memory_gb"),
-        curve("Device hours", HOURS),
-    ),
-)
-DATA = Section(
-    "Data", (picture("What the network sees", "data"), curve("Files that were passed over", "data/skipped_files"))
-)
+# Stage -> groups of metrics and pictures, in this order, with their titles; `hours` is quality over another axis.
 SECTIONS = {
-    "diffusion": (
-        Section("Quality over images seen", QUALITY["diffusion"]),
-        Section("Quality over device hours", tuple(replace(panel, x=HOURS) for panel in QUALITY["diffusion"])),
-        Section(
-            "Samples: the same seeds, step by run",
-            (
-                picture("Averaged weights", "samples"),
-                picture("Raw weights", "samples_raw"),
-                picture("Denoising: what each step takes for clean", "denoising"),
-                picture("Each sample before the training images nearest to it", "neighbours"),
-            ),
-        ),
-        Section(
-            "Where it errs",
-            (
-                curve("Loss by tenths of the timesteps: t0 has the least noise", *TENTHS),
-                curve("Mean of the scaled latents: 0", "val/latent_mean"),
-                curve("Their standard deviation: 1", "val/latent_std"),
-            ),
-        ),
-        Section(
-            "Training",
-            (
-                curve("Loss", "train/loss"),
-                curve("Norm of the gradient, before clipping", "train/grad_norm", logarithmic=True),
-                curve("Learning rate", "train/lr"),
-                curve("Steps left out", "train/skipped_steps"),
-            ),
-        ),
-        DATA,
-        MACHINE,
-    ),
-    "autoencoder": (
-        Section("Codec over images seen", QUALITY["autoencoder"]),
-        Section("Codec over device hours", tuple(replace(panel, x=HOURS) for panel in QUALITY["autoencoder"])),
-        Section(
-            "Reconstructions: the same images, step by run",
-            (
-                picture("Originals above their reconstructions", "reconstructions"),
-                picture("How evenly the codes are used", "codebook"),
-            ),
-        ),
-        Section(
-            "Latents",
-            (
-                *each("codebook/", "perplexity", "used_fraction"),
-                curve("Collapsed: 1", "collapse/codebook", "collapse/discriminator"),
-                *each("val/", "latent_std", "kl", "posterior_std"),
-            ),
-        ),
-        Section(
-            "The discriminator's game",
-            (
-                curve("Loss of the discriminator", "disc/discriminator"),
-                curve("Its logits", "disc/logits_real", "disc/logits_fake"),
-                curve("Loss of the generator", "disc/generator"),
-                curve("Its weight", "disc/d_weight", "disc/factor", logarithmic=True),
-                curve("Norm of the discriminator's gradient", "disc/grad_norm", logarithmic=True),
-            ),
-        ),
-        Section(
-            "Training",
-            (
-                *each("train/", "loss", "nll", "rec", "perceptual", "codebook", "kl"),
-                curve("Norm of the gradient, before clipping", "train/grad_norm", logarithmic=True),
-                curve("Learning rate", "train/lr"),
-                curve("Steps left out", "train/skipped_steps"),
-            ),
-        ),
-        DATA,
-        MACHINE,
-    ),
+    DIFFUSION: {
+        "quality": "Quality over images seen",
+        "hours": "Quality over device hours",
+        "samples": "Samples: the same seeds, step by run",
+        "errors": "Where it errs",
+        "training": "Training",
+        "data": "Data",
+        "machine": "Throughput and memory",
+    },
+    AUTOENCODER: {
+        "quality": "Codec over images seen",
+        "hours": "Codec over device hours",
+        "reconstructions": "Reconstructions: the same images, step by run",
+        "latents": "Latents",
+        "game": "The discriminator's game",
+        "training": "Training",
+        "data": "Data",
+        "machine": "Throughput and memory",
+    },
 }
-OCCASIONAL = ("eval/", "train/skipped_steps", "data/skipped_files")  # what is there only where it was asked for
+
+
+def foreseen(stage: str) -> list[Section]:
+    """The sections of a stage with all that any run may have."""
+    return [Section(title, _panels(stage, group)) for group, title in SECTIONS[stage].items()]
+
+
+def _panels(stage: str, group: str) -> tuple[Panel, ...]:
+    """Pictures, then the metrics that are registered for a group; those of one title in one frame."""
+    if group == "hours":
+        return tuple(replace(panel, x=HOURS) for panel in _panels(stage, "quality"))
+    frames: dict[str, Panel] = {}
+    for metric in metrics.METRICS:
+        if metric.group == group and stage in metric.stages and "*" not in metric.name:
+            title = metric.panel or metric.name
+            before = frames[title].keys if title in frames else metric.beside
+            frames[title] = Panel(title, (*before, metric.name), logarithmic=metric.logarithmic)
+    return (*PICTURED.get(group, ()), *frames.values())
 
 
 def names(sections: Sequence[Section]) -> set[str]:
@@ -174,12 +120,14 @@ def sections(stage: str, logged: Collection[str] | None = None) -> list[Section]
     Returns:
         Sections without an empty panel, none of them empty.
     """
+    usual = foreseen(stage)
     if logged is None:
-        logged = {name for name in names(SECTIONS[stage]) if not name.startswith(OCCASIONAL)}
-    unforeseen = sorted(set(logged) - names(SECTIONS[stage]) - {AXIS})
-    more = Section("More", tuple(curve(name, name) for name in unforeseen))
+        occasional = {metric.name for metric in metrics.METRICS if metric.occasional}
+        logged = names(usual) - occasional
+    unforeseen = sorted(set(logged) - names(usual) - {AXIS})
+    more = Section("More", tuple(Panel(name, (name,)) for name in unforeseen))
     found = []
-    for section in (*SECTIONS[stage], more):
+    for section in (*usual, more):
         panels = [replace(panel, keys=tuple(key for key in panel.keys if key in logged)) for panel in section.panels]
         if panels := tuple(panel for panel in panels if panel.keys and (panel.is_picture or known(panel.x, logged))):
             found.append(replace(section, panels=panels))

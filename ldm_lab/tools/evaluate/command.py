@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help="of inception or dinov2; without it, torch's hub is asked")
     add("--lpips-weights", metavar="FILE", help="with --autoencoder: torchvision's vgg16-397923af.pth")
     add("--num-samples", type=int, default=2048, help="drawn from a model (default: %(default)s)")
-    add("--sampler", default="ddim", help="ddim, ddpm or dpm_solver (default: %(default)s)")
+    add("--sampler", default="ddim", help="a name of configs/sampler/ (default: %(default)s)")
     add("--steps", type=int, default=50, help="evaluations of the UNet for a sample (default: %(default)s)")
     add("--eta", type=float, default=0.0, help="of ddim (default: %(default)s)")
     add("--seed", type=int, default=0, help="sample i is drawn from (seed, i) (default: %(default)s)")

@@ -12,14 +12,13 @@ import torch
 from ldm_lab.data.dataset import digest
 from ldm_lab.metrics.distribution import Estimate
 from ldm_lab.metrics.reference import Reference
+from ldm_lab.runs import metrics
 from ldm_lab.tools.evaluate.scores import Scores
 from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import write_json
 
 FORMAT = 1
 SETTINGS = ("format", "kind", "images", "images_seen", "num_samples", "sampling", "extractor", "reference", "bootstrap")
-BETTER = {"precision": "higher", "recall": "higher", "density": "higher", "coverage": "higher", "psnr": "higher",
-          "ssim": "higher", "near_copies": "about 0.01", "neighbour_distance": "about 1"}  # fmt: skip
 
 
 def describe(
@@ -90,6 +89,8 @@ def table(scores: Scores, held_out: Mapping[str, Any]) -> str:
     lines = [f"  {'':{width}}  {'value':>10}  {'95 % interval':22}  {head:14}  better"]
     for name, one in scores.items():
         interval = "" if one.low is None else f"{one.low:.4g} to {one.high:.4g}"
+        known = metrics.find(f"eval/{name}")
+        better = known.better if known else "lower"
         floor = f"{real[name]['value']:.4g}" if name in real else ""
-        lines.append(f"  {name:{width}}  {one.value:>10.4g}  {interval:22}  {floor:14}  {BETTER.get(name, 'lower')}")
+        lines.append(f"  {name:{width}}  {one.value:>10.4g}  {interval:22}  {floor:14}  {better}")
     return "\n".join(lines)

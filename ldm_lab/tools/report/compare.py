@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ldm_lab.runs import metrics
+from ldm_lab.runs.metrics import AUTOENCODER, DIFFUSION, direction, rank
 from ldm_lab.runs.record import RunRecord, StageRecord
 from ldm_lab.tools.report.protocol import alike, does_not_compare
-from ldm_lab.tools.report.values import Value, direction, evaluated, measured
+from ldm_lab.tools.report.values import Value, evaluated, measured
 from ldm_lab.utils.nested import find
-
-# What tells most, first.
-EVALUATIONS = ("fid", "fd_", "kid", "precision", "recall", "density", "coverage", "rfid")
-METRICS = {"diffusion": ("val/loss",), "autoencoder": ("val/psnr", "val/ssim", "val/loss")}
 
 # Of two single numbers, each without an interval, less than this says nothing.
 EVEN = 0.01  # part of the value
@@ -53,12 +51,13 @@ class Comparison:
 def compare(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Comparison]:
     """The metrics that matter: evaluations, then stage 2, then stage 1. `names` is what to call the runs."""
     found = [_of_evaluations(metric, runs, names) for metric in _evaluated_metrics(runs)]
-    for stage, metrics in METRICS.items():
+    for stage in (DIFFUSION, AUTOENCODER):
         records = [run.stages.get(stage) for run in runs]
         logged = {metric for record in records if record for metric in record.curves}
         evaluated_in_training = {metric for metric in logged if metric.startswith("eval/") and direction(metric)}
         more = evaluated_in_training - {comparison.metric for comparison in found}
-        wanted = [*sorted(more, key=rank), *(metric for metric in metrics if metric in logged)]
+        validated = [metric for metric in metrics.main(stage, evaluated=False) if metric in logged]
+        wanted = [*sorted(more, key=rank), *validated]
         found += [_of_stages(stage, metric, records, names) for metric in wanted]
     return found
 
@@ -96,12 +95,6 @@ def _of_stages(stage: str, metric: str, records: Sequence[StageRecord | None], n
 def _evaluated_metrics(runs: Sequence[RunRecord]) -> list[str]:
     metrics = {f"eval/{name}" for run in runs for evaluation in run.evaluations for name in evaluation.metrics}
     return sorted((metric for metric in metrics if direction(metric)), key=rank)
-
-
-def rank(metric: str) -> tuple[int, str]:
-    """Its place among evaluations: what tells most comes first."""
-    name = metric.rpartition("/")[2]
-    return next((n for n, first in enumerate(EVALUATIONS) if name.startswith(first)), len(EVALUATIONS)), name
 
 
 def _of_evaluations(metric: str, runs: Sequence[RunRecord], names: Sequence[str]) -> Comparison:
@@ -147,7 +140,8 @@ def difference(metric: str, best: Value, second: Value) -> tuple[str, bool]:
     """How far one value is from another, in words, and whether that can be told from chance."""
     distance = abs(best.value - second.value)
     part = distance / abs(second.value) if best.value * second.value > 0 else math.inf
-    if metric.endswith("psnr"):
+    known = metrics.find(metric)
+    if known and known.unit == "dB":
         amount, apart = f"{distance:.2f} dB", distance >= EVEN_DB
     elif math.isfinite(part):
         amount, apart = f"{100 * part:,.0f} %" if part >= 0.1 else f"{100 * part:.2g} %", part >= EVEN

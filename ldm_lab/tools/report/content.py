@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ldm_lab.runs.changes import is_harmless
+from ldm_lab.runs.metrics import HOURS, TENTHS, direction
 from ldm_lab.runs.record import Curve, RunRecord, StageRecord, last
+from ldm_lab.runs.settings import is_harmless
 from ldm_lab.runs.stages import STAGES
 from ldm_lab.tools.report.compare import Comparison, compare, verdict
 from ldm_lab.tools.report.evaluations import series
 from ldm_lab.tools.report.pictures import Budget, chosen, inlined
 from ldm_lab.tools.report.protocol import does_not_compare, other_images
-from ldm_lab.tools.report.values import Value, best, best_of, direction, evaluated, measured, thinned
+from ldm_lab.tools.report.values import Value, best, best_of, evaluated, measured, thinned
 from ldm_lab.utils.nested import find, flatten
 from ldm_lab.utils.reading import LoadError
 
@@ -24,8 +25,6 @@ POINTS = 1200  # of a curve
 PICTURES = ("samples", "reconstructions", "denoising", "samples_raw", "neighbours", "codebook", "data")  # in this order
 MAIN_PICTURES = PICTURES[:2]  # the others are folded
 FIRST = ("eval/", "val/loss", "val/psnr", "val/ssim", "val/", "codebook/", "train/loss", "train/", "disc/")  # metrics
-HOURS = "perf/device_hours"
-TENTHS = tuple(f"val/loss_t{tenth}" for tenth in range(10))
 SPEED = ("perf/images_per_second", HOURS, "perf/memory_gb")
 
 
@@ -221,7 +220,8 @@ def _settings(runs: Sequence[RunRecord]) -> Iterable[Plain]:
         for key in dict.fromkeys(key for settings in having for key in settings if key != "name"):
             values = [_setting(settings, key) for settings in flat]
             if len({value for value, settings in zip(values, flat, strict=True) if settings is not None}) > 1:
-                yield {"stage": stage, "key": key, "harmless": is_harmless(key), "values": values}
+                first = next(record.config for record in records if record and key in flatten(record.config))
+                yield {"stage": stage, "key": key, "harmless": is_harmless(key, first), "values": values}
 
 
 def _setting(settings: Plain | None, key: str) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ldm_lab.runs.metrics import rank
 from ldm_lab.runs.record import Curve, Evaluation, RunRecord
-from ldm_lab.tools.report.compare import rank
 from ldm_lab.tools.report.protocol import measurement_and_sampling, seen
 from ldm_lab.utils.nested import find
 
@@ -26,7 +26,7 @@ class Series:
     @property
     def metrics(self) -> list[str]:
         """Names without prefix, what tells most first."""
-        return sorted({name for found in self.runs for evaluation in found for name in evaluation.metrics}, key=rank)
+        return sorted({name for found in self.runs for evaluation in found for name in evaluation.metrics}, key=_place)
 
     def of(self, name: str) -> list[list[Evaluation]]:
         """Those that have a metric."""
@@ -35,6 +35,10 @@ class Series:
     def curves(self, name: str) -> list[Curve]:
         """A metric over images seen, for each run."""
         return [[(seen(e), float(e.metrics[name]["value"])) for e in found] for found in self.of(name)]
+
+
+def _place(name: str) -> tuple[int, str]:
+    return rank(f"eval/{name}")
 
 
 def series(runs: Sequence[RunRecord]) -> list[Series]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ldm_lab.runs.changes import is_harmless
 from ldm_lab.runs.record import Evaluation, StageRecord
+from ldm_lab.runs.settings import is_harmless
 from ldm_lab.utils.nested import find, flatten
 
 Settings = dict[str, Any]
@@ -34,11 +34,12 @@ def other_images(records: Sequence[StageRecord]) -> str | None:
 
 
 def _of_held_out_images(record: StageRecord, with_root: bool) -> Settings:
-    tree = find(record.config, "data.module.val_set") or find(record.config, "data")
-    settings = flatten(tree, "data.")
-    kept = {key: value for key, value in settings.items() if not is_harmless(key)}
+    place = "data.module.val_set" if find(record.config, "data.module.val_set") else "data"
+    settings = flatten(find(record.config, place))
+    kept = {key: value for key, value in settings.items() if not is_harmless(f"{place}.{key}", record.config)}
     kept = {key: value for key, value in kept.items() if key.rpartition(".")[2] not in ONLY_TRAINING}
-    return kept | ({"data.root": settings.get("data.root")} if with_root else {})
+    kept |= {"root": settings.get("root")} if with_root else {}
+    return {f"data.{key}": value for key, value in kept.items()}
 
 
 def other_quantity(records: Sequence[StageRecord], metric: str) -> str | None:

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm_lab.runs.metrics import direction
 from ldm_lab.runs.record import Curve, Evaluation, StageRecord
-
-HIGHER = ("psnr", "ssim", "precision", "recall", "density", "coverage", "perplexity", "used_fraction")
-LOWER = ("loss", "loss_on_training_images", "fid", "kid", "lpips", "rfid")
-JUDGED = ("val", "eval", "codebook")  # prefixes; what training logs is of single batches
 
 
 @dataclass(frozen=True)
@@ -31,16 +28,6 @@ class Value:
     images_seen: int | None
     low: float | None = None
     high: float | None = None
-
-
-def direction(metric: str) -> str | None:
-    """Whether "lower" or "higher" is better; None where neither is."""
-    prefix, _, name = metric.rpartition("/")
-    if prefix not in JUDGED:
-        return None
-    if name in HIGHER:
-        return "higher"
-    return "lower" if name in LOWER or name.startswith(("fd_", "loss_t")) else None
 
 
 def measured(record: StageRecord, metric: str, images_seen: int | None = None) -> Value:

@@ -12,6 +12,7 @@ from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.validate import Validate
 from ldm_lab.training.loggers.run_logger import run_loggers
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.limits import Count
 
 
 class Checkpoint(Callback):
@@ -26,7 +27,7 @@ class Checkpoint(Callback):
         validate: when validation runs.
     """
 
-    def __init__(self, folder: str, every_images: int, validate: Validate) -> None:
+    def __init__(self, folder: str, every_images: Count, validate: Validate) -> None:
         self.folder, self.every, self.validate = Path(folder), Every(every_images), validate
 
     @property

@@ -15,6 +15,7 @@ from ldm_lab.models.quantizer import code_counts, perplexity
 from ldm_lab.training.autoencoder_module import AutoencoderModule, FirstStageModule
 from ldm_lab.training.callbacks.episode import Episode
 from ldm_lab.training.callbacks.pictures import show
+from ldm_lab.utils.limits import Count, NonNegative
 
 HEIGHT, DECADES = 128, 2  # of the histogram, in pixels; and in powers of ten above and below its middle
 BAR, MIDDLE = (-0.45, 0.0, 0.4), (-0.2, -0.2, -0.2)  # red, green, blue in [-1, 1]
@@ -36,7 +37,9 @@ class CodebookUse(Callback):
         bars: of the histogram, at most; each is the mean of a group of codes.
     """
 
-    def __init__(self, folder: str, collapsed_below: float = 0.01, patience: int = 3, bars: int = 256) -> None:
+    def __init__(
+        self, folder: str, collapsed_below: NonNegative = 0.01, patience: Count = 3, bars: Count = 256
+    ) -> None:
         self.folder, self.collapsed_below, self.bars = Path(folder), collapsed_below, bars
         self.episode = Episode(patience)
 

@@ -16,6 +16,7 @@ from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.callbacks.pictures import shared, show
 from ldm_lab.training.device import precision_of
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.utils.limits import Count, Whole
 
 
 class DenoisingStrip(Callback):
@@ -39,11 +40,11 @@ class DenoisingStrip(Callback):
     def __init__(
         self,
         folder: str,
-        every_images: int,
-        images: int = 4,
-        frames: int = 8,
-        steps: int = 20,
-        seed: int = 0,
+        every_images: Count,
+        images: Count = 4,
+        frames: Count = 8,
+        steps: Count = 20,
+        seed: Whole = 0,
         sampler: str = "ddim",
     ) -> None:
         samplers.named(sampler)

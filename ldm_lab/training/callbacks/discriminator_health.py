@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ldm_lab.training.autoencoder_module import FirstStageModule
 from ldm_lab.training.callbacks.episode import Episode
+from ldm_lab.utils.limits import Count, NonNegative
 from ldm_lab.utils.transfer import to_device
 
 TERMS = ("discriminator", "logits_real", "logits_fake")
@@ -29,7 +30,7 @@ class DiscriminatorHealth(Callback):
         patience: so many validations in a row; it is over when loss and distance are twice as large.
     """
 
-    def __init__(self, loss_below: float = 0.01, gap_below: float = 1e-3, patience: int = 3) -> None:
+    def __init__(self, loss_below: NonNegative = 0.01, gap_below: NonNegative = 1e-3, patience: Count = 3) -> None:
         self.loss_below, self.gap_below = loss_below, gap_below
         self.episode = Episode(patience)
         self._sums, self._steps = torch.zeros(len(TERMS)), 0

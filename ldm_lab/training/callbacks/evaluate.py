@@ -18,6 +18,7 @@ from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.device import precision_of
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import Count, Whole
 
 
 class EvaluateSamples(Callback):
@@ -44,15 +45,15 @@ class EvaluateSamples(Callback):
 
     def __init__(
         self,
-        every_images: int | None,
+        every_images: Count | None,
         cache_dir: str,
         features: str = features.OWN,
         weights: str | None = None,
-        num_samples: int = 512,
-        num_reference: int = 10_000,
+        num_samples: Count = 512,
+        num_reference: Count = 10_000,
         sampler: str = "ddim",
-        steps: int = 20,
-        seed: int = 0,
+        steps: Count = 20,
+        seed: Whole = 0,
     ) -> None:
         if every_images is not None and every_images < 1:
             raise UserError(f"every_images={every_images}: must be at least 1, or null for none")

@@ -17,6 +17,7 @@ from ldm_lab.runs.record import Curve, StageRecord
 from ldm_lab.training.callbacks.episode import Episode
 from ldm_lab.training.callbacks.pictures import show
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.limits import Count
 from ldm_lab.utils.shell import command
 
 
@@ -39,7 +40,7 @@ class Health(Callback):
     ELSEWHERE = ("codebook", "discriminator")
     KEPT = 64  # validations, for the checks that look back
 
-    def __init__(self, folder: str, images: int = 36, patience: int = 3) -> None:
+    def __init__(self, folder: str, images: Count = 36, patience: Count = 3) -> None:
         self.stage_folder, self.images, self.patience = Path(folder), images, patience
         self.curves: dict[str, Curve] = {}
         self.episodes: dict[str, Episode] = {}

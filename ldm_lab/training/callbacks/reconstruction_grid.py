@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_lab.training.autoencoder_module import FirstStageModule
 from ldm_lab.training.callbacks.pictures import shared, show
+from ldm_lab.utils.limits import Count
 
 
 class ReconstructionGrid(Callback):
@@ -21,7 +22,7 @@ class ReconstructionGrid(Callback):
         images: how many.
     """
 
-    def __init__(self, folder: str, images: int = 16) -> None:
+    def __init__(self, folder: str, images: Count = 16) -> None:
         self.folder, self.images = Path(folder), images
 
     @torch.no_grad()

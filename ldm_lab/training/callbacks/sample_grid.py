@@ -16,6 +16,7 @@ from ldm_lab.training.callbacks.pictures import shared, show
 from ldm_lab.training.device import precision_of
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.neighbours import Neighbours
+from ldm_lab.utils.limits import Count, Whole
 
 
 class SampleGrid(Callback):
@@ -41,12 +42,12 @@ class SampleGrid(Callback):
     def __init__(
         self,
         folder: str,
-        every_images: int,
-        images: int = 36,
-        steps: int = 20,
-        seed: int = 0,
+        every_images: Count,
+        images: Count = 36,
+        steps: Count = 20,
+        seed: Whole = 0,
         sampler: str = "ddim",
-        raw: int = 0,
+        raw: Whole = 0,
         neighbours: Neighbours | None = None,
     ) -> None:
         samplers.named(sampler)

@@ -13,6 +13,7 @@ from ldm_lab.checkpoints.locate import snapshots
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.checkpoint_io import place
 from ldm_lab.training.diffusion_module import DiffusionModule
+from ldm_lab.utils.limits import Count
 
 
 class Snapshots(Callback):
@@ -27,7 +28,7 @@ class Snapshots(Callback):
         every_images: interval in training images; `None` takes none.
     """
 
-    def __init__(self, folder: str, every_images: int | None) -> None:
+    def __init__(self, folder: str, every_images: Count | None) -> None:
         self.folder, self.every = Path(folder), Every(every_images or sys.maxsize)
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:

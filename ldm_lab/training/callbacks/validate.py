@@ -8,6 +8,7 @@ from lightning import Callback, Trainer
 
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.limits import Count
 
 NEVER = sys.maxsize  # batches
 
@@ -19,7 +20,7 @@ class Validate(Callback):
         every_images: interval in training images; the last step is validated whatever it is.
     """
 
-    def __init__(self, every_images: int) -> None:
+    def __init__(self, every_images: Count) -> None:
         self.every = Every(every_images)
         self._decided: tuple[tuple[int, int], bool] = ((-1, -1), False)
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
+from ldm_lab.runs.metrics import direction
 from ldm_lab.runs.record import read_run
 from ldm_lab.tools.report.compare import compare, verdict
-from ldm_lab.tools.report.values import best, direction, thinned
+from ldm_lab.tools.report.values import best, thinned
 from tests.tools.report.runs import MODEL, OBJECTIVE, write_evaluation, write_run, write_stage
 
 

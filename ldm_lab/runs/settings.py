@@ -1,0 +1,90 @@
+"""The keys of a config that no constructor of this package declares: type, limits, and whether a run may change them.
+
+The arguments of components declare the same by the annotations of their constructors (see `utils.limits`). An entry
+here holds for its key alone, but that what is `Harmless` here is so with all below it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from ldm_lab.utils import signatures
+from ldm_lab.utils.limits import Count, Given, Harmless, NonNegative, Positive, Whole
+from ldm_lab.utils.moved import HOME, current
+from ldm_lab.utils.nested import find, targets
+
+SETTINGS: dict[str, Any] = {
+    # of a stage
+    "name": Given,
+    "stage": Literal["autoencoder", "diffusion"],
+    "seed": Whole,
+    "max_images": Annotated[Count, Harmless],
+    "validate_every": Annotated[Count, Harmless],
+    "checkpoint_every": Annotated[Count, Harmless],
+    "preview_every": Annotated[Count, Harmless],
+    "snapshots": Annotated[Count | None, Harmless],
+    "resume": Annotated[Given, Harmless],
+    "compile": Annotated[bool, Harmless],
+    "plan": Annotated[bool, Harmless],
+    "autoencoder": Annotated[Any, Harmless],  # it has a check of its own
+    "autoencoder_hash": Annotated[Any, Harmless],
+    "plugins": Annotated[Any, Harmless],
+    "optimized_metric": Annotated[Given, Harmless],
+    "paths": Annotated[Any, Harmless],
+    **dict.fromkeys(("paths.runs", "paths.stage", "paths.cache"), Annotated[Given, Harmless]),
+    "callbacks": Annotated[Any, Harmless],
+    "logger": Annotated[Any, Harmless],
+    "trainer": Annotated[Any, Harmless],
+    "trainer.precision": Annotated[Any, Harmless],  # words of Lightning and others: see `config.checks`
+    "trainer.num_nodes": Annotated[Count, Harmless],
+    "trainer.gradient_clip_val": NonNegative | None,
+    "data.module": Given,
+    "data.root": Annotated[Any, Harmless],  # of plugins too: images are known by what they are, not where they lie
+    "data.cache_dir": Annotated[Any, Harmless],
+    "model.optimizer.lr": Positive,
+    "model.optimizer.fused": Annotated[bool | None, Harmless],
+    "model.schedule.max_images": Annotated[Count, Harmless],  # of plugins too: it follows `max_images`
+    "model.unet.in_channels": Count | None,  # null: those of the latents
+    "model.unet.out_channels": Count | None,
+    # of sample.py
+    "ckpt": Given,
+    "num_samples": Whole,
+    "batch_size": Count,
+    "sampler.name": Given,
+    "sampler.steps": Count,
+    "sampler.eta": NonNegative | None,
+    "tiling": bool,
+    "slicing": bool,
+    "denoising": Whole,
+    "interpolate": Given,
+    "strength": Given,
+    "max_pixels": Count | None,
+}
+
+
+def is_harmless(key: str, config: dict[str, Any]) -> bool:
+    """Whether a changed setting leaves a run what it is: neither data, model nor objective are others.
+
+    Args:
+        key: dotted.
+        config: names the classes around `key`. It may be of somebody else's run: of other packages than this one
+            nothing is imported, and only what is imported already is asked.
+    """
+    node, _, name = key.rpartition(".")
+    for place in (key, f"{key.split('.')[0]}.{name}"):
+        if place in SETTINGS:
+            return Harmless in signatures.marks(SETTINGS[place])
+    parts = key.split(".")
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    hints = (SETTINGS.get(place) for place in above)
+    return any(Harmless in signatures.marks(hint) for hint in (*hints, *_arguments(config, node, name)))
+
+
+def _arguments(config: dict[str, Any], node: str, name: str) -> Iterator[Any]:
+    """The annotations of argument `name` of the class at `node`, or where there is none, of the classes below it."""
+    tree = find(config, node) if node else None
+    for target in [tree["_target_"]] if find(tree, "_target_") else [target for _, target in targets(tree)]:
+        if (target := current(str(target))).startswith(HOME) or target.rpartition(".")[0] in sys.modules:
+            yield signatures.hints(target).get(name)
