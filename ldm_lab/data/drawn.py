@@ -1,4 +1,4 @@
-"""Tiny pictures drawn on the spot, for `debug=tiny` and tests: nothing to download, nothing on disk."""
+"""Tiny images drawn on access, for `debug=tiny` and tests: no download, no files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldm_lab.data.images import FolderImages
 
 
 class DrawnImages(ImageDataset):
-    """Coloured discs, squares and triangles on a plain ground; image i is a function of (drawing_seed, i).
+    """Coloured discs, squares and triangles on a plain background; image i is a function of (drawing_seed, i).
 
     The first `num_train` images are for training, the next `num_val` are held out.
 
@@ -23,9 +23,9 @@ class DrawnImages(ImageDataset):
         image_size: pixels, one number or (height, width).
         num_train: number of training images.
         num_val: number of held-out images.
-        drawing_seed: another seed, another set of images.
-        flip: exchange left and right in half of the training images.
-        seed: of the flips.
+        drawing_seed: seed of the images.
+        flip: mirror half of the training images.
+        seed: seed of the flips.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class DrawnImages(ImageDataset):
         return self.count
 
     def read(self, index: int) -> Image.Image:
-        """Drawing `index` of the split."""
+        """Image `index` of the split."""
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} of {self.count}")
         numbers = random.Random(f"drawn/{self.drawing_seed}/{self.first + index}")
@@ -60,7 +60,7 @@ class DrawnImages(ImageDataset):
         return image
 
     def fingerprint(self) -> str:
-        """Stands for the seed, the split and the size."""
+        """The seed, the split and the size."""
         return digest(["drawn", self.drawing_seed, self.first, self.count, self.image_size])
 
 
@@ -70,7 +70,7 @@ def drawn_or_folder(
     image_size: int | Sequence[int],
     **options: Any,  # noqa: ANN401
 ) -> ImageDataset:
-    """`FolderImages(root, ..., **options)`, or drawn images where `root` is None: what `debug=tiny` trains on."""
+    """`FolderImages(root, ..., **options)`, or drawn images if `root` is None, for `debug=tiny`."""
     return DrawnImages(split, image_size) if root is None else FolderImages(root, split, image_size, **options)
 
 
