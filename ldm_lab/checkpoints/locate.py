@@ -88,7 +88,7 @@ def search(source: str | Path, stage: str) -> State | None:
     if not trains_on(folder):
         for result in (path, folder / "final"):
             if (result / RESULTS[stage]).is_file():
-                is_ours = result.parent.name == SNAPSHOTS and result.name.isdigit()  # the hub has hashes below
+                is_ours = result.parent.name == SNAPSHOTS and result.name.isdigit()  # the hub's are hashes
                 return State(path, result, int(result.name) if is_ours else None)
     newest = checkpoint.newest(folder / "checkpoints", say_once)
     states = [_checkpoint(path, newest)] if newest else []

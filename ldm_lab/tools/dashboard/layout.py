@@ -1,4 +1,4 @@
-"""What a dashboard shows of a stage: sections of panels, as plain data."""
+"""Layout of a stage's dashboard: sections of panels, as plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ldm_lab.runs.record import AXIS
 
 HOURS = "perf/device_hours"
-PICTURES = "pictures/"  # before the names of pictures
+PICTURES = "pictures/"  # prefix of picture names
 TENTHS = tuple(f"val/loss_t{part}" for part in range(10))
 EVALUATIONS = (
     "fid", "kid", "fd_dinov2", "precision", "recall", "density", "coverage", "near_copies", "rfid", "psnr", "ssim",
@@ -18,13 +18,13 @@ EVALUATIONS = (
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in one frame, or a grid of pictures, step by run.
+    """A plot of curves, or a grid of pictures, step by run.
 
     Attributes:
-        title: above it.
+        title: title of the panel.
         keys: metrics, or one picture with its prefix.
-        x: the metric that curves are drawn over.
-        logarithmic: whether the values are.
+        x: metric on the x axis.
+        logarithmic: whether the y axis is logarithmic.
     """
 
     title: str
@@ -34,30 +34,30 @@ class Panel:
 
     @property
     def is_picture(self) -> bool:
-        """Whether it shows pictures."""
+        """Whether the panel shows pictures."""
         return self.keys[0].startswith(PICTURES)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Panels that belong together."""
+    """A titled group of panels."""
 
     name: str
     panels: tuple[Panel, ...]
 
 
 def curve(title: str, *keys: str, x: str = AXIS, logarithmic: bool = False) -> Panel:
-    """Metrics in one frame."""
+    """A panel of metrics in one plot."""
     return Panel(title, keys, x, logarithmic)
 
 
 def picture(title: str, name: str) -> Panel:
-    """One kind of picture."""
+    """A panel of one kind of picture."""
     return Panel(title, (f"{PICTURES}{name}",))
 
 
 def each(prefix: str, *names: str, x: str = AXIS) -> tuple[Panel, ...]:
-    """A frame for each metric."""
+    """A panel for each metric."""
     return tuple(curve(f"{prefix}{name}", f"{prefix}{name}", x=x) for name in names)
 
 
@@ -154,11 +154,11 @@ SECTIONS = {
         MACHINE,
     ),
 }
-OCCASIONAL = ("eval/", "train/skipped_steps", "data/skipped_files")  # what is there only where it was asked for
+OCCASIONAL = ("eval/", "train/skipped_steps", "data/skipped_files")  # logged only on request
 
 
 def names(sections: Sequence[Section]) -> set[str]:
-    """All metrics and pictures that are shown, and the axes they are drawn over."""
+    """All metrics and pictures in these sections, and their x axes."""
     panels = [panel for section in sections for panel in section.panels]
     return {key for panel in panels for key in panel.keys} | {panel.x for panel in panels if not panel.is_picture}
 
@@ -168,11 +168,11 @@ def sections(stage: str, logged: Collection[str] | None = None) -> list[Section]
 
     Args:
         stage: "autoencoder" or "diffusion".
-        logged: metrics and pictures, with their prefix, of the runs that are compared: what they have not is left out,
-            and what no section foresees has one of its own at the end. None: what any run may have.
+        logged: metrics and pictures, with prefix, of the compared runs: others are omitted, and unknown metrics get a
+            section at the end. None: everything that a default run logs.
 
-    Returns:
-        Sections without an empty panel, none of them empty.
+        Returns:
+            Sections without empty panels and empty sections.
     """
     if logged is None:
         logged = {name for name in names(SECTIONS[stage]) if not name.startswith(OCCASIONAL)}
@@ -187,5 +187,5 @@ def sections(stage: str, logged: Collection[str] | None = None) -> list[Section]
 
 
 def known(axis: str, logged: Collection[str]) -> bool:
-    """Whether the runs have an axis."""
+    """Whether the runs have logged the metric of an x axis."""
     return axis == AXIS or axis in logged
