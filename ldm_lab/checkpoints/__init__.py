@@ -1,1 +1,1 @@
-"""From a string to tensors and configs: which state a source names, and how files of every kind are read."""
+"""Locates models and reads their configs and tensors from checkpoints and folders of every kind."""

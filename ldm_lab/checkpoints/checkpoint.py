@@ -1,18 +1,18 @@
-"""What a training checkpoint holds, and how one is written and read.
+"""Reads and writes training checkpoints.
 
-A checkpoint is what Lightning saves (`state_dict`, `optimizer_states`, `loops`, ...) and an entry
-`ldm_lab` that makes the file explain itself:
+A checkpoint holds Lightning's entries (`state_dict`, `optimizer_states`, `loops`, ...) and the entry
+`ldm_lab`, which makes the file self-describing:
 
     stage        "autoencoder" or "diffusion"
     images_seen  training images so far
-    version      of this package
-    ldm_lab_format  of the file, see `ldm_lab.utils.version`
-    configs      name -> config of each network (which names its class) and of the scheduler, plain data
-    prefixes     name -> where its tensors lie in `state_dict` (for the UNet: its moving average)
+    version      version of this package
+        ldm_lab_format  format of the file, see `ldm_lab.utils.version`
+        configs      name -> config of each network (which names its class) and of the scheduler, plain data
+        prefixes     name -> prefix of its tensors in `state_dict` (for the UNet: its moving average)
 
 Everything is dicts, lists, strings, numbers and tensors, so `torch.load(weights_only=True)` reads it.
 
-Where a model is read, a checkpoint of CompVis/latent-diffusion does as well.
+Functions that read a model also accept a checkpoint of CompVis/latent-diffusion.
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ from ldm_lab.utils.writing import replacing
 
 ENTRY = "ldm_lab"
 ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # in `checkpoints/` of a stage: the newest state, and the one before
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # newest and previous checkpoint in `checkpoints/` of a stage
 STATUS = "status.json"
-LIBRARIES = ("diffusers", "ldm_lab")  # a class of one is ours of the same name; neither is ever a plugin
+LIBRARIES = ("diffusers", "ldm_lab")  # their classes mean this package's class of the same name; never plugins
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
-    """Write `state`: under a temporary name, flushed to disk, then renamed over the previous one.
+    """Write `state` under a temporary name, flush it to disk, then rename it over the previous file.
 
     Raises:
-        SaveError: the disk refused.
+        SaveError: the file cannot be written.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)  # a path would do too, but torch's own writing forgets what the disk said
+        torch.save(state, file)  # not a path, as torch's own writer loses the disk's error
 
 
 def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a training checkpoint, on the CPU, without running anything it holds.
+    """Read a training checkpoint on the CPU, without executing code from the file.
 
     Args:
         path: the file.
-        mmap: leave the tensors on disk until they are used; they are not verified then.
+        mmap: leave the tensors on disk until they are used; their checksums are not verified then.
 
     Raises:
-        LoadError: no such file, not a checkpoint of this package, or damaged.
+        LoadError: the file is missing, corrupt, or not a checkpoint of this package.
     """
     path = shell.path(path)
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
     start = first_bytes(path)
-    if not mmap and (ZIP.startswith(start) or start.startswith(ZIP)):  # others have no checksums
+    if not mmap and (ZIP.startswith(start) or start.startswith(ZIP)):  # other formats have no checksums
         verify(path)
     state = read_torch(path, mmap)
     entry = state.get(ENTRY) if isinstance(state, dict) and _are_tensors(state.get("state_dict")) else None
@@ -79,7 +79,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def _but(content: Any, path: Path) -> str:  # noqa: ANN401
-    """What a file holds instead, and what to do: the end of a message."""
+    """The end of a message: the content of the file instead, and advice."""
     tensors = tensors_in(content)
     if tensors is None:
         return ""
@@ -94,7 +94,7 @@ def _but(content: Any, path: Path) -> str:  # noqa: ANN401
 
 
 def _check_entry(entry: dict[str, Any], path: Path) -> None:
-    """Raise `LoadError` where what explains the file is of other types than this module writes."""
+    """Raise `LoadError` if the `ldm_lab` entry has other types than this module writes."""
     check_plain(entry, f"{path}: {ENTRY}")
     for key, kind in ENTRIES.items():
         if not isinstance(entry[key], kind):
@@ -110,18 +110,18 @@ def _are_tensors(state: Any) -> bool:  # noqa: ANN401
 
 
 class DamagedError(LoadError):
-    """A file is not what was written."""
+    """A file is corrupt."""
 
 
 def verify(path: Path) -> None:
-    """Compare what is in a file of `torch.save` with its checksums, CRC-32, which `torch.load` does not look at.
+    """Verify the CRC-32 checksums of a file of `torch.save`, which `torch.load` ignores.
 
     Raises:
-        DamagedError: it is another, or cannot be read.
+        DamagedError: a checksum does not match, or the file cannot be read.
     """
     try:
         damage = _damage(path)
-    except Exception as error:  # a damaged file makes zipfile fail in any way there is
+    except Exception as error:  # zipfile raises almost anything on corrupt files
         raise DamagedError(f"{path}: damaged ({reason(path, error)})") from error
     if damage:
         raise DamagedError(f"{path}: damaged ({damage})")
@@ -132,21 +132,21 @@ def _damage(path: Path) -> str | None:
     if size == 0:
         return "empty"
     with zipfile.ZipFile(path) as file:
-        if sum(part.file_size for part in file.infolist()) > size:  # torch compresses nothing
+        if sum(part.file_size for part in file.infolist()) > size:  # torch does not compress
             return "its parts are larger than the whole"
         part = file.testzip()
-    return f"the checksum of {part} is another" if part else None
+    return f"CRC mismatch in {part}: the file is corrupt" if part else None
 
 
 def newest(folder: Path, report: Callable[[str], Any]) -> Path | None:
-    """The newest whole checkpoint in `checkpoints/` of a stage; `None` where there is none at all.
+    """The newest intact checkpoint in `checkpoints/` of a stage; `None` without any checkpoint.
 
     Args:
         folder: `checkpoints/`.
-        report: told in one line which are damaged, where an older one takes their place.
+        report: called with one line on the corrupt files, if an older checkpoint replaces them.
 
     Raises:
-        LoadError: all are damaged.
+        LoadError: all checkpoints are corrupt.
     """
     damages = []
     for path in (folder / name for name in (LAST, PREVIOUS)):
@@ -164,24 +164,24 @@ def newest(folder: Path, report: Callable[[str], Any]) -> Path | None:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """The entry `ldm_lab` of a checkpoint; the tensors stay on disk."""
+    """Read the entry `ldm_lab` of a checkpoint; the tensors stay on disk."""
     return load(path, mmap=True)[ENTRY]
 
 
 def images_seen(path: str | Path) -> int | None:
-    """Training images up to a checkpoint; `None` for one of CompVis, which does not say."""
+    """Training images up to a checkpoint; `None` for a CompVis checkpoint, which does not store them."""
     return None if compvis.is_checkpoint(path) else describe(path)["images_seen"]
 
 
 def configs(path: str | Path) -> dict[str, dict[str, Any]]:
-    """The configs of what a checkpoint, ours or CompVis's, holds: `vqvae`, `unet`, `scheduler`."""
+    """The configs in a checkpoint of this package or of CompVis: `vqvae`, `unet`, `scheduler`."""
     if compvis.is_checkpoint(path):
         return {name: part.config for name, part in compvis.read(path).items()}
     return describe(path)["configs"]
 
 
 def parts(path: str | Path) -> dict[str, Part]:
-    """What a checkpoint, ours or CompVis's, holds, as plain data: of a UNet the averaged weights."""
+    """Configs and tensors in a checkpoint of this package or of CompVis; a UNet's weights are the averaged ones."""
     if compvis.is_checkpoint(path):
         return compvis.read(path)
     state = load(path)
@@ -193,7 +193,7 @@ def parts(path: str | Path) -> dict[str, Part]:
 
 
 def _below(state: dict[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
-    """The tensors with a prefix, which their names lose; none for what has no place (a scheduler)."""
+    """The tensors with a prefix, under names without it; none for a part without tensors (a scheduler)."""
     if prefix is None:
         return {}
     named = unwrapped(state, [key for key in state if key.startswith(prefix)])
@@ -204,14 +204,14 @@ def network(parts: Mapping[str, Part], name: str, kinds: Sequence[type], plugins
     """Build one network of a checkpoint's `parts`, in evaluation mode.
 
     Args:
-        parts: see there.
-        name: which.
-        kinds: classes of this package that it may be; the first where its config names none.
-        plugins: packages whose classes it may name too.
+        parts: the result of `parts`.
+        name: name of the network.
+        kinds: allowed classes of this package; the first is the default if the config names no class.
+        plugins: packages whose classes the config may name too.
         origin: the file, for the message.
 
-    Raises:
-        LoadError: the checkpoint does not hold it, or not all of its tensors.
+        Raises:
+            LoadError: the checkpoint lacks the network, or some of its tensors.
     """
     if name not in parts:
         raise LoadError(f"{origin}: this checkpoint holds no {name}, only {', '.join(parts)}")
@@ -220,22 +220,22 @@ def network(parts: Mapping[str, Part], name: str, kinds: Sequence[type], plugins
 
 
 def class_of(config: dict[str, Any], kinds: Sequence[type], plugins: Sequence[str], origin: str) -> type[Configurable]:
-    """The class that a config names: one of `kinds`, the first where it names none, or one of a plugin."""
+    """The class that a config names: one of `kinds` (the first by default), or a class of a plugin."""
     known = {kind.__name__: kind for kind in kinds}
     return class_named(str(config.get("_class_name", next(iter(known)))), known, plugins, origin)
 
 
 def class_named(name: str, known: Mapping[str, type], plugins: Sequence[str], origin: str) -> type[Configurable]:
-    """The class that a file names. Nothing is imported but what lies in a package of `plugins`.
+    """The class that a file names. Imports only from packages in `plugins`.
 
     Args:
         name: one of `known`, or the module and the class of a plugin: `my_package.networks.MyUNet`.
         known: classes of this package by name.
         plugins: packages that the user trusts.
-        origin: the file and what it names there, for the message.
+        origin: the file and the part in it, for the message.
 
     Raises:
-        LoadError: the name is not known, its package is not in `plugins`, or holds no such class.
+        LoadError: the name is unknown, its package is not in `plugins`, or the package has no such class.
     """
     if name in known:
         return known[name]
@@ -255,7 +255,7 @@ def class_named(name: str, known: Mapping[str, type], plugins: Sequence[str], or
 
 
 def fingerprint(network: nn.Module) -> str:
-    """A hash of a network's tensors, names and values, whatever file they came from."""
+    """Hash of a network's tensors, their names and values."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())

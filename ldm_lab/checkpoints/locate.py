@@ -1,10 +1,10 @@
-"""Which state of a model a source names.
+"""Resolves a source to a model on disk.
 
-runs/x        the result of the run; where it is not finished or trains on, its newest state
-runs/x@2M     its snapshot at two million training images
-FOLDER        a pipeline folder, a snapshot among them
-FILE          a training checkpoint, or one of CompVis/latent-diffusion
-OWNER/MODEL   a pipeline folder on the hub, `@revision` behind it if need be
+runs/x        the run's result; if the run is not finished or trains on, its newest state
+runs/x@2M     the run's snapshot at two million training images
+FOLDER        a pipeline folder; a snapshot is one too
+FILE          a training checkpoint, or a checkpoint of CompVis/latent-diffusion
+OWNER/MODEL   a pipeline folder on the hub, optionally with `@revision`
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ldm_lab.utils.lengths import parse_images, short
 from ldm_lab.utils.reading import LoadError, read_json
 from ldm_lab.utils.terminal import say_once
 
-RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last: what makes a folder a stage's result
+RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last, so this file marks a complete result
 SNAPSHOTS = "snapshots"
-TOLERANCE = 0.01  # of the images asked for: a step ends up to a global batch after the multiple it crosses
+TOLERANCE = 0.01  # relative to the requested images: a step may end up to a global batch after the multiple
 
 
 @dataclass(frozen=True)
 class State:
-    """A state of a model.
+    """A model at one point of its training.
 
     Attributes:
-        source: the folder or file that was named, without `@...`.
-        path: what holds the state: the folder of a result or a snapshot, or a training checkpoint.
-        images_seen: training images of a snapshot or a checkpoint; `None` for a result, or what is not of our making.
+        source: the named folder or file, without `@...`.
+        path: the folder of a result or a snapshot, or a training checkpoint.
+        images_seen: training images of a snapshot or a checkpoint; `None` for a result or a foreign file.
     """
 
     source: Path
@@ -48,20 +48,20 @@ def find(
     local_files_only: bool = False,
     **download: Any,  # noqa: ANN401
 ) -> State:
-    """The state of a pipeline that `source` names.
+    """Locate the pipeline that `source` names.
 
     Args:
         source: see above.
         revision: branch, tag or commit of a model on the hub.
-        cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
-        local_files_only: take what was downloaded before, or fail.
+        cache_dir: cache folder of hub models; None: the default of `huggingface_hub`.
+        local_files_only: use only the cache, or fail.
         download: see `hub.fetch`.
 
-    Raises:
-        LoadError: nothing of the kind is there; where a snapshot was asked for, the message lists those there are.
+        Raises:
+            LoadError: there is no such pipeline; for a missing snapshot the message lists the existing snapshots.
     """
     if hub.is_name(source):
-        model = str(source).partition("@")[0].rpartition("/")[2]  # samples of it go beside that name, not into a cache
+        model = str(source).partition("@")[0].rpartition("/")[2]  # samples go beside that name, not into the cache
         return State(Path(model), hub.fetch(str(source), revision, cache_dir, local_files_only, **download))
     if revision:
         raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
@@ -71,10 +71,10 @@ def find(
 
 
 def search(source: str | Path, stage: str) -> State | None:
-    """The state that `source` names, of a run that of one stage; `None` for a folder without any.
+    """The state that `source` names (of one stage, if it is a run); `None` for a folder without any state.
 
-    The newest state of an unfinished run is its last whole checkpoint, or a snapshot where that is ahead of it (after a
-    power cut, say): the same command will pass through that very state again.
+    The newest state of an unfinished run is its last intact checkpoint, or a newer snapshot (after a power cut, say):
+    the same command will reach exactly that state again.
 
     Raises:
         LoadError: there is no such file, folder or snapshot.
@@ -88,7 +88,7 @@ def search(source: str | Path, stage: str) -> State | None:
     if not trains_on(folder):
         for result in (path, folder / "final"):
             if (result / RESULTS[stage]).is_file():
-                is_ours = result.parent.name == SNAPSHOTS and result.name.isdigit()  # the hub's cache has such a folder
+                is_ours = result.parent.name == SNAPSHOTS and result.name.isdigit()  # the hub's are hashes
                 return State(path, result, int(result.name) if is_ours else None)
     newest = checkpoint.newest(folder / "checkpoints", say_once)
     states = [_checkpoint(path, newest)] if newest else []
@@ -97,13 +97,13 @@ def search(source: str | Path, stage: str) -> State | None:
 
 
 def trains_on(stage_folder: Path) -> bool:
-    """Whether a stage has begun and not ended, perhaps after a first end."""
+    """Whether a stage has started and is not finished, perhaps after an earlier, shorter run."""
     status = stage_folder / checkpoint.STATUS
     return status.is_file() and not read_json(status).get("finished")
 
 
 def snapshots(folder: Path) -> dict[int, Path]:
-    """The whole snapshots in `<stage>/snapshots/`, oldest first: training images -> pipeline folder."""
+    """The complete snapshots in `<stage>/snapshots/`, oldest first: training images -> pipeline folder."""
     whole = {int(path.parent.name): path.parent for path in folder.glob(f"*/{INDEX}") if path.parent.name.isdigit()}
     return dict(sorted(whole.items()))
 
@@ -117,7 +117,7 @@ def _stage_folder(path: Path, stage: str) -> Path:
 
 
 def _snapshot(source: str) -> State:
-    """`runs/x@2M`: the snapshot of that count, else the nearest one within `TOLERANCE`."""
+    """`runs/x@2M`: the snapshot at exactly that count, else the nearest within `TOLERANCE`."""
     run, _, text = source.rpartition("@")
     if not run or not Path(run).is_dir():
         raise LoadError(f"{source}: no such file or folder")

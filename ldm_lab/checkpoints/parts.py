@@ -1,4 +1,4 @@
-"""The three parts of a pipeline: how they are read from a folder or a checkpoint, and written."""
+"""Reads and writes the three parts of a pipeline: first stage, UNet and scheduler."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def read(
     use_safetensors: bool | None = None,
     single_file: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Load the parts of a pipeline folder, ours or one of diffusers, or of a checkpoint.
+    """Load the parts of a pipeline from a folder of this package or of diffusers, or from a checkpoint.
 
     Args:
         path: the folder or file.
-        classes: of this package, that each part may be.
-        given: parts by name that are taken as they are, and not read.
+        classes: allowed classes of this package for each part.
+        given: parts by name to use instead of reading them.
         plugins: packages whose classes the files may name too.
-        variant: see `weights.choose`; a network without it is taken as it is, unless all are.
+        variant: see `weights.choose`; a network without it loads its plain weights, unless no network has it.
         use_safetensors: see `weights.choose`.
-        single_file: arguments of `compvis.read`, for a checkpoint of CompVis; None: the file says whose it is.
+        single_file: arguments of `compvis.read`, for a CompVis checkpoint; None: detect the kind of file.
 
     Raises:
-        LoadError: a part is missing, damaged, or of a class that is not known.
+        LoadError: a part is missing, corrupt, or of an unknown class.
     """
     given = given or {}
     if single_file is not None:
@@ -72,14 +72,14 @@ def _of_folder(
 
 
 def _class(entry: Any, kinds: tuple[type, ...], plugins: Sequence[str], origin: str) -> type:  # noqa: ANN401
-    """The class that an entry of the index names."""
+    """The class that an entry of `model_index.json` names."""
     wanted = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
     known = {f"{library}.{kind.__name__}": kind for library in checkpoint.LIBRARIES for kind in kinds}
     return checkpoint.class_named(wanted, known, plugins, origin)
 
 
 def _with_variant(folder: Path, variant: str | None, given: Mapping[str, Any]) -> set[str]:
-    """The networks that have weights of the variant. Raises `LoadError` where none has."""
+    """Names of the networks that have weights of the variant. Raises `LoadError` if none has."""
     files = {name: {path.name for path in (folder / name).glob("*")} for name in NETWORKS if name not in given}
     found = {name for name, names in files.items() if variant in variants(names)}
     if variant is None or not files:
@@ -110,10 +110,10 @@ def _of_checkpoint(
 
 
 def write(folder: Path, components: Mapping[str, Any], **files: Any) -> None:  # noqa: ANN401
-    """Write the parts of a pipeline, and the index last.
+    """Write the parts of a pipeline, and `model_index.json` last.
 
     Args:
-        folder: it is made where there is none.
+        folder: target folder; created if missing.
         components: the parts; a network may be compiled or wrapped.
         files: see `PretrainedModel.save_pretrained`.
     """
@@ -128,5 +128,5 @@ def write(folder: Path, components: Mapping[str, Any], **files: Any) -> None:  #
 
 
 def _library(part: Any) -> str:  # noqa: ANN401
-    """What the index names beside a part's class; a scheduler of diffusers says nothing of it."""
+    """The library of a part's class in `model_index.json`; schedulers of diffusers do not define it themselves."""
     return getattr(part, "library", type(part).__module__.split(".")[0])

@@ -1,4 +1,4 @@
-"""State dicts as others keep them: below a key of a larger file, with the words of wrappers in the names of tensors."""
+"""Reads foreign state dicts: nested below a key, or with wrapper prefixes in the names of tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ldm_lab.utils.reading import LoadError
 
 State = dict[str, Tensor]
 
-# Where files keep the tensors of a network, what is averaged before what is not.
+# Keys below which files keep a network's tensors; averaged weights come before raw weights.
 PLACES = ("state_dict", "ema", "ema_state_dict", "params_ema", "model_ema", "model", "model_state_dict", "params",
           "module", "net", "network", "weights")  # fmt: skip
-WRAPPERS = ("_orig_mod", "module")  # what torch.compile, and DataParallel and its kin, put before the names inside
+WRAPPERS = ("_orig_mod", "module")  # prefixes of torch.compile and of (Distributed)DataParallel
 
 
 def tensors_in(content: Any) -> State | None:  # noqa: ANN401
-    """The tensors by name that a file holds, itself or below one of `PLACES`, perhaps twice; None: there are none."""
+    """The tensors of a file by name, at the top or up to two levels below `PLACES`; None if there are none."""
     for _ in range(3):
         if not isinstance(content, dict) or not content:
             return None
@@ -29,14 +29,14 @@ def tensors_in(content: Any) -> State | None:  # noqa: ANN401
 
 
 def unwrapped(state: State, known: Collection[str] = ()) -> State:
-    """The tensors under names without the words of `WRAPPERS`, wherever in a name they stand.
+    """Remove the prefixes of `WRAPPERS` from the names of tensors, at any depth of a name.
 
     Args:
         state: tensors by name.
-        known: names that stay as they are.
+        known: names that stay unchanged.
 
     Raises:
-        LoadError: two tensors would have one name.
+        LoadError: two tensors would have the same name.
     """
     renamed: State = {}
     for key, value in state.items():

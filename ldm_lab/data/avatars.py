@@ -1,4 +1,4 @@
-"""The embedded demo: aligned cartoon faces, drawn once on this machine and kept in a file."""
+"""Data set of the demo: aligned cartoon faces, drawn once on this machine and cached in a file."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 class AvatarImages(ImageDataset):
     """Cartoon heads and shoulders on a light background; image i is a function of (drawing_seed, i).
 
-    The first `num_train` images are for training, the next `num_val` are held out. Both lie in one file
-    in `cache_dir`, which `prepare` draws (about 11 ms an image and core) and which is mapped, not read.
+    The first `num_train` images are for training, the next `num_val` are held out. One file in
+    `cache_dir` holds both; `prepare` draws it (about 11 ms per image and core); reading maps it into memory.
 
     Args:
         split: "train" or "val".
-        cache_dir: folder for the drawn images; made if missing.
+        cache_dir: folder of the drawn images; created if missing.
         image_size: pixels, one number or (height, width).
         num_train: number of training images.
         num_val: number of held-out images.
-        drawing_seed: another seed, another set of faces.
-        flip: exchange left and right in half of the training images.
-        seed: of the flips.
+        drawing_seed: seed of the faces.
+        flip: mirror half of the training images.
+        seed: seed of the flips.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class AvatarImages(ImageDataset):
         return Image.fromarray(self.pixels[self.first + index])
 
     def fingerprint(self) -> str:
-        """Stands for the file's name and the split."""
+        """The file's name and the split."""
         return digest([self.file.name, self.first, self.count])
 
     @functools.cached_property
     def pixels(self) -> np.ndarray:
-        """All images of both splits, `(N, S, S, 3)`, uint8, mapped from the file; drawn first if need be."""
+        """All images of both splits, `(N, S, S, 3)`, uint8, memory-mapped; draws the file first if it is missing."""
         self.prepare()
         return np.load(self.file, mmap_mode="r")
 
     def prepare(self) -> None:
-        """Draw the images, unless the file is there and whole."""
+        """Draw the images, unless the complete file exists."""
         if self._is_whole():
             return
         count, size = self.shape[:2]
         require_writable(self.file.parent, "paths.cache=")
-        # Written elsewhere and renamed: whoever draws at the same time replaces the file by an equal one.
+        # Written under another name and renamed: a concurrent process replaces the file by an equal one.
         with replacing(self.file) as temporary, open(temporary, "wb") as file:
             np.save(file, render(self.drawing_seed, count, size, processes=_usable_cores()))
 
@@ -96,14 +96,14 @@ class AvatarImages(ImageDataset):
             return False
         try:
             pixels = np.load(self.file, mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # cut short, or not our file at all
+        except (OSError, ValueError, EOFError):  # truncated, or another kind of file
             log.warning("%s is damaged: the avatars are drawn again", self.file)
             return False
         return pixels.shape == self.shape and pixels.dtype == np.uint8
 
 
 def render(seed: int, count: int, size: int, processes: int) -> np.ndarray:
-    """Draw avatars 0 to `count` with a progress bar: `(count, size, size, 3)`, uint8, for any `processes` alike."""
+    """Draw `count` avatars with a progress bar: `(count, size, size, 3)`, uint8, the same for any `processes`."""
     processes = max(1, min(processes, count))
     images = np.empty((count, size, size, 3), np.uint8)
     with ExitStack() as stack:
@@ -118,11 +118,11 @@ def render(seed: int, count: int, size: int, processes: int) -> np.ndarray:
 
 @contextmanager
 def _drawing(seed: int, size: int, first: int, stop: int, step: int) -> Iterator[subprocess.Popen]:
-    """A process that writes the pixels of every `step`-th avatar; it ends with the block."""
-    # Not multiprocessing, which imports the main script, and with it torch and Lightning, in every worker.
+    """Context of a process that writes the pixels of every `step`-th avatar."""
+    # Not multiprocessing, as its workers import the main script, and so torch and Lightning.
     command = [sys.executable, "-m", "ldm_lab.data.drawing", *map(str, (seed, size, first, stop, step))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    # In a session of its own Ctrl-C does not reach it: it is we who stop it, without a traceback for each.
+    # A new session keeps Ctrl-C away from it; this process ends it, without a traceback for each worker.
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as process:
         try:
             yield process
@@ -131,6 +131,6 @@ def _drawing(seed: int, size: int, first: int, stop: int, step: int) -> Iterator
 
 
 def _usable_cores() -> int:
-    """Cores that this process may run on, at most 16: beyond that, starting costs more than it saves."""
+    """Cores that this process may run on, at most 16, as starting more processes costs more than it saves."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)

@@ -1,4 +1,4 @@
-"""The Lightning data module: training images as an endless stream, held-out images as equal shares."""
+"""Lightning data module: training images as an endless stream, held-out images in equal shares per rank."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from ldm_lab.utils.limits import Count, Harmless, Whole
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """Loaders for one pair of data sets.
+    """Loaders for a training and a held-out data set.
 
-    The sampler already shares the stream among the devices: run the trainer with
+    The sampler already splits the stream over devices: run the trainer with
     `use_distributed_sampler=False` and `accumulate_grad_batches=datamodule.accumulation(world_size)`.
     The training loader has no length.
 
     Args:
         train_set: images to train on.
         val_set: held-out images.
-        global_batch_size: images for one optimizer step, on all devices together.
+        global_batch_size: images per optimizer step, over all devices.
         batch_size: images that one device holds at a time; None: its whole share of the global batch. "auto" counts
-            as None until whoever trains has found a number and set it (see `ldm_lab.training.planning.batch_size`).
-        val_batch_size: the same for held-out images; None: as in training.
-        num_workers: processes that load for each device; 0 loads in the training process.
-        seed: of the order of the training images.
-        latents: of stage 2: "cached", where each training image is encoded once, or "online", in every step.
-        latents_dtype: in which they are kept, see `ldm_lab.data.latents.DTYPES`.
-        latents_precision: in which the first stage encodes for the cache, "float32" or "bfloat16".
-        cache_dir: below it they are kept.
+            as None until the planning code finds and sets a number (see `ldm_lab.training.planning.batch_size`).
+        val_batch_size: held-out images that one device holds at a time; None: as in training.
+        num_workers: loader processes per device; 0 loads in the training process.
+        seed: seed of the order of training images.
+        latents: stage 2 encodes each training image once ("cached") or in every step ("online").
+        latents_dtype: dtype of cached latents, see `ldm_lab.data.latents.DTYPES`.
+        latents_precision: precision of encoding for the cache, "float32" or "bfloat16".
+        cache_dir: parent folder of the caches.
 
-    Attributes:
-        images_seen: position in the stream at which training begins. Whoever resumes a run sets it
-            before `Trainer.fit`.
+        Attributes:
+            images_seen: position in the stream at which training begins. To resume a run, set it before
+                `Trainer.fit`.
         stop: position at which the training loader ends; None: never.
-        compare_with_training: whether validation runs over training images too.
-        cached: the latents that training sees in the place of images; None: it sees images.
+        compare_with_training: whether validation also runs over training images.
+        cached: cached latents to train on; None: train on images.
     """
 
     def __init__(
@@ -97,34 +97,34 @@ class ImageDataModule(lightning.LightningDataModule):
         return len(self.val_set)
 
     def fingerprint(self) -> dict[str, str]:
-        """A short text for each data set that changes when its images do."""
+        """A short text for each data set that changes with its images."""
         return {"train": self.train_set.fingerprint(), "val": self.val_set.fingerprint()}
 
     @functools.cached_property
     def marks(self) -> dict[str, np.ndarray]:
-        """Which images these are, by data set: a sorted number for each, which changes with it; `(N,)`, uint32."""
+        """Sorted hashes of the images of each data set, `(N,)`, uint32."""
         return {"train": self.train_set.marks(), "val": self.val_set.marks()}
 
     def device_batch_size(self, world_size: int) -> int:
         """Images that one of `world_size` devices holds at a time."""
         if isinstance(self.batch_size, int):
             return self.batch_size
-        # With more devices than images a device holds one; `accumulation` then says what is wrong.
+        # With more devices than images a device holds one image, and `accumulation` raises the error.
         return max(1, self.global_batch_size // world_size)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches for one optimizer step. Raises `UserError` where they do not fill a global batch."""
+        """Micro-batches per optimizer step. Raises `UserError` if they do not fill a global batch."""
         return accumulation(self.global_batch_size, self.device_batch_size(world_size), world_size)
 
     def prepare_data(self) -> None:
-        """Draw what is drawn once; Lightning calls this on one rank of each machine."""
+        """Let the data sets write their files; Lightning calls this on one rank of each machine."""
         self.train_set.prepare()
         self.val_set.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Check that every device gets its share; the data sets look at their images here for the first time.
+        """Check that every device gets its share; the data sets list their images here for the first time.
 
-        The first process says how many there are.
+        The first process prints the numbers of images.
         """
         rank, world_size = self._rank_and_world_size()
         self.accumulation(world_size)
@@ -139,7 +139,7 @@ class ImageDataModule(lightning.LightningDataModule):
             _print_once(self.census())
 
     def census(self) -> str:
-        """How many images there are, and which files beside them are none: a line."""
+        """One line on the numbers of images, and on the files that are not images."""
         line = f"images: {self.num_train:,} for training, {self.num_val:,} held out"
         others = self.train_set.passed_over()
         return f"{line}; passed over: {others}" if others else line
@@ -147,7 +147,7 @@ class ImageDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,).
 
-        Where latents are cached, `moments` (b, M, h, w) in the place of `image`.
+        With cached latents, `moments` (b, M, h, w) replaces `image`.
         """
         rank, world_size = self._rank_and_world_size()
         sampler = StreamBatchSampler(
@@ -167,9 +167,9 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.train_set if self.cached is None else self.cached
 
     def val_dataloader(self) -> list[Loader]:
-        """The held-out images; with `compare_with_training` also as many training images, cropped alike.
+        """The held-out images; with `compare_with_training` also equally many training images, cropped the same way.
 
-        The second set says what memorising looks like: there the loss falls on after it has stopped here.
+        The second set shows memorisation: its loss still falls after the held-out loss has stopped falling.
         """
         loaders = [self._share(Chosen(self.val_set, range(self.num_val)))]
         if self.compare_with_training:
@@ -177,33 +177,33 @@ class ImageDataModule(lightning.LightningDataModule):
         return loaders
 
     def training_sample(self, count: int) -> Loader:
-        """This rank's share of `count` training images (or all, where there are fewer), none mirrored: batches."""
+        """Batches of this rank's share of `count` training images (or of all, if there are fewer), not mirrored."""
         count = min(count, self.num_train)
         return self._share(Chosen(self._seen_in_training, spread(count, self.num_train)))
 
     def _share(self, images: Chosen) -> Loader:
-        """Every W-th image, as many on each rank, none twice.
+        """Every W-th image, equally many on each rank, without repeats.
 
-        Of a number that W does not divide, the last few (fewer than W) are left out, so that all ranks
-        run the same number of batches.
+        If W does not divide the number of images, the last few (fewer than W) are dropped, so that all
+        ranks run the same number of batches.
         """
         rank, world_size = self._rank_and_world_size()
         share = range(rank, len(images) // world_size * world_size, world_size)
         return Loader(images, batch_size=self.val_size(world_size), sampler=share, **self.loading())
 
     def val_size(self, world_size: int) -> int:
-        """Images that one of `world_size` devices holds at a time where nothing is learned."""
+        """Images that one of `world_size` devices holds at a time in validation."""
         return self.val_batch_size or self.device_batch_size(world_size)
 
     def preview(self, count: int) -> Tensor:
-        """The first `count` held-out images (fewer where there are not so many): `(n, 3, H, W)` in [-1, 1]."""
+        """The first `count` held-out images (or all, if there are fewer): `(n, 3, H, W)` in [-1, 1]."""
         return torch.stack([self.val_set[index]["image"] for index in range(min(count, self.num_val))])
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def loading(self) -> dict[str, Any]:
-        """Arguments of every loader: its workers, and what they leave to this process."""
+        """Arguments of every loader: number and setup of workers, pinned memory, collation."""
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return {
             "num_workers": self.num_workers,
@@ -215,7 +215,7 @@ class ImageDataModule(lightning.LightningDataModule):
 
 
 class Chosen(Dataset):
-    """Some images of a data set, as for validation; `position` is the place in the choice."""
+    """A subset of a data set with centre crops and no flips; `position` is the place in the subset."""
 
     def __init__(self, images: ImageDataset | CachedLatents, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
@@ -229,5 +229,5 @@ class Chosen(Dataset):
 
 @functools.cache
 def _print_once(line: str) -> None:
-    """Both stages, validation and training set up the same images."""
+    """Print a line once, as both stages, validation and training set up the same images."""
     print(line, flush=True)

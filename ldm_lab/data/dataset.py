@@ -1,4 +1,4 @@
-"""What all image data sets share: items, crops and flips."""
+"""Base class of all image data sets: items, crops and flips."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ SPLITS = ("train", "val")
 
 
 class ImageDataset(Dataset):
-    """Images of one size; a subclass says how many there are (`__len__`) and gives them (`read`).
+    """Images of one size; a subclass defines their number (`__len__`) and reads an image (`read`).
 
-    `dataset[index, position]` is an item for training, cropped and flipped as a function of
-    (seed, position), where `position` is its place in the stream of training images (see
-    `StreamBatchSampler`). `dataset[index]` is the same image cropped in the middle and not flipped.
-    An item is a dictionary:
+    `dataset[index, position]` is a training item, cropped and flipped as a function of (seed, position),
+    where `position` is its place in the stream of training images (see `StreamBatchSampler`).
+    `dataset[index]` is the same image with a centre crop and no flip. An item is a dictionary:
 
     - `image`: `(3, H, W)`, float32 in [-1, 1];
-    - `index`: which image of this data set it is;
-    - `position`: its place in the stream, or again `index`.
+    - `index`: index of the image in this data set;
+    - `position`: place in the stream, or `index` without a position.
 
     Args:
-        split: "train" or "val", which part of the images this is.
+        split: "train" or "val".
         image_size: pixels, one number or (height, width).
-        random_crop: crop for training at random, else in the middle.
-        flip: exchange left and right in half of the training images.
-        seed: of crops and flips.
+        random_crop: use random crops for training, else centre crops.
+        flip: mirror half of the training images.
+        seed: seed of crops and flips.
 
     Attributes:
-        on_error: what becomes of an image that cannot be decoded: "raise", or "skip" where another takes its place.
+        on_error: for an image that cannot be decoded: "raise", or "skip", which replaces it by another image.
     """
 
     on_error = "raise"
@@ -65,27 +64,27 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """A short text that changes with the images (not with their crops): equal for equal data."""
+        """A short text that is equal for equal images, whatever their crops."""
         raise NotImplementedError
 
     def marks(self) -> np.ndarray:
-        """For every image a number that changes with it, sorted: `(N,)`, uint32. Equal for equal data.
+        """A hash for every image, sorted: `(N,)`, uint32. Equal for equal data.
 
-        Where images have no names of their own, it is of the whole and the image's index.
+        For images without names, the hash is of the data set's fingerprint and the image's index.
         """
         whole = self.fingerprint()
         return sorted_marks(f"{whole} {index}".encode() for index in range(len(self)))
 
     def transform(self) -> dict[str, Any]:
-        """What `dataset[index]` makes of image `index`, as plain data: equal for equal pixels."""
+        """The settings of `dataset[index]` that change pixels, as plain data: equal for equal pixels."""
         return {"image_size": list(self.image_size), "crop": "center"}
 
     def passed_over(self) -> str:
-        """Which files lie beside the images and are none, in words; "" for none."""
+        """A phrase on the files beside the images that are not images; "" without such files."""
         return ""
 
     def prepare(self) -> None:
-        """Make what must lie on disk. Called by one process per machine before any image is read."""
+        """Write the files that the data set needs. One process per machine calls this before any image is read."""
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, position = key if isinstance(key, tuple) else (key, None)
@@ -100,16 +99,16 @@ class ImageDataset(Dataset):
 
 
 def sorted_marks(images: Iterable[bytes]) -> np.ndarray:
-    """The hashes of what stands for each image: `(N,)`, uint32, sorted."""
+    """Hashes of the bytes that identify each image: `(N,)`, uint32, sorted."""
     hashes = b"".join(blake2b(image, digest_size=4).digest() for image in images)
     return np.sort(np.frombuffer(hashes, "<u4"))
 
 
 def digest(parts: Iterable[object]) -> str:
-    """Sixteen hexadecimal digits that stand for `parts`."""
+    """Hash of `parts`: sixteen hexadecimal digits."""
     return blake2b("\n".join(map(str, parts)).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 
 def spread(count: int, size: int) -> list[int]:
-    """`count` indices, evenly over a data set of `size` images; with repeats where it has fewer."""
+    """`count` evenly spaced indices into a data set of `size` images; with repeats if `size` is smaller."""
     return [place * size // count for place in range(count)]

@@ -1,4 +1,4 @@
-"""From the bytes of a file to a picture: which formats are taken, of how many pixels, whatever their metadata are."""
+"""Decodes image files: allowed formats, a pixel limit, and tolerance of unreadable metadata."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ldm_lab.data.transforms import RGB, to_rgb
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import kind_of
 
-with contextlib.suppress(ImportError):  # photos of phones, where somebody has installed what reads them
+with contextlib.suppress(ImportError):  # HEIC photos of phones, if the plugin is installed
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
 
 class NoImageError(UserError):
-    """A file is of none of `FORMATS`."""
+    """A file has none of `FORMATS`."""
 
 
 class PixelLimitError(UserError):
-    """A picture is larger than the limit.
+    """An image has more pixels than the limit.
 
     Attributes:
-        pixels: how many it has.
+        pixels: number of pixels of the image.
     """
 
     def __init__(self, pixels: int, limit: int) -> None:
@@ -37,7 +37,7 @@ class PixelLimitError(UserError):
 
 
 def _formats() -> dict[str, tuple[str, ...]]:
-    """Pillow's names of the formats that it reads here, and the endings of their files."""
+    """Pillow's name of each supported format -> the extensions of its files."""
     found = {
         "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
         "PNG": (".png",),
@@ -46,7 +46,7 @@ def _formats() -> dict[str, tuple[str, ...]]:
         "GIF": (".gif",),
         "TIFF": (".tif", ".tiff"),
     }
-    if "avif" in features.modules and features.check_module("avif"):  # Pillow knows of it since 11.3
+    if "avif" in features.modules and features.check_module("avif"):  # in Pillow since 11.3
         found["AVIF"] = (".avif",)
     if features.check_codec("jpg_2000"):
         found["JPEG2000"] = (".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c")
@@ -55,22 +55,22 @@ def _formats() -> dict[str, tuple[str, ...]]:
     return found
 
 
-FORMATS = tuple(_formats())  # whatever its name, a file is never handed to another decoder
+FORMATS = tuple(_formats())  # Pillow tries no other decoder, whatever a file's name
 EXTENSIONS = tuple(ending for endings in _formats().values() for ending in endings)
 
 
 def decode(content: bytes, background: RGB, max_pixels: int | None = None) -> Image.Image:
-    """A picture, upright, 8-bit RGB, in its own size; metadata that cannot be read are passed over.
+    """Decode an image: upright, 8-bit RGB, in its original size; unreadable metadata are ignored.
 
     Args:
-        content: of the file.
-        background: what is laid under transparent pictures.
-        max_pixels: of a picture; None leaves it to Pillow.
+        content: content of the file.
+        background: colour behind transparent images.
+        max_pixels: maximum pixels of an image; None: Pillow's limit.
 
     Raises:
-        PixelLimitError: it has more.
-        NoImageError: it is of none of `FORMATS`.
-        Exception: decoders raise almost anything on damaged data.
+        PixelLimitError: the image has more pixels.
+        NoImageError: the file has none of `FORMATS`.
+        Exception: decoders raise almost anything on corrupt data.
     """
     content = with_sound_tags(content)
     try:
@@ -97,7 +97,7 @@ def _decode(content: bytes, background: RGB, max_pixels: int | None) -> Image.Im
 
 @contextlib.contextmanager
 def _limited(max_pixels: int | None) -> Iterator[None]:
-    """Pillow's limit, which is a variable of its module, for as long as one picture is decoded."""
+    """Set Pillow's pixel limit, a variable of its module, while one image is decoded."""
     before = Image.MAX_IMAGE_PIXELS
     if max_pixels:
         Image.MAX_IMAGE_PIXELS = max_pixels

@@ -1,7 +1,7 @@
-"""The pictures of the demo: cartoon heads and shoulders, composed as SVG and rasterised.
+"""Draws the demo's images: cartoon heads and shoulders, composed as SVG and rasterised.
 
-Imports neither torch nor Lightning: as `python -m ldm_lab.data.drawing` it is also the program of the
-processes that draw in parallel (see `avatars.render`).
+Imports neither torch nor Lightning, as `python -m ldm_lab.data.drawing` is the program of the parallel
+drawing processes (see `avatars.render`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-# On import python_avatars draws from the global generator, which belongs to the program that imports us.
+# python_avatars draws from the global random generator on import; restore the importing program's state.
 _state = random.getstate()
 import python_avatars as pa  # noqa: E402
 
@@ -26,21 +26,21 @@ random.setstate(_state)
 
 Part = TypeVar("Part", bound=Enum)
 
-REVISION = 1  # to be raised with every change that draws other pictures: kept files are then drawn anew
+REVISION = 1  # increase it with every change of the pictures, so that cached files are drawn anew
 
 BACKGROUND = "#E8EEF5"
 WHOLE_FIGURE = 'width="264px" height="280px" viewBox="0 0 264 280"'
-HEAD_AND_SHOULDERS = 'viewBox="12 3 240 240"'  # a square, the face in its middle
-SUPERSAMPLING = 2  # drawn larger, then averaged: parts that abut show no seam
+HEAD_AND_SHOULDERS = 'viewBox="12 3 240 240"'  # a square, centred on the face
+SUPERSAMPLING = 2  # drawn larger, then averaged, so that adjacent parts show no seam
 
 
 def parts(kind: type[Part], names: str) -> tuple[Part, ...]:
-    """The members of an enumeration with these names; a name given twice is drawn twice as often."""
+    """The enumeration members with these names; a repeated name is drawn more often."""
     return tuple(kind[name] for name in names.split())
 
 
-# Left out are parts that reach beyond the frame, that look the same in every colour, that all but vanish
-# against the background, or whose strands are finer than the pixels.
+# These lists omit parts that reach beyond the frame, look the same in every colour, nearly vanish against
+# the background, or have strands finer than a pixel.
 SHORT_HAIR = parts(
     pa.HairType,
     "NONE BUZZCUT CAESAR CAESAR_SIDE_PART FRIZZLE MOHAWK MOWGLI PIXIE POMPADOUR QUIFF SHAGGY "
@@ -71,7 +71,7 @@ FABRIC_COLORS = parts(
 
 
 def draw_avatar(seed: int, index: int, size: int) -> np.ndarray:
-    """Avatar `index` of the data set with this seed: `(size, size, 3)`, uint8, a function of the arguments alone."""
+    """Avatar `index` of the data set with this seed: `(size, size, 3)`, uint8, a function of its arguments."""
     svg = compose(random.Random(f"avatar/{seed}/{index}")).render().replace(WHOLE_FIGURE, HEAD_AND_SHOULDERS, 1)
     side = size * SUPERSAMPLING
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background=BACKGROUND, skip_system_fonts=True)
@@ -80,10 +80,10 @@ def draw_avatar(seed: int, index: int, size: int) -> np.ndarray:
 
 
 def compose(numbers: random.Random) -> pa.Avatar:
-    """An avatar with every part and colour chosen by `numbers`."""
+    """An avatar with every part and colour drawn from `numbers`."""
 
     def choose(options: Sequence[Part]) -> Part:
-        # random() is the one method whose numbers Python promises never to change.
+        # Python guarantees stable numbers across versions only for random().
         return options[int(numbers.random() * len(options))]
 
     top, hair_color = choose(TOPS), choose(HAIR_COLORS)
@@ -108,9 +108,9 @@ def compose(numbers: random.Random) -> pa.Avatar:
 
 
 def main(seed: int, size: int, first: int, stop: int, step: int) -> None:
-    """Write the pixels of the avatars `range(first, stop, step)` to the standard output, one after another."""
+    """Write the pixels of the avatars `range(first, stop, step)` to standard output, in order."""
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end in silence when the reader has gone
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently when the reader has gone
     for index in range(first, stop, step):
         sys.stdout.buffer.write(draw_avatar(seed, index, size).tobytes())
         sys.stdout.buffer.flush()

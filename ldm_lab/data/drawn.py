@@ -1,4 +1,4 @@
-"""Tiny pictures drawn on the spot, for `debug=tiny` and tests: nothing to download, nothing on disk."""
+"""Tiny images drawn on access, for `debug=tiny` and tests: no download, no files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm_lab.utils.limits import Count, Whole
 
 
 class DrawnImages(ImageDataset):
-    """Coloured discs, squares and triangles on a plain ground; image i is a function of (drawing_seed, i).
+    """Coloured discs, squares and triangles on a plain background; image i is a function of (drawing_seed, i).
 
     The first `num_train` images are for training, the next `num_val` are held out.
 
@@ -24,9 +24,9 @@ class DrawnImages(ImageDataset):
         image_size: pixels, one number or (height, width).
         num_train: number of training images.
         num_val: number of held-out images.
-        drawing_seed: another seed, another set of images.
-        flip: exchange left and right in half of the training images.
-        seed: of the flips.
+        drawing_seed: seed of the images.
+        flip: mirror half of the training images.
+        seed: seed of the flips.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DrawnImages(ImageDataset):
         return self.count
 
     def read(self, index: int) -> Image.Image:
-        """Drawing `index` of the split."""
+        """Image `index` of the split."""
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} of {self.count}")
         numbers = random.Random(f"drawn/{self.drawing_seed}/{self.first + index}")
@@ -61,7 +61,7 @@ class DrawnImages(ImageDataset):
         return image
 
     def fingerprint(self) -> str:
-        """Stands for the seed, the split and the size."""
+        """The seed, the split and the size."""
         return digest(["drawn", self.drawing_seed, self.first, self.count, self.image_size])
 
 

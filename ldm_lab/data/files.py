@@ -1,4 +1,4 @@
-"""Where images lie: a folder, a zip archive or a tar archive. Nothing is ever extracted."""
+"""Reads the files of a folder, a zip archive or a tar archive; never extracts an archive to disk."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ldm_lab.utils.reading import kind_of
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 AGAIN = "pack it again as a plain .tar or .zip"
-LARGEST = 2**30  # bytes that a member of an archive may have, unpacked
+LARGEST = 2**30  # maximum bytes of an unpacked archive member
 
-Place = tuple[int, ...]  # where a file lies, as its `Files` needs it: kept as numbers, in one block for all files
+Place = tuple[int, ...]  # location of a file for its `Files`, as numbers, so that one array holds all files
 
 
 class Found(NamedTuple):
-    """The files of some endings below a root, sorted.
+    """The files with some extensions below a root, sorted.
 
     Attributes:
         names: `(N,)`, bytes (see `os.fsencode`).
         places: `(N, k)`, int64.
-        others: how many files of which other endings are there, "" for those without.
+        others: extension -> number of the other files; "" for files without an extension.
     """
 
     names: np.ndarray
@@ -47,38 +47,38 @@ class Found(NamedTuple):
 class Files:
     """The files below one root, read by name and place.
 
-    It holds no open file, only a path: it can be pickled, and shared by processes however they were started.
+    It holds a path and no open file, so it can be pickled and shared by forked or spawned processes.
     """
 
     root: Path
 
     def members(self) -> Iterable[tuple[str, Place]]:
-        """Name (POSIX, relative to the root) and place of every file that is not hidden, in no particular order."""
+        """Name (POSIX, relative to the root) and place of every file that is not hidden, in any order."""
         raise NotImplementedError
 
     def find(self, suffixes: tuple[str, ...]) -> Found:
-        """The files whose names end in one of `suffixes`, in capitals or not. Raises `UserError` as `members`."""
+        """The files with one of `suffixes`, in upper or lower case. Raises `UserError` as `members`."""
         return _sorted(self.members(), suffixes)
 
     def read(self, name: str, place: Place) -> bytes:
-        """What a file holds. Raises `OSError`, `ValueError` or `zlib.error` where it cannot be had."""
+        """Content of a file. Raises `OSError`, `ValueError` or `zlib.error` if it cannot be read."""
         raise NotImplementedError
 
     def size(self, name: str, place: Place) -> int:
-        """Its length in bytes."""
+        """Size of a file in bytes."""
         raise NotImplementedError
 
 
 class Folder(Files):
-    """A folder with all folders in it; links are followed."""
+    """A folder with all subfolders; follows links."""
 
     def members(self) -> Iterator[tuple[str, Place]]:
         """Every file below the folder."""
-        seen = set()  # folders, by device and inode: links may lead round in circles
+        seen = set()  # folders, by device and inode, as links may form cycles
         pending = [""]
         while pending:
             folder = pending.pop()
-            path = os.path.join(self.root, folder)  # pathlib would double the time of it all
+            path = os.path.join(self.root, folder)  # pathlib would double the total time
             try:
                 status = os.stat(path)
                 if (status.st_dev, status.st_ino) in seen:
@@ -89,7 +89,7 @@ class Folder(Files):
                         if is_hidden(entry.name):
                             continue
                         if entry.is_symlink() and not os.path.exists(entry.path):
-                            yield f"{folder}{entry.name}", ()  # a link that leads nowhere is a file that is damaged
+                            yield f"{folder}{entry.name}", ()  # a broken link counts as a corrupt file
                         elif entry.is_dir():
                             pending.append(f"{folder}{entry.name}/")
                         elif entry.is_file():
@@ -102,7 +102,7 @@ class Folder(Files):
         return (self.root / name).read_bytes()
 
     def size(self, name: str, place: Place) -> int:
-        """Ask the file system; -1 for a link that leads nowhere, or a file that is gone."""
+        """Size from the file system; -1 for a broken link or a file that is gone."""
         try:
             return (self.root / name).stat().st_size
         except OSError:
@@ -110,39 +110,39 @@ class Folder(Files):
 
 
 class Archive(Files):
-    """One file that holds many. It is opened anew for each of them: processes would share a handle's position."""
+    """An archive file. Each read opens it anew, as processes would share the position of an open file."""
 
     kind: ClassVar[str]
 
     def entries(self) -> Iterator[tuple[str, Place]]:
-        """Name and place of every file in it, as they stand there."""
+        """Name and place of every file in the archive, as stored."""
         raise NotImplementedError
 
     def members(self) -> list[tuple[str, Place]]:
-        """Every file, relative to the one folder that all of them lie in, if there is one.
+        """Every file, relative to the common top folder, if there is one.
 
         A folder `photos` may be packed as `photos/a.png`, `./a.png` or `a.png`.
         """
         try:
             shown = [entry for entry in self.entries() if not any(map(is_hidden, entry[0].split("/")))]
-        except Exception as error:  # damage makes the readers fail in any way there is
+        except Exception as error:  # archive readers raise almost anything on corrupt files
             raise UserError(f"data.root={self.root}: this {self.kind} archive cannot be read: {error}") from error
         tops = {name[: name.find("/") + 1] for name, _ in shown}
         top = tops.pop() if len(tops) == 1 else ""
         return [(name[len(top) :], place) for name, place in shown]
 
     def find(self, suffixes: tuple[str, ...]) -> Found:
-        """As for every kind; listed once for the training and the held-out images."""
+        """See `Files.find`; both splits share one listing."""
         return _find_once(self, suffixes, self.root.stat().st_mtime_ns)
 
 
 class ZipArchive(Archive):
-    """A zip archive, its members stored or deflated. Place: offset, packed size, size, method, CRC."""
+    """A zip archive with stored or deflated members. Place: offset, packed size, size, method, CRC."""
 
     kind = "zip"
 
     def entries(self) -> Iterator[tuple[str, Place]]:
-        """Every file of the central directory, links apart."""
+        """Every file of the central directory, without links."""
         with zipfile.ZipFile(self.root) as archive:
             for entry in archive.infolist():
                 if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
@@ -155,13 +155,13 @@ class ZipArchive(Archive):
                 yield entry.filename, (entry.header_offset, *sizes, entry.compress_type, entry.CRC)
 
     def read(self, name: str, place: Place) -> bytes:
-        """Unpack one member, and check it."""
+        """Unpack one member and check its CRC."""
         offset, packed, size, method, checksum = place
         _check_size(max(packed, size))
         with open(self.root, "rb") as file:
             file.seek(offset)
             signature, lengths = struct.unpack("<4s22x4s", file.read(30).ljust(30))
-            file.seek(sum(struct.unpack("<HH", lengths)), os.SEEK_CUR)  # its name, and what else stands there
+            file.seek(sum(struct.unpack("<HH", lengths)), os.SEEK_CUR)  # skip its name and extra field
             content = file.read(packed)
         if method == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
@@ -170,26 +170,26 @@ class ZipArchive(Archive):
         return content
 
     def size(self, name: str, place: Place) -> int:
-        """As the central directory says."""
+        """Size from the central directory."""
         return place[2]
 
 
 class TarArchive(Archive):
-    """A tar archive without compression. Place: offset, size."""
+    """An uncompressed tar archive. Place: offset, size."""
 
     kind = "tar"
 
     def entries(self) -> Iterator[tuple[str, Place]]:
-        """Every regular file; links and devices are left out."""
+        """Every regular file, without links and devices."""
         with tarfile.open(self.root, "r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members.clear()  # else all entries are kept
+                archive.members.clear()  # else tarfile keeps all entries in memory
                 if entry.issparse():
                     raise UserError(f"{entry.name} is stored with holes (tar --sparse); {AGAIN}")
                 if entry.isreg():
                     yield entry.name, (entry.offset_data, entry.size)
             archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # else tarfile ends at a damaged entry silently
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # else tarfile stops silently at a corrupt entry
                 raise tarfile.ReadError(f"no entry at byte {archive.offset:,}")
 
     def read(self, name: str, place: Place) -> bytes:
@@ -204,12 +204,12 @@ class TarArchive(Archive):
         return content
 
     def size(self, name: str, place: Place) -> int:
-        """As its header says."""
+        """Size from the member's header."""
         return place[1]
 
 
 def open_root(root: str | Path | None) -> Files:
-    """The files of `data.root`. Raises `UserError` unless it is a folder or an archive that can be read."""
+    """The files of `data.root`. Raises `UserError` unless it is a folder or a readable archive."""
     if root is None or str(root) in ("", "???"):
         raise UserError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
     path = shell.path(root)
@@ -232,7 +232,7 @@ def _open_archive(path: Path) -> Archive:
                 f"data.root={path}: compressed with {name}, so that no image can be read without all before it; "
                 f"unpack it, or {AGAIN}"
             )
-    # First tar: a tar that holds a zip file may pass for one, as those are recognised by their ends.
+    # Test tar first: zip files are recognised by their ends, so a tar that ends with a zip file may look like one.
     if tarfile.is_tarfile(path):
         return TarArchive(path)
     if zipfile.is_zipfile(path):
@@ -244,7 +244,7 @@ def _open_archive(path: Path) -> Archive:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is passed over: `.name`, and what macOS adds to archives. `..` is among them."""
+    """Whether to skip a file or folder: `.name` (also `..`), and the files that macOS adds to archives."""
     return (name.startswith(".") and name != ".") or name == "__MACOSX"
 
 
@@ -254,7 +254,7 @@ def _find_once(archive: Archive, suffixes: tuple[str, ...], changed: int) -> Fou
 
 
 def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> Found:
-    # Of two members of the same name the last one counts, as for those who unpack.
+    # Of two members of the same name the last one counts, as in unpacking.
     places, others = {}, Counter()
     for name, place in members:
         if name.lower().endswith(suffixes):
@@ -262,7 +262,7 @@ def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> 
         else:
             others[os.path.splitext(name)[1].lower()] += 1
     names = sorted(places)
-    # Blocks of memory: millions of Python objects would be copied, page by page, into every worker.
+    # Arrays, as every worker would copy millions of Python objects, page by page.
     return Found(np.array(names, np.bytes_), np.array([places[name] for name in names], np.int64), others)
 
 

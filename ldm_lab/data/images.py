@@ -1,4 +1,4 @@
-"""Any folder or archive of images as a data set."""
+"""Data set of the images of a folder or archive."""
 
 from __future__ import annotations
 
@@ -31,41 +31,41 @@ class ImageError(UserError):
 
 
 class FolderImages(ImageDataset):
-    """The images of a folder or archive, nested or not: those that end in one of `decode.EXTENSIONS`.
+    """The images of a folder or archive with all subfolders: files that end in one of `decode.EXTENSIONS`.
 
-    Hidden files and folders (names that begin with a dot) are passed over; links are followed in folders
-    and left out in archives. Images are sorted by their path relative to `root`. A hash of that path
-    alone decides which are held out, so that images that come or go move no others; only where chance
-    would leave one side empty, one image changes over. The content of a file, not its name, says of
-    which type it is; of several pictures in it the first is taken. Pictures are made upright (EXIF),
-    laid over `background` where they are transparent, converted to 8-bit RGB, and resized until the
-    shorter side fits (see `transforms`).
+    Hidden files and folders (names that begin with a dot) are skipped; links are followed in folders and
+    skipped in archives. Images are sorted by their path relative to `root`. Only a hash of that path
+    decides which images are held out, so that added or removed images move no other image; if chance
+    leaves one split empty, one image changes sides. The type of a file follows from its content, not its
+    name; of several images in a file, the first is used. Images are made upright (EXIF), composited over
+    `background` if transparent, converted to 8-bit RGB, and resized until the shorter side fits (see
+    `transforms`).
 
-    With `on_error="skip"` the place of a file that cannot be decoded is taken by the next one of the split
-    that can, for every epoch and any batch size alike. Items then have one entry more: `skipped`, the
-    errors of the files that were passed over, a line each; empty for most.
+    With `on_error="skip"` the next decodable file of the split replaces a file that cannot be decoded, the
+    same for every epoch and batch size. Items then have a further entry: `skipped`, the errors of the
+    skipped files, a line each; empty for most items.
 
     Args:
-        root: the folder, or a zip archive, or a tar archive that is not compressed.
+        root: the folder, or a zip archive, or an uncompressed tar archive.
         split: "train" or "val".
         image_size: pixels, one number or (height, width).
-        val_fraction: part of the images that is held out, in (0, 1).
-        random_crop: crop for training at random, else in the middle.
-        flip: exchange left and right in half of the training images.
-        background: colour behind transparent pictures, a name or `#rrggbb`.
-        on_error: what to do about a file that cannot be decoded, "raise" or "skip".
-        max_pixels: of a picture; None leaves it to Pillow.
-        seed: of crops and flips.
+        val_fraction: fraction of the images to hold out, in (0, 1).
+        random_crop: use random crops for training, else centre crops.
+        flip: mirror half of the training images.
+        background: colour behind transparent images, a name or `#rrggbb`.
+        on_error: reaction to a file that cannot be decoded, "raise" or "skip".
+        max_pixels: maximum pixels of an image; None: Pillow's limit.
+        seed: seed of crops and flips.
 
-    Attributes:
-        pixels_key: what sets `max_pixels`, for messages.
+        Attributes:
+            pixels_key: the setting of `max_pixels`, for messages.
 
     Raises:
-        UserError: an argument cannot be used, or the folder is missing or holds no images.
+        UserError: an argument is invalid, or the folder is missing or holds no images.
         ImageError: (on access) a file cannot be decoded, or with "skip" too many in a row; the message names it.
     """
 
-    MOST_IN_A_ROW = 100  # files to pass over before something else must be wrong
+    MOST_IN_A_ROW = 100  # skipped files; after more, the cause must lie elsewhere
     pixels_key = "data.max_pixels="
 
     def __init__(
@@ -103,11 +103,11 @@ class FolderImages(ImageDataset):
             wanted = ", ".join(extension[1:] for extension in EXTENSIONS)
             raise UserError(f"data.root={self.files.root}: {there}; expected two or more files of type {wanted}")
         held_out = is_held_out(found.names, self.val_fraction)
-        mine = held_out if self.split == "val" else ~held_out
-        return Found(found.names[mine], found.places[mine], found.others)
+        chosen = held_out if self.split == "val" else ~held_out
+        return Found(found.names[chosen], found.places[chosen], found.others)
 
     def _instead(self, others: Counter[str]) -> str:
-        """What a root without images holds: the end of a message."""
+        """The end of the message on a root without images: the files that it holds."""
         archives = sorted(name for name, _ in self.files.members() if name.lower().endswith(ARCHIVES))
         if archives and isinstance(self.files, Folder):
             first = self.files.root / archives[0]
@@ -120,7 +120,7 @@ class FolderImages(ImageDataset):
         return self._found.names
 
     def passed_over(self) -> str:
-        """How many files of which endings are no images; "" where there are none."""
+        """Numbers of files that are not images, by extension; "" without such files."""
         return endings(self._found.others, 4)
 
     def __len__(self) -> int:
@@ -146,15 +146,15 @@ class FolderImages(ImageDataset):
         raise ImageError(f"{len(errors)} file(s) in a row cannot be decoded; the first: {errors[0]}")
 
     def transform(self) -> dict[str, Any]:
-        """As for every data set, and what is laid under transparent pictures."""
+        """The settings of every data set, plus the background."""
         return {**super().transform(), "background": list(self.background)}
 
     def path(self, index: int) -> Path:
-        """The file of image `index`, for messages: in an archive there is no such file."""
+        """The path of image `index`, for messages only, as a path into an archive does not exist."""
         return self.files.root / os.fsdecode(self.names[index])
 
     def read(self, index: int) -> Image.Image:
-        """Image `index`, upright, 8-bit RGB, in its own size."""
+        """Image `index`, upright, 8-bit RGB, in its original size."""
         name, place = self._locate(index)
         try:
             picture = decode(self.files.read(name, place), self.background, self.max_pixels)
@@ -164,20 +164,20 @@ class FolderImages(ImageDataset):
             raise ImageError(f"{self.path(index)}: {error}") from None
         except PixelLimitError as error:
             raise ImageError(f"{self.path(index)}: {error}: {self.pixels_key}{error.pixels} takes it") from error
-        except Exception as error:  # decoders raise almost anything on damaged data
+        except Exception as error:  # decoders raise almost anything on corrupt data
             reason = getattr(error, "strerror", None) or first_line(error)
             raise ImageError(f"{self.path(index)}: cannot be read: {reason}") from error
 
     def format(self, index: int) -> str | None:
-        """Pillow's name of the format of image `index`; None where it is none."""
+        """Pillow's format name of image `index`; None if it is no image."""
         try:
             with Image.open(BytesIO(self.files.read(*self._locate(index))), formats=FORMATS) as image:
                 return image.format
-        except Exception:  # as when it is decoded
+        except Exception:  # decoders raise almost anything
             return None
 
     def fingerprint(self) -> str:
-        """Stands for the relative paths and sizes of this split's files; a folder and its archive are alike."""
+        """Hash of the relative paths and sizes of this split's files; equal for a folder and its archive."""
         return digest(self.marks().tolist())
 
     def marks(self) -> np.ndarray:
@@ -191,16 +191,16 @@ class FolderImages(ImageDataset):
 
 
 def is_held_out(names: np.ndarray, val_fraction: float) -> np.ndarray:
-    """Which of `names` (two or more, bytes) are held out, by a hash of each: `(N,)`, bool, neither all nor none."""
+    """Which of `names` (two or more, bytes) to hold out, by hash: `(N,)`, bool, neither all nor none."""
     hashes = (blake2b(name, digest_size=6).digest() for name in names.tolist())
-    draws = np.array([int.from_bytes(value, "little") / 2**48 for value in hashes])  # in [0, 1), of the name alone
+    draws = np.array([int.from_bytes(value, "little") / 2**48 for value in hashes])  # in [0, 1), a function of the name
     chosen = draws < val_fraction
     chosen[draws.argmax()], chosen[draws.argmin()] = False, True
     return chosen
 
 
 def endings(counts: Counter[str], most: int) -> str:
-    """The `most` frequent endings and how many files have them: `1,203 .txt files, 2 without an ending and 5 more`."""
+    """The `most` frequent extensions with their counts: `1,203 .txt files, 2 without an ending and 5 more`."""
     shown = counts.most_common(most)
     parts = [f"{count:,} {kind} files" if kind else f"{count:,} without an ending" for kind, count in shown]
     if rest := counts.total() - sum(count for _, count in shown):

@@ -1,13 +1,13 @@
-"""Latents kept on disk: every training image is encoded once, and read back by memory map.
+"""Latent cache on disk: every training image is encoded once, and read back by memory map.
 
 A cache is a folder `<paths.cache>/latents/<key>/`:
 
-    meta.json             what it holds, in words; the key is its hash
-    00000.safetensors ... `moments`, `(n, views, M, h, w)`: n images, as they are and (views = 2) mirrored
+    meta.json             description of the content; the key is its hash
+        00000.safetensors ... `moments`, `(n, views, M, h, w)`: n images, original and (views = 2) mirrored
     00000.lock            while a process encodes that shard
 
-A shard is there whole or not at all. What is missing is encoded by whoever comes, so that the ranks of a run, runs at
-the same time and the jobs of a sweep share the work, and an interrupted one goes on where it was.
+Shards are written atomically. Any process encodes the missing shards, so the ranks of a run, concurrent runs and the
+jobs of a sweep share the work, and an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from ldm_lab.utils.reading import LoadError, check_plain, read_json
 from ldm_lab.utils.writing import replacing, write_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # in safetensors
-FORMAT = 1  # of the folder: another one is another key
-MOST, LEAST, PARTS = 512, 16, 32  # images of a shard at most and at least; shards of a set in between
+NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}  # safetensors' names of dtypes
+FORMAT = 1  # of the folder: part of the key
+MOST, LEAST, PARTS = 512, 16, 32  # maximum and minimum images per shard; shards per data set in between
 META, TENSOR = "meta.json", "moments"
 KEY = re.compile(r"[0-9a-f]{16}")
 OWN_FILE = re.compile(r"meta\.json|\d{5,}\.(safetensors|lock)|\.(meta\.json|\d{5,}\.safetensors)\.\d+\.tmp")
 
 
 class Error(NamedTuple):
-    """What lies between latents that are kept and those of float32, on some images of a shard.
+    """Error of stored latents against latents in float32, on some images of a shard.
 
     Attributes:
-        relative_rms: of the moments.
-        codes: part of the codes that are others.
+        relative_rms: relative RMS error of the moments.
+        codes: fraction of the codes that change.
 
-    Both are NaN where they were not measured; the second also where the first stage has no codebook.
+    Both are NaN if not measured; `codes` also if the first stage has no codebook.
     """
 
     relative_rms: float = math.nan
@@ -63,18 +63,18 @@ UNKNOWN = Error()
 
 
 class LatentCache:
-    """The latents of one data set, as one autoencoder makes them of it.
+    """The latents of one data set from one autoencoder.
 
     Args:
         root: folder of all caches, `<paths.cache>/latents`.
-        what: what decides about the latents, as plain data: autoencoder, images, transform, precision.
-        count: N, how many images.
+        what: plain data that determines the latents: autoencoder, images, transform, precision.
+        count: N, number of images.
         shape: (views, M, h, w) of an image's moments (see `FirstStage.moments`).
-        dtype: in which they are kept, one of `DTYPES`.
+        dtype: dtype on disk, one of `DTYPES`.
 
     Attributes:
-        key: the name of the folder; changes with any of these.
-        folder: where it lies, there or not.
+        key: name of the folder; changes with every argument but `root`.
+        folder: path of the cache; it may not exist yet.
     """
 
     def __init__(self, root: str | Path, what: dict[str, Any], count: int, shape: Sequence[int], dtype: str) -> None:
@@ -87,11 +87,11 @@ class LatentCache:
 
     @property
     def shards(self) -> range:
-        """Their numbers."""
+        """The numbers of all shards."""
         return range(-(-self.count // self.shard_size))
 
     def indices(self, shard: int) -> range:
-        """The images of a shard."""
+        """The image indices of a shard."""
         return range(shard * self.shard_size, min(self.count, (shard + 1) * self.shard_size))
 
     def path(self, shard: int) -> Path:
@@ -99,11 +99,11 @@ class LatentCache:
         return self.folder / f"{shard:05}.safetensors"
 
     def num_bytes(self, images: int) -> int:
-        """What so many images take."""
+        """Bytes that so many images take."""
         return images * torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet."""
+        """The shards that do not exist yet."""
         try:
             there = set(os.listdir(self.folder))
         except FileNotFoundError:
@@ -111,10 +111,10 @@ class LatentCache:
         return [shard for shard in self.shards if self.path(shard).name not in there]
 
     def open_folder(self) -> None:
-        """Make the folder, or check that it holds what its name stands for, and note that it is used.
+        """Make the folder, or check that its content matches its key, and update its time of last use.
 
         Raises:
-            LoadError: it holds something else.
+            LoadError: the folder holds something else.
         """
         path = self.folder / META
         if not path.exists():
@@ -125,14 +125,14 @@ class LatentCache:
             raise LoadError(f"{error}; {self._advice}") from error
         if found != self.meta:
             raise LoadError(f"{path}: describes other latents than those of its name; {self._advice}")
-        with contextlib.suppress(OSError):  # of somebody else, and shared with us
+        with contextlib.suppress(OSError):  # the cache may belong to another user
             os.utime(path)
 
     @contextlib.contextmanager
     def claim(self, shard: int) -> Iterator[bool]:
-        """`with cache.claim(shard) as mine:` where it is, nobody else encodes the shard, nor has anybody.
+        """`with cache.claim(shard) as claimed:` true if the shard is missing and no other process encodes it.
 
-        The claim of a process ends with it, however that ends.
+        A process's claim ends with the process, even if the process is killed.
         """
         lock = filelock.FileLock(self.path(shard).with_suffix(".lock"), timeout=0)
         try:
@@ -141,13 +141,13 @@ class LatentCache:
             yield False
             return
         try:
-            mine = not self.path(shard).exists()
-            if mine:  # left by one that was killed
+            claimed = not self.path(shard).exists()
+            if claimed:  # files of a killed process
                 for leftover in self.folder.glob(f".{self.path(shard).name}.*.tmp"):
                     leftover.unlink()
-            yield mine
+            yield claimed
         finally:
-            if self.path(shard).exists():  # who comes now does not ask for a lock any more
+            if self.path(shard).exists():  # no later process will ask for this lock
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
@@ -155,14 +155,14 @@ class LatentCache:
         """Write a shard.
 
         Args:
-            shard: its number; claimed.
+            shard: number of the shard, which this process has claimed.
             moments: `(n, views, M, h, w)`, float32, on the CPU.
-            skipped: image -> the errors of the files that another one took the place of, a line each.
-            error: of what is kept.
+            skipped: image -> the errors of the skipped files that another file replaced, a line each.
+            error: error of the stored latents.
 
-        Raises:
-            UserError: a number is too large for the dtype, or not finite at all.
-            SaveError: the disk refused.
+            Raises:
+                UserError: a number is too large for the dtype, or not finite.
+                SaveError: the file cannot be written.
         """
         kept = moments.to(DTYPES[self.dtype])
         if not kept.isfinite().all():
@@ -177,10 +177,10 @@ class LatentCache:
             save_file({TENSOR: kept}, temporary, metadata=notes)
 
     def open(self, shard: int) -> Shard:
-        """Map a shard. Raises `LoadError` where it is missing, damaged or another; the message says what to do."""
+        """Memory-map a shard. Raises `LoadError`, with advice, if it is missing, corrupt or does not match."""
         path, shape = self.path(shard), [len(self.indices(shard)), *self.shape]
         try:
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # reading a pipe would block
                 raise LoadError("it is gone")
             with safe_open(path, "pt") as file:
                 if list(file.keys()) != [TENSOR]:
@@ -190,7 +190,7 @@ class LatentCache:
                     found = f"{moments.get_dtype()} of {moments.get_shape()}"
                     raise LoadError(f"holds {found}, not {self.dtype} of {shape}")
                 return Shard(moments, notes)
-        except Exception as error:  # a damaged file makes the reader fail in several ways
+        except Exception as error:  # safetensors raises various errors on corrupt files
             raise LoadError(f"{path}: cannot be used: {first_line(error)}; {self._advice}") from error
 
     @property
@@ -199,35 +199,35 @@ class LatentCache:
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖, in float32; 0 where nothing is expected."""
+    """‖found - expected‖ / ‖expected‖, in float32; 0 if both norms are 0."""
     return ((found.float() - expected).square().mean() / expected.square().mean()).sqrt().nan_to_num().item()
 
 
 def checksum(moments: Tensor) -> str:
-    """CRC-32 of a contiguous tensor's bytes, in hexadecimal digits."""
+    """CRC-32 of a contiguous tensor's bytes, in hexadecimal."""
     return f"{zlib.crc32(moments.view(torch.uint8).numpy()):08x}"
 
 
 def is_intact(path: Path) -> bool:
-    """Whether a shard's numbers are those that were written; all of them are read."""
+    """Whether a shard's content matches its checksum; reads the whole file."""
     try:
         with safe_open(path, "pt") as file:
             return checksum(file.get_tensor(TENSOR)) == (file.metadata() or {}).get("crc32")
-    except Exception:  # a damaged file makes the reader fail in several ways
+    except Exception:  # safetensors raises various errors on corrupt files
         return False
 
 
 class Shard:
-    """A shard that is mapped.
+    """A memory-mapped shard.
 
     Args:
-        moments: of safetensors, `(n, views, M, h, w)`; a part is read where it is asked for.
-        notes: what the file says beside them.
+        moments: safetensors slice `(n, views, M, h, w)`, read on access.
+        notes: metadata of the file.
 
     Attributes:
         rounding: relative RMS error of the dtype.
-        error: of precision and dtype together, where it was measured.
-        skipped: image -> the errors of files that it took the place of, a line each.
+        error: error of precision and dtype together, if measured.
+        skipped: image -> the errors of the skipped files that it replaces, a line each.
     """
 
     def __init__(self, moments: Any, notes: dict[str, str]) -> None:  # noqa: ANN401
@@ -239,14 +239,14 @@ class Shard:
 
 
 class CachedLatents(Dataset):
-    """What `images` are to training, with `moments` `(M, h, w)` in the place of `image` (see `ImageDataset`).
+    """The training items of `images` with `moments` `(M, h, w)` instead of `image` (see `ImageDataset`).
 
-    `dataset[index, position]` is mirrored where the image would be. Shards are opened when first asked for, by each
-    process for itself.
+    `dataset[index, position]` is mirrored exactly if the image would be. Each process opens a shard on its first
+    access.
 
     Args:
-        cache: all shards of which are there.
-        images: what was encoded.
+        cache: a complete cache.
+        images: the encoded data set.
     """
 
     def __init__(self, cache: LatentCache, images: ImageDataset) -> None:
@@ -258,7 +258,7 @@ class CachedLatents(Dataset):
         return self.cache.count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a mapping is of one process
+        return {**self.__dict__, "_shards": {}}  # memory maps belong to one process
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, position = key if isinstance(key, tuple) else (key, None)
@@ -268,15 +268,15 @@ class CachedLatents(Dataset):
         errors = shard.skipped.get(index, "")
         item = {
             "moments": shard.moments[place, int(mirrored)],  # (M, h, w)
-            "index": (index + len(errors.splitlines())) % len(self),  # the image that stands there
+            "index": (index + len(errors.splitlines())) % len(self),  # the image that replaces skipped files
             "position": index if position is None else position,
         }
         return {**item, "skipped": errors} if self.skips else item
 
     def shard(self, number: int) -> Shard:
-        """Shard `number`. Raises `LoadError` (see `LatentCache.open`), `UserError` for a file that may not be skipped.
+        """Shard `number`. Raises `LoadError` (see `LatentCache.open`), or `UserError` if it skipped a file and may not.
 
-        Shards may have been encoded by a run that passes over damaged files.
+        Another run, with `data.on_error=skip`, may have encoded the shard.
         """
         if number not in self._shards:
             shard = self.cache.open(number)

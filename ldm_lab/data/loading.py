@@ -1,4 +1,4 @@
-"""Loaders whose workers outlive signals, leave none behind, and take no more shared memory than there is."""
+"""Data loaders that survive signals, leave no workers behind, and never exceed shared memory."""
 
 from __future__ import annotations
 
@@ -23,65 +23,65 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.signals import STOPPING, held
 from ldm_lab.utils.terminal import say_once
 
-SHARED = "/dev/shm"  # where Linux keeps what processes share
+SHARED = "/dev/shm"  # Linux's shared memory
 ADVICE = "give it more (docker run --shm-size=8g), or use data.num_workers=0"
-ROOM = 4  # batches for each worker that must fit in what is free: others look at the same moment
+ROOM = 4  # free space needed, in batches per worker, as all workers check at the same time
 
 
 class Loader(DataLoader):
-    """A loader whose workers are all there, or none, when a signal is heeded."""
+    """A loader that starts its workers without being interrupted by a signal."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Start the workers."""
+        """Start the workers and yield batches."""
         with held():
             batches = super().__iter__()
         return (batch.join() if isinstance(batch, Apart) else batch for batch in batches)
 
 
 class Collate:
-    """Makes a batch of items; where shared memory has no room for those of all workers, the parent does.
+    """Collates items into a batch; if shared memory is too small for all workers, the parent collates.
 
-    A worker that finds too little of it sends the items through a pipe, which is slower: Docker gives 64 MB, and a
-    worker that takes more is killed.
+    A worker with too little shared memory sends the items through a pipe, which is slower: Docker gives 64 MB, and the
+    system kills a worker that takes more.
 
     Args:
-        join: makes the batch.
+        join: collates items into a batch.
     """
 
     def __init__(self, join: Callable[[Any], Any] = default_collate) -> None:
         self.join = join
 
     def __call__(self, items: Any) -> Any:  # noqa: ANN401
-        """The batch, or the items `Apart`."""
+        """The batch, or the pickled items as `Apart`."""
         worker = get_worker_info()
         size = sum(leaf.nbytes for leaf in tree_leaves(items) if isinstance(leaf, Tensor))
         if worker is None or ROOM * worker.num_workers * size <= free():
             return self.join(items)
-        own = tree_map_only(Tensor, torch.clone, items)  # of a view, all of its storage would be sent
-        return Apart(self.join, pickle.dumps(own))
+        copies = tree_map_only(Tensor, torch.clone, items)  # a view would be pickled with its whole storage
+        return Apart(self.join, pickle.dumps(copies))
 
 
 @dataclass(frozen=True)
 class Apart:
-    """The items of a batch on their way through a pipe: as bytes, or torch would put them into shared memory."""
+    """Pickled items of a batch for a pipe; they are bytes, as torch would put tensors into shared memory."""
 
     make: Callable[[Any], Any]
     items: bytes
 
     def join(self) -> Any:  # noqa: ANN401
-        """The batch."""
+        """Collate the items in the parent."""
         say_once(f"{SHARED} has no room for the images of all loaders, which now come on a slower way: {ADVICE}")
         return self.make(pickle.loads(self.items))
 
 
 def free() -> int:
-    """Bytes of shared memory that are free; very many where the system does not say."""
+    """Free bytes of shared memory; a huge number if unknown."""
     return shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else sys.maxsize
 
 
 @contextlib.contextmanager
 def enough_shared_memory() -> Iterator[None]:
-    """Around work with loaders. Raises `UserError` where one has died of a lack of shared memory all the same."""
+    """Context of work with loaders. Raises `UserError` if a worker still died of a lack of shared memory."""
     try:
         yield
     except RuntimeError as error:
@@ -91,14 +91,14 @@ def enough_shared_memory() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """What is sent to a whole group of processes is not for its loaders: training must find them alive for its step.
+    """Makes a loader worker ignore signals sent to the process group, as training needs it to finish the step.
 
-    The parent itself may end them by SIGTERM, and does where it ends in haste.
+    Only the parent can end the worker, by SIGTERM, as it does when it stops at once.
     """
     for number in STOPPING:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which tells the sender; macOS has no such thing
+    if hasattr(signal, "sigwaitinfo"):  # it returns the sender; missing on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -1,7 +1,7 @@
-"""Pictures whose metadata cannot be read, though their pixels can: the same file with less beside the pixels.
+"""Strips unreadable metadata from image files, so that Pillow can decode their pixels.
 
-Pillow refuses a whole file for a text over its limits, a wrong checksum or a truncated profile. Texts, profiles, dates
-and the like decide no pixel here, so a file may lose them; only the orientation in its EXIF data is worth keeping.
+Pillow rejects a whole file for a text over its limits, a wrong checksum or a truncated profile. Texts, profiles, dates
+and the like change no pixel here, so they can be dropped; only the EXIF orientation matters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-TIFF = {  # start -> byte order, and formats: where the first directory lies, its length, an entry (tag, type, count)
+TIFF = {  # start -> byte order; formats of: offset of the first directory, its length, an entry (tag, type, count)
     b"II*\0": ("<", "4xI", "H", "HHI4s"),
     b"MM\0*": (">", "4xI", "H", "HHI4s"),
     b"II+\0": ("<", "8xQ", "Q", "HHQ8s"),
@@ -20,11 +20,11 @@ TIFF = {  # start -> byte order, and formats: where the first directory lies, it
 }
 TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 TIFF_METADATA = {269, 270, 271, 272, 282, 283, 285, 286, 287, 296, 297, 305, 306, 315, 316, 700}
-TIFF_PRIVATE = 2**15  # from here on: profiles, EXIF, GPS, IPTC ...
+TIFF_PRIVATE = 2**15  # tags from here on: profiles, EXIF, GPS, IPTC ...
 
 
 def without_metadata(content: bytes) -> Iterator[bytes]:
-    """The file with less and less metadata; nothing for a format whose metadata Pillow never stumbles over."""
+    """Versions of the file with less and less metadata; none for formats whose metadata Pillow always reads."""
     if content.startswith(PNG):
         yield _png(content)
     elif content.startswith(JPEG):
@@ -37,7 +37,7 @@ def without_metadata(content: bytes) -> Iterator[bytes]:
 
 
 def _png(content: bytes) -> bytes:
-    """A PNG's critical chunks and its transparency, as they are, and EXIF data whose checksum is right."""
+    """A PNG with only its critical chunks, its transparency, and EXIF data with a valid checksum."""
     parts, place = [content[:8]], 8
     while len(content) - place >= 8:
         length, name = struct.unpack_from(">I4s", content, place)
@@ -52,11 +52,11 @@ def _png(content: bytes) -> bytes:
 
 
 def _jpeg(content: bytes, exif: bool) -> bytes:
-    """A JPEG without comments and application data, but for what tells its colours."""
+    """A JPEG without comments and application data, except for the segments that define its colours."""
     parts, place = [content[:2]], 2
     while content[place : place + 1] == b"\xff" and len(content) - place >= 4:
         marker, length = struct.unpack_from(">xBH", content, place)
-        if marker == 0xDA:  # here begin the pixels
+        if marker == 0xDA:  # start of the pixels
             break
         segment = content[place : place + 2 + length]
         kept = {0xE0: length >= 16, 0xEE: length >= 14, 0xE1: exif and segment[4:10] == b"Exif\0\0"}  # JFIF, Adobe
@@ -67,7 +67,7 @@ def _jpeg(content: bytes, exif: bool) -> bytes:
 
 
 def _without_exif_item(content: bytes) -> bytes:
-    """An AVIF or HEIC file whose EXIF data are listed as of no known kind; which way is up stands in another place."""
+    """An AVIF or HEIC file whose EXIF item has an unknown type; its orientation is stored elsewhere."""
     place = 0
     while len(content) - place >= 8:
         size, name = struct.unpack_from(">I4s", content, place)
@@ -79,20 +79,20 @@ def _without_exif_item(content: bytes) -> bytes:
 
 
 def with_sound_tags(content: bytes) -> bytes:
-    """A TIFF without metadata that lie beyond its end; any other file as it is.
+    """A TIFF without the metadata tags that point beyond its end; any other file unchanged.
 
-    Pillow stops at the first tag whose value it cannot read and goes on without all later ones, which may say how the
-    pixels are packed.
+    Pillow stops at the first tag whose value it cannot read and ignores all later tags, which may define the layout of
+    the pixels.
     """
     return _tiff(content, every=False) if content[:4] in TIFF else content
 
 
 def _tiff(content: bytes, every: bool) -> bytes:
-    """A TIFF whose metadata, every one or those beyond its end, are a byte each."""
+    """A TIFF whose metadata tags, all or those that point beyond its end, are replaced by one byte each."""
     order, *formats = TIFF[content[:4]]
     header, number, entry = (struct.Struct(order + form) for form in formats)
     less = bytearray(content)
-    with contextlib.suppress(struct.error, OverflowError):  # the directory itself is damaged: for Pillow to judge
+    with contextlib.suppress(struct.error, OverflowError):  # corrupt directory: left to Pillow
         (place,) = header.unpack_from(content)
         (count,) = number.unpack_from(content, place)
         for start in range(place + number.size, place + number.size + count * entry.size, entry.size):

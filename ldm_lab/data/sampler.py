@@ -1,4 +1,4 @@
-"""The order in which training sees the images: a stream, and a function of (seed, position)."""
+"""Sampler of the endless stream of training images; its order is a function of (seed, position)."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ldm_lab.utils.randomness import generator
 
 
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches for one device out of the global stream of training images, which has no end of its own.
+    """Batches for one device from the endless global stream of training images.
 
     Position n of the stream is in epoch `n // N` and shows image `permutation(seed, epoch)[n % N]` of
-    the N images. Global batch g covers the positions `[g * G, (g + 1) * G)`. It is taken in
+    the N images. Global batch g covers the positions `[g * G, (g + 1) * G)`. It is split into
     micro-batches of b images on each of W devices: micro-batch k of rank r begins at
-    `g * G + (k * W + r) * b`. Which images make up a global batch does therefore not depend on b and W,
-    and a run resumes by naming the position that it has reached.
+    `g * G + (k * W + r) * b`. So the images of a global batch do not depend on b and W, and a run
+    resumes from a position alone.
 
     Yields lists of b pairs (index, position).
 
     Args:
-        dataset_size: N, images in the data set; fewer than G is fine.
-        global_batch_size: G, images for one optimizer step.
+        dataset_size: N, images in the data set; may be less than G.
+        global_batch_size: G, images per optimizer step.
         batch_size: b, images that one device holds at a time.
-        seed: of the order.
-        rank: r, which device this is.
+        seed: seed of the order.
+        rank: r, rank of this device.
         world_size: W, number of devices.
         start: positions already seen, a multiple of G.
         stop: position at which training ends; None: never.
 
     Raises:
-        UserError: G is not a multiple of b * W, `start` not one of G, or the data set is empty.
+        UserError: G is not a multiple of b * W, `start` is not a multiple of G, or the data set is empty.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
             raise UserError("the training set is empty: there is nothing to draw batches from")
         if not 0 <= rank < world_size:
             raise UserError(f"rank {rank} of {world_size} devices: give a rank from 0 to {world_size - 1}")
-        accumulation(global_batch_size, batch_size, world_size)  # refuses what does not divide
+        accumulation(global_batch_size, batch_size, world_size)  # raises if not divisible
         if start < 0 or start % global_batch_size:
             raise UserError(
                 f"{start} images seen is not a whole number of global batches of {global_batch_size}: "
@@ -70,13 +70,13 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.start + self.rank * self.batch_size
-        # Micro-batches follow each other at a distance of b * W, across global batches too: b * W divides G.
+        # Consecutive micro-batches are b * W apart, across global batches too, as b * W divides G.
         while self.stop is None or first < self.stop:
             yield [(self.index(position), position) for position in range(first, first + self.batch_size)]
             first += self.batch_size * self.world_size
 
     def index(self, position: int) -> int:
-        """The image at a position of the stream."""
+        """The image index at a position of the stream."""
         epoch, place = divmod(position, self.dataset_size)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, permutation(self.dataset_size, self.seed, epoch)
@@ -89,10 +89,10 @@ def permutation(size: int, seed: int, epoch: int) -> Tensor:
 
 
 def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> int:
-    """Micro-batches that one device takes for one optimizer step: G / (b * W).
+    """Micro-batches per device and optimizer step: G / (b * W).
 
     Raises:
-        UserError: that is not a whole number; the message names the nearest values that are possible.
+        UserError: G is not a multiple of b * W; the message names the nearest valid values.
     """
     if min(global_batch_size, batch_size) < 1:
         raise UserError(
@@ -112,7 +112,7 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, in order."""
+    """All divisors of a positive number, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 

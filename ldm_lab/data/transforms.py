@@ -1,7 +1,7 @@
-"""From a decoded picture to the tensor that a network sees: pure functions on PIL images.
+"""Image transforms, from a PIL image to the network's input tensor, as pure functions.
 
-What is random is a function of (seed, position), the position being the image's place in the global
-stream of training images: a resumed run crops and flips alike.
+Random crops and flips are functions of (seed, position), where position is the image's place in the
+global stream of training images: a resumed run crops and flips the same way.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ldm_lab.utils.randomness import generator
 
 RGB = tuple[int, int, int]
 Size = tuple[int, int]  # (height, width) in pixels
-MOST_PIXELS = 2**27  # of a picture after scaling: 400 MB
-UPRIGHT = {  # what a viewer does for an EXIF orientation
+MOST_PIXELS = 2**27  # limit of an image after scaling: 400 MB
+UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -32,7 +32,7 @@ UPRIGHT = {  # what a viewer does for an EXIF orientation
 
 
 def parse_size(image_size: int | Sequence[int]) -> Size:
-    """`data.image_size` as (height, width). Raises `UserError` unless it is one or two positive whole numbers."""
+    """`data.image_size` as (height, width). Raises `UserError` unless it is one or two positive integers."""
     sides = [image_size] * 2 if isinstance(image_size, Integral) else image_size
     if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(_positive, sides)):
         raise UserError(f"data.image_size={image_size}: give a positive whole number of pixels or [height, width]")
@@ -44,21 +44,21 @@ def _positive(value: object) -> bool:
 
 
 def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
-    """Upright 8-bit RGB: EXIF rotation applied, transparency of any kind laid over `background`.
+    """Convert to upright 8-bit RGB: applies the EXIF rotation, and composites any transparency over `background`.
 
-    EXIF data that cannot be read turn nothing. Sixteen bits span the same range as eight. Colour profiles are not
+    Unreadable EXIF data are ignored. 16-bit images are scaled to the 8-bit range. Colour profiles are not
     applied.
 
     Raises:
-        UserError: the picture is grey in floats, or in integers of 32 bits or with a sign. Which of
-            their values is white is nowhere said, and scaling each by its own would make them unequal.
+        UserError: the image is greyscale in float, 32-bit or signed integers. These formats define no
+            white value, and scaling each image by its own maximum would make images inconsistent.
     """
     image.load()
     if (turn := _turn(image)) is not None:
         image = image.transpose(turn)
     if image.mode in ("F", "I"):
         raise UserError("floats or 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip it at 255
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -68,18 +68,18 @@ def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes an image upright; None where it is, or its EXIF data are damaged."""
+    """The transpose that makes an image upright; None if it is upright, or its EXIF data are unreadable."""
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # their reader raises almost anything
+    except Exception:  # the EXIF reader raises almost anything
         return None
 
 
 def covering_size(image: Image.Image, size: Size) -> tuple[int, int]:
-    """(width, height) to which an image is scaled so that it just covers `size`.
+    """(width, height) of the smallest scaled image that covers `size`.
 
     Raises:
-        UserError: that would be a picture of `MOST_PIXELS` or more, made of one that is far too narrow.
+        UserError: the scaled image would have `MOST_PIXELS` or more, as the image is far too narrow.
     """
     height, width = size
     scale = max(height / image.height, width / image.width)
@@ -90,28 +90,28 @@ def covering_size(image: Image.Image, size: Size) -> tuple[int, int]:
 
 
 def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
-    """Scale, keeping the proportions, to the smallest picture that a crop of `size` fits into.
+    """Scale an image to the smallest size that covers a crop of `size`; keeps the aspect ratio.
 
-    For a square crop the shorter side becomes its side. Bicubic with antialiasing (Pillow widens the
-    kernel when it shrinks), as for the reference statistics that FIDs are compared with.
+    For a square crop the shorter side becomes the crop's side. Bicubic with antialiasing (Pillow widens
+    the kernel when it shrinks), as for the reference statistics of published FIDs.
     """
     covering = covering_size(image, size)
     return image if covering == image.size else image.resize(covering, Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The middle `size` of an image that covers it."""
+    """Centre crop of `size`, from an image that covers it."""
     return _crop(image, size, (image.height - size[0]) // 2, (image.width - size[1]) // 2)
 
 
 def random_crop(image: Image.Image, size: Size, seed: int, position: int) -> Image.Image:
-    """A `size` of an image that covers it, every placement equally likely: a function of (seed, position)."""
+    """Uniformly random crop of `size`, from an image that covers it: a function of (seed, position)."""
     u, v = torch.rand(2, generator=generator(seed, "crop", position), dtype=torch.float64).tolist()
     return _crop(image, size, int(u * (image.height - size[0] + 1)), int(v * (image.width - size[1] + 1)))
 
 
 def random_flip(image: Image.Image, seed: int, position: int) -> Image.Image:
-    """Left and right exchanged where `is_flipped` says so."""
+    """Mirror the image if `is_flipped(seed, position)`."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped(seed, position) else image
 
 

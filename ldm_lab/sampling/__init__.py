@@ -1,1 +1,1 @@
-"""Samples by their index: seed, noise, image, file; and pictures beside them."""
+"""Sampling: seeds, samples to PNG files, and pictures that explain a model."""

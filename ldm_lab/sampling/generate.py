@@ -1,4 +1,4 @@
-"""From seeds to files, on any number of devices: indices -> `LDMPipeline` -> PNG, through `Trainer.predict`."""
+"""Samples to PNG files on any number of devices: indices -> `LDMPipeline` -> PNG, through `Trainer.predict`."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import replacing, require_writable, write_json
 
 MANIFEST = "manifest.json"
-ADDED = {"compile": False, "tiling": False}  # settings that older manifests do not have
+ADDED = {"compile": False, "tiling": False}  # settings missing in older manifests -> their values then
 GRID_IMAGES = 64
-PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk of every PNG, with its checksum
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # last chunk of every PNG, with its CRC
 
 
 class SamplingModule(LightningModule):
-    """Draws sample i from (seed, i) and writes it as `<i>.png`: the same image on any number of devices.
+    """Draws sample i from (seed, i) and writes `<i>.png`: the same image on any number of devices.
 
     Args:
         pipe: the model; its scheduler is the sampler.
-        folder: where the images go.
-        seed: of all samples.
-        steps: evaluations of the UNet.
+        folder: folder of the images.
+        seed: seed of all samples.
+        steps: UNet evaluations per sample.
         eta: 0 for deterministic DDIM.
-        compiled: whether the networks are compiled, once they are on their device.
+        compiled: whether to compile the networks, once they are on their device.
     """
 
     def __init__(
@@ -57,31 +57,31 @@ class SamplingModule(LightningModule):
         pipe.set_progress_bar_config(disable=True)
 
     def on_predict_start(self) -> None:
-        """Lightning has moved the networks."""
+        """Compile the networks on request, now that Lightning has moved them to the device."""
         if self.compiled:
             self.pipe.compile()
 
     def predict_step(self, batch: Tensor, _: int) -> None:
-        """Indices `(B,)` -> a file each, also where one is there twice."""
+        """Sample indices `(B,)` and write a file for each; an index may repeat."""
         indices = batch.tolist()
         images = self.pipe(len(indices), generators(self.seed, indices), self.eta, self.steps).images
         save_pngs({image_path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
 
 
 class MissingSamples(LightningDataModule):
-    """The indices that have no file yet, shared among the devices.
+    """Data module of the sample indices that have no file yet, split over the devices.
 
-    The first device looks, and tells the others: two that look for themselves may see different files, and what each
-    thinks is the other's nobody draws.
+    The first device lists the files and broadcasts the list: devices that list files themselves may see different
+    files, and then no device would draw some of the samples.
 
     Args:
-        folder: where the images go.
-        num_samples: how many there shall be.
+        folder: folder of the images.
+        num_samples: total number of samples wanted.
         batch_size: images at a time on each device.
-        full: whether the last batch is as large as the others (see `loader`).
+        full: whether to pad the last batch (see `loader`).
 
     Attributes:
-        count: how many were missing; known when sampling has begun.
+        count: number of missing samples; known once sampling has begun.
     """
 
     def __init__(self, folder: Path, num_samples: int, batch_size: int, full: bool = False) -> None:
@@ -91,7 +91,7 @@ class MissingSamples(LightningDataModule):
         self.count = 0
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of this device."""
+        """Index batches of this device."""
         trainer = self.trainer
         indices = trainer.strategy.broadcast(missing(self.folder, self.num_samples) if trainer.is_global_zero else [])
         self.count = len(indices)
@@ -99,17 +99,17 @@ class MissingSamples(LightningDataModule):
 
 
 def image_path(folder: Path, index: int) -> Path:
-    """The file of sample `index`, in a folder that holds samples alone, as evaluators want it."""
+    """The file of sample `index`, in a subfolder that holds only samples, as evaluators expect."""
     return folder / "images" / f"{index:06d}.png"
 
 
 def missing(folder: Path, num_samples: int) -> list[int]:
-    """The indices whose files are not there yet, or not whole."""
+    """The indices whose files are missing or incomplete."""
     return [index for index in range(num_samples) if not _is_whole(image_path(folder, index))]
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a PNG is there to its end. Ours are whole; one that was copied may be cut short."""
+    """Whether a PNG is complete. This package writes complete files, but a copied file may be truncated."""
     try:
         with open(path, "rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
@@ -120,16 +120,16 @@ def _is_whole(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What samples follow from beside the model: written into their manifest.
+    """The settings, besides the model, that determine samples; the manifest records them.
 
     Attributes:
         seed: sample i is drawn from (seed, i).
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
-        steps: evaluations of the UNet.
-        eta: of DDIM.
-        precision: of the networks.
-        compile: whether they are compiled.
-        tiling: whether they decode tile by tile.
+        steps: UNet evaluations per sample.
+        eta: eta of DDIM.
+        precision: precision of the networks.
+        compile: whether the networks are compiled.
+        tiling: whether the first stage decodes in tiles.
     """
 
     seed: int
@@ -142,7 +142,7 @@ class SampleSettings:
 
 
 def default_folder(state: State, settings: SampleSettings) -> Path:
-    """A folder for each state and each sampler: in `samples/` of the folder that was named, or beside a file."""
+    """A folder for each model state and sampler: in `samples/` of the source folder, or beside a source file."""
     source = state.source
     samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
     name = f"{settings.sampler}_{settings.steps}_eta{settings.eta:g}_seed{settings.seed}"
@@ -150,22 +150,22 @@ def default_folder(state: State, settings: SampleSettings) -> Path:
 
 
 def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False) -> DataLoader:
-    """Batches of the indices that device `rank` of `world_size` draws, perhaps none; each index falls to one device.
+    """Batches of the indices for device `rank` of `world_size`, perhaps none; each index goes to one device.
 
     Args:
-        indices: of all devices.
-        batch_size: how many at a time.
-        rank: of this device.
-        world_size: how many devices there are.
-        full: fill the last batch up with its last index: compiled networks know one batch size.
+        indices: indices for all devices.
+        batch_size: indices per batch.
+        rank: rank of this device.
+        world_size: number of devices.
+        full: pad the last batch with its last index, as compiled networks have one batch size.
     """
-    mine = indices[rank::world_size]
-    surplus = mine[-1:] * (-len(mine) % batch_size) if full else []
-    return DataLoader(mine + surplus, batch_size=batch_size)  # type: ignore[arg-type]
+    of_device = indices[rank::world_size]
+    surplus = of_device[-1:] * (-len(of_device) % batch_size) if full else []
+    return DataLoader(of_device + surplus, batch_size=batch_size)  # type: ignore[arg-type]
 
 
 def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings) -> dict[str, Any]:
-    """The manifest: everything that the images follow from, and which versions made them."""
+    """The manifest: everything that determines the images, and the versions that made them."""
     hashes = {name: checkpoint.fingerprint(getattr(pipe, name)) for name in ("unet", "vqvae")}
     versions = {"ldm_lab": __version__, "torch": torch.__version__}
     scheduler = dict(pipe.scheduler.config)
@@ -173,30 +173,30 @@ def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings) -> dict[str
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """A hash of what samples follow from, wherever the model lies and whatever versions draw them."""
+    """Hash of everything that determines samples, without the model's location and the versions."""
     settings = {key: value for key, value in manifest.items() if key not in ("ckpt", "versions")}
     return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def claim(folder: Path, manifest: dict[str, Any], key: str = "output=") -> None:
-    """Write the manifest, or check that the samples there are of the same model with the same settings.
+    """Write the manifest, or check that existing samples have the same model and settings.
 
-    What a killed process was writing is removed.
+    Removes partial files of a killed process.
 
     Args:
-        folder: of the samples.
+        folder: folder of the samples.
         manifest: see `describe`.
-        key: what names another folder, for messages.
+        key: the setting that chooses another folder, for messages.
 
     Raises:
-        UserError: the folder holds something else; nothing in it is touched.
-        SaveError: it cannot be written.
+        UserError: the folder holds something else; the folder is left untouched.
+        SaveError: the manifest cannot be written.
     """
     path = folder / MANIFEST
-    unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # as `replacing` names them
+    unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # names of `replacing`'s temporary files
     if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - {*unfinished, folder / locks.NAME}:
         raise UserError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
-    if not any((folder / "images").glob("*.png")):  # a command that failed before its first sample claims nothing
+    if not any((folder / "images").glob("*.png")):  # without samples, another model may claim the folder
         require_writable(folder, key)
         _remove(unfinished)
         write_json(path, manifest)
@@ -211,7 +211,7 @@ def claim(folder: Path, manifest: dict[str, Any], key: str = "output=") -> None:
 
 
 def _completed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with the settings that its version did not have yet, at the values at which they have no effect."""
+    """A manifest completed by the settings that its version lacked, at the values that have no effect."""
     kind, scheduler = SAMPLERS.get(str(old.get("sampler"))), old.get("scheduler")
     if kind is None or not isinstance(scheduler, dict):
         return {**ADDED, **old}
@@ -225,7 +225,7 @@ def _remove(files: list[Path]) -> None:
 
 
 def collect(folder: Path, num_samples: int) -> list[str]:
-    """Write `grid.png` of the first images, and `samples.npz` as the ADM evaluator reads it; returns their names."""
+    """Write `grid.png` of the first images, and `samples.npz` for the ADM evaluator; returns their names."""
     if not num_samples:
         return []
     paths = [image_path(folder, index) for index in range(num_samples)]
@@ -236,7 +236,7 @@ def collect(folder: Path, num_samples: int) -> list[str]:
 
 
 def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> None:
-    """`arr_0`: `(N, H, W, 3)` uint8, image by image: 50,000 images never lie in memory together."""
+    """Write `arr_0`, `(N, H, W, 3)` uint8, image by image, so that 50,000 images need not fit in memory."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
     with (
         replacing(target) as temporary,
@@ -249,6 +249,6 @@ def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> N
 
 
 def image_size(pipe: LDMPipeline) -> tuple[int, int]:
-    """(height, width) of a pipeline's images. Raises `UserError` where the UNet's config does not say."""
+    """(height, width) of a pipeline's images. Raises `UserError` if the UNet's config has no sample size."""
     height, width = pipe.noise(1).shape[2:]
     return height * pipe.vqvae.downsample_factor, width * pipe.vqvae.downsample_factor

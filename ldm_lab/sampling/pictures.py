@@ -1,4 +1,4 @@
-"""Pictures that explain a model: how a sample comes about, what lies between two, variations, reconstructions."""
+"""Pictures that explain a model: denoising, interpolations, variations, reconstructions."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
 from ldm_lab.utils.writing import replacing
 
-STEPS_SHOWN = 10  # of a denoising, in a row
-BETWEEN = 12  # frames from one sample to the next
+STEPS_SHOWN = 10  # maximum number of steps shown of a denoising
+BETWEEN = 12  # frames per leg of an interpolation
 FRAME_MS = 120
 VARIATIONS, MOST_RECONSTRUCTED, COLUMNS = 8, 32, 8
 
 
 @torch.no_grad()
 def denoising(pipe: LDMPipeline, count: int, seed: int, steps: int, eta: float = 0.0) -> Tensor:
-    """How the first samples come about: what each step takes for the clean image, decoded.
+    """The denoising of the first samples: the predicted clean image at each step, decoded.
 
     Args:
         pipe: the model with its sampler.
-        count: B, samples.
-        seed: of the samples.
-        steps: N, of the sampler.
-        eta: of the sampler.
+        count: B, number of samples.
+        seed: seed of the samples.
+        steps: N, steps of the sampler.
+        eta: eta of the sampler.
 
     Returns:
-        `(F, B, 3, H, W)` in [-1, 1], of F <= `STEPS_SHOWN` steps evenly spread, the last among them.
+        `(F, B, 3, H, W)` in [-1, 1], for F <= `STEPS_SHOWN` evenly spaced steps, the last included.
     """
-    own = generators(seed, range(count))
-    latents = pipe.noise(count, own)
+    rngs = generators(seed, range(count))
+    latents = pipe.noise(count, rngs)
     pipe.scheduler.set_timesteps(steps)
     shown = {round(place) for place in torch.linspace(0, steps - 1, min(STEPS_SHOWN, steps)).tolist()}
     frames = [
         pipe.decode(output.pred_original_sample).cpu()
-        for index, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, own, eta))
+        for index, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, rngs, eta))
         if index in shown
     ]
     return torch.stack(frames)  # F x (B, 3, H, W) -> (F, B, 3, H, W)
@@ -58,20 +58,20 @@ def denoising(pipe: LDMPipeline, count: int, seed: int, steps: int, eta: float =
 def interpolation(
     pipe: LDMPipeline, indices: Sequence[int], seed: int, steps: int, eta: float = 0.0, batch_size: int = 16
 ) -> Tensor:
-    """What lies between samples: all noise goes from that of one to that of the next on a sphere.
+    """Interpolation between samples: spherical interpolation of all noise from one sample to the next.
 
-    The starting noise does, and the noise of each step where the sampler adds any, so that the ends are these samples.
+    It interpolates the starting noise and any noise that the sampler adds in a step, so the ends are these samples.
 
     Args:
         pipe: the model with its sampler.
-        indices: of the samples to go through, two or more.
-        seed: of the samples.
-        steps: of the sampler.
-        eta: of the sampler.
+        indices: indices of two or more samples, in order.
+        seed: seed of the samples.
+        steps: steps of the sampler.
+        eta: eta of the sampler.
         batch_size: images at a time.
 
     Returns:
-        `(L, F, 3, H, W)` in [-1, 1]: L legs of F frames, each from a sample to the next, both included.
+        `(L, F, 3, H, W)` in [-1, 1]: L legs of F frames, each from a sample to the next, ends included.
     """
     frames = list(itertools.product(range(len(indices) - 1), torch.linspace(0, 1, BETWEEN).tolist()))
     batches = [frames[first : first + batch_size] for first in range(0, len(frames), batch_size)]
@@ -82,32 +82,32 @@ def interpolation(
 def _draw_frames(
     pipe: LDMPipeline, indices: Sequence[int], frames: Sequence[tuple[int, float]], seed: int, steps: int, eta: float
 ) -> Tensor:
-    """Frames of an interpolation, each a leg and a part of its way -> `(B, 3, H, W)` in [-1, 1], on the CPU."""
-    own = generators(seed, indices)  # new ones: each batch of frames draws the noise of all samples again
+    """Frames of an interpolation, as (leg, fraction) pairs -> `(B, 3, H, W)` in [-1, 1], on the CPU."""
+    rngs = generators(seed, indices)  # new for each batch of frames, which draws the same noise
 
     def between(ends: Tensor) -> Tensor:  # (L + 1, C, h, w) -> (B, C, h, w), on the CPU: no step waits for the device
         return torch.stack([slerp(ends[leg], ends[leg + 1], part) for leg, part in frames])
 
-    start = pipe.noise(len(indices), own).cpu()
+    start = pipe.noise(len(indices), rngs).cpu()
     latents = between(start).to(pipe.device)
     pipe.scheduler.set_timesteps(steps)
     for _, output in denoise(
-        pipe.unet, pipe.scheduler, latents, eta=eta, noise=lambda: between(randn(start.shape, own))
+        pipe.unet, pipe.scheduler, latents, eta=eta, noise=lambda: between(randn(start.shape, rngs))
     ):
         latents = output.prev_sample
     return pipe.decode(latents).clamp(-1, 1).cpu()
 
 
 def slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
-    """Spherical interpolation (Shoemake 1985, section 3.3): on the arc from `a` to `b`, of any equal shape.
+    """Spherical interpolation (Shoemake 1985, section 3.3) from `a` to `b`, of any equal shape.
 
-    Between two draws of normal noise it stays as far from the origin as noise lies; a straight line does not.
-    In float64, on the host: not every device has that.
+    Between two draws of normal noise it keeps the norm of noise; linear interpolation does not. It computes in
+    float64 on the CPU, as not every device has float64.
     """
     one, other = a.cpu().double(), b.cpu().double()
     cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
-    if angle.sin().abs() < 1e-6:  # one and the same direction, or opposite ones, between which any arc is as good
+    if angle.sin().abs() < 1e-6:  # equal directions, or opposite ones, where the arc is not unique
         return torch.lerp(a, b, part)
     mixed = (torch.sin((1 - part) * angle) * one + torch.sin(part * angle) * other) / angle.sin()
     return mixed.to(a)
@@ -117,16 +117,16 @@ def slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
 def variations(
     pipe: LDMPipeline, image: Tensor, count: int, strength: float, seed: int, steps: int, eta: float = 0.0
 ) -> Tensor:
-    """Samples that share with an image what noise leaves of it: encode, noise to t, denoise (Meng et al. 2022).
+    """Variations of an image by SDEdit (Meng et al. 2022): encode, add noise up to t, denoise.
 
     Args:
         pipe: the model with its sampler.
         image: `(3, H, W)` in [-1, 1].
-        count: B.
-        strength: the part of the steps that is taken, in (0, 1]: 1 leaves next to nothing of the image.
-        seed: variation i follows from (seed, i).
-        steps: N, of the sampler; `strength * N` of them are taken.
-        eta: of the sampler.
+        count: B, number of variations.
+        strength: fraction of the steps to take, in (0, 1]; 1 keeps next to nothing of the image.
+        seed: variation i is a function of (seed, i).
+        steps: N, steps of the sampler; it takes `strength * N` of them.
+        eta: eta of the sampler.
 
     Returns:
         `(B, 3, H, W)` in [-1, 1].
@@ -135,18 +135,18 @@ def variations(
     clean = vqvae.latents(image[None].to(pipe.device, vqvae.dtype)).float() * vqvae.config.scaling_factor
     scheduler.set_timesteps(steps)
     scheduler.set_timesteps(timesteps=scheduler.timesteps[-max(1, round(strength * steps)) :].tolist())
-    own = generators(seed, range(count), "variation")
+    rngs = generators(seed, range(count), "variation")
     clean = clean.expand(count, -1, -1, -1)  # (1, C, h, w) -> (B, C, h, w)
-    noise = randn(clean.shape, own, pipe.device)
+    noise = randn(clean.shape, rngs, pipe.device)
     latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1].expand(count))
-    for _, output in denoise(pipe.unet, scheduler, latents, own, eta):
+    for _, output in denoise(pipe.unet, scheduler, latents, rngs, eta):
         latents = output.prev_sample
     return pipe.decode(latents).cpu()
 
 
 @torch.no_grad()
 def reconstructions(vqvae: FirstStage, images: Tensor) -> Tensor:
-    """What a first stage makes of `(B, 3, H, W)` images in [-1, 1], one after another, alike."""
+    """Reconstructions `(B, 3, H, W)` of images `(B, 3, H, W)` in [-1, 1], one image at a time."""
     device = next(vqvae.parameters()).device
     made = [vqvae.decode(vqvae.latents(image[None].to(device, vqvae.dtype))).sample for image in images]
     return torch.cat(made).float().cpu()
@@ -155,10 +155,10 @@ def reconstructions(vqvae: FirstStage, images: Tensor) -> Tensor:
 def read_images(
     source: str | Path, size: tuple[int, int], most: int, key: str, max_pixels: int | None = None
 ) -> Tensor:
-    """The images of a file or a folder (the first by name), resized and cropped as for training: `(B, 3, H, W)`.
+    """The image of a file, or the first `most` images of a folder, cropped as in validation: `(B, 3, H, W)`.
 
     Raises:
-        UserError: there are none, or one cannot be read; the message names `key`.
+        UserError: there is no image, or an image cannot be read; the message names `key`.
     """
     source = Path(source)
     paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS)
@@ -170,7 +170,7 @@ def read_images(
             upright = decode(path.read_bytes(), (255, 255, 255), max_pixels)
         except PixelLimitError as error:
             raise UserError(f"{key}={source}: {path.name}: {error}: max_pixels={error.pixels} takes it") from error
-        except Exception as error:  # decoders raise almost anything on damaged data
+        except Exception as error:  # decoders raise almost anything on corrupt data
             raise UserError(f"{key}={source}: {path.name} is not an image that can be read: {error}") from error
         tensors.append(to_tensor(center_crop(resize_to_cover(upright, size), size)))
     return torch.stack(tensors)
@@ -182,9 +182,9 @@ def save_sheet(images: Tensor, path: Path, columns: int) -> None:
 
 
 def save_animation(frames: Sequence[Tensor], path: Path, columns: int | None = None) -> None:
-    """Write frames, each of `(B, 3, H, W)` images in [-1, 1] as a grid, as an animated WebP that begins again."""
+    """Write frames, each a grid of `(B, 3, H, W)` images in [-1, 1], as a looping animated WebP."""
     sheets = [grid(to_uint8(to_unit(frame)), columns) for frame in frames]
-    lengths = [FRAME_MS] * (len(sheets) - 1) + [10 * FRAME_MS]  # time to look at what has come of it
+    lengths = [FRAME_MS] * (len(sheets) - 1) + [10 * FRAME_MS]  # show the result longer
     with replacing(path) as temporary:
         sheets[0].save(
             temporary, format="WEBP", save_all=True, append_images=sheets[1:], duration=lengths, loop=0, quality=90
@@ -193,15 +193,15 @@ def save_animation(frames: Sequence[Tensor], path: Path, columns: int | None = N
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """Which pictures to write beside samples.
+    """The pictures to write beside samples.
 
     Attributes:
-        denoising: so many samples; 0: none.
-        interpolate: indices of samples; fewer than two: none.
-        variation: an image file; None: none.
-        strength: of the variations.
-        reconstruct: an image file or a folder; None: none.
-        max_pixels: of an image file; None leaves it to Pillow.
+        denoising: number of samples whose denoising to show; 0: none.
+        interpolate: indices of samples to interpolate; fewer than two: none.
+        variation: image file to vary; None: none.
+        strength: strength of the variations.
+        reconstruct: image file or folder to reconstruct; None: none.
+        max_pixels: maximum pixels of an image file; None: Pillow's limit.
     """
 
     denoising: int = 0
@@ -215,7 +215,7 @@ class PictureRequest:
         return bool(self.denoising or self.interpolate or self.variation or self.reconstruct)
 
     def check(self, pipe: LDMPipeline) -> dict[str, Tensor]:
-        """The images that are asked for, read before anything is drawn. Raises `UserError` naming the key."""
+        """Read the requested images before sampling starts. Raises `UserError`, which names the key."""
         given = self.interpolate
         indices = isinstance(given, Sequence) and all(type(index) is int and index >= 0 for index in given)
         if not indices or len(given) == 1:
@@ -229,7 +229,7 @@ class PictureRequest:
         return found
 
     def write(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> list[str]:
-        """Draw and write them into `folder`, in the place of earlier ones; returns the files' names."""
+        """Make the pictures and write them into `folder`, over earlier ones; returns the file names."""
         images, written = self.check(pipe), []
         if self.denoising:
             frames = denoising(pipe, self.denoising, seed, steps, eta)  # (F, B, 3, H, W)

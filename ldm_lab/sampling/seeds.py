@@ -1,4 +1,4 @@
-"""Where the random numbers of samples come from."""
+"""Random number generators of samples."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from ldm_lab.utils import randomness
 
 
 def generators(seed: int, indices: Iterable[int], stream: str = "sample") -> list[torch.Generator]:
-    """The generators, on the CPU, that samples are drawn from: sample i follows from (seed, i) alone."""
+    """One CPU generator for each sample; sample i is a function of (seed, i)."""
     return [randomness.generator(seed, stream, index) for index in indices]

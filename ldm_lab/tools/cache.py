@@ -23,7 +23,7 @@ from ldm_lab.data.latents import KEY, META, OWN_FILE, is_intact
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, read_json
 
-FLOAT32 = "32-true"  # the precision of a key, see `ldm_lab.training.latents`
+FLOAT32 = "32-true"  # name of this precision in a key, see `ldm_lab.training.latents`
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -32,10 +32,10 @@ class Entry(NamedTuple):
 
     Attributes:
         folder: its folder, named by its key.
-        files: what it is made of.
+        files: its files.
         size: bytes.
-        used: when a run last used it, in seconds since 1970.
-        what: in words.
+        used: time of the last use by a run, in seconds since 1970.
+        what: description of its content.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """List, check or remove. Raises `UserError` for flags that cannot be, and for damage."""
+    """List, check or remove caches. Raises `UserError` for invalid flags and for corrupt shards."""
     options = parse(argv)
     found = entries(options.folder / "latents")
     if options.verify:
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked."""
+    """Parse and check the flags."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab cache", description=__doc__, formatter_class=text)
     parser.add_argument("--prune", nargs="+", default=[], metavar="KEY", help="remove these")
@@ -91,17 +91,17 @@ def default_folder() -> Path:
 
 
 def entries(root: Path) -> list[Entry]:
-    """All caches, the one last used first; links are none."""
+    """All caches, most recently used first; links are ignored."""
     folders = root.iterdir() if root.is_dir() else ()
     found = [entry(f) for f in folders if KEY.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def entry(folder: Path) -> Entry:
-    """What lies in one folder."""
+    """The cache in one folder."""
     with os.scandir(folder) as scanned:
-        own = [file for file in scanned if OWN_FILE.fullmatch(file.name) and not file.is_dir(follow_symlinks=False)]
-        statuses = {Path(file.path): file.stat(follow_symlinks=False) for file in own}
+        files = [file for file in scanned if OWN_FILE.fullmatch(file.name) and not file.is_dir(follow_symlinks=False)]
+        statuses = {Path(file.path): file.stat(follow_symlinks=False) for file in files}
     meta = statuses.get(folder / META)
     used = meta.st_mtime if meta else max((status.st_mtime for status in statuses.values()), default=0.0)
     return Entry(folder, sorted(statuses), sum(status.st_size for status in statuses.values()), used, _what(folder))
@@ -123,13 +123,13 @@ def _what(folder: Path) -> str:
 
 
 def line(entry: Entry) -> str:
-    """Key, size, last use, and what it is."""
+    """One line: key, size, last use, description."""
     days = max(0, int((time.time() - entry.used) / UNITS["d"]))
     return f"{entry.folder.name}  {_gigabytes(entry.size):>9}  used {days:>3} day(s) ago  {entry.what}"
 
 
 def verify(found: list[Entry]) -> None:
-    """Check every shard of every cache. Raises `UserError` with the damaged ones."""
+    """Check every shard of every cache. Raises `UserError`, which names the corrupt shards."""
     damaged = []
     for entry in found:
         shards = [path for path in entry.files if path.suffix == ".safetensors" and not path.name.startswith(".")]
@@ -143,10 +143,10 @@ def verify(found: list[Entry]) -> None:
 
 
 def remove(entry: Entry) -> bool:
-    """Remove a cache, unless a run is filling it; whether it is gone. What others have put there stays."""
+    """Remove a cache, unless a run is filling it; returns whether it was removed. Foreign files stay."""
     with _held(entry) as free:
         if free:
-            # Last of all what says what it is: what is left of a removal cut short is still known for what it is.
+            # Remove the description last, so that an interrupted removal leaves a recognisable cache.
             for path in sorted(entry.files, key=lambda path: path.name == META):
                 path.unlink(missing_ok=True)
     if free:
@@ -157,7 +157,7 @@ def remove(entry: Entry) -> bool:
 
 @contextlib.contextmanager
 def _held(entry: Entry) -> Iterator[bool]:
-    """Whether no process has claimed a shard; nobody can while this lasts."""
+    """Lock all shards; yields false if another process has claimed a shard."""
     with contextlib.ExitStack() as stack:
         try:
             for path in entry.files:

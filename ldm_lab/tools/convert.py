@@ -19,7 +19,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the tool."""
+    """The tool's argument parser."""
     parser = argparse.ArgumentParser(prog="python -m ldm_lab convert", description=__doc__)
     parser.add_argument("source", help="run folder, its snapshot (runs/x@2M), checkpoint, pipeline folder, hub name")
     parser.add_argument("target", type=Path, help="folder to write; must not exist, or be empty")
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    """Convert, and say what was found."""
+    """Convert the model and print its description."""
     arguments = parser().parse_args(argv)
     source, target = arguments.source, arguments.target
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -60,7 +60,7 @@ def load(arguments: argparse.Namespace) -> LDMPipeline | FirstStage:
 
 
 def describe(model: LDMPipeline | FirstStage) -> list[str]:
-    """A line on each part."""
+    """One line for each part."""
     if isinstance(model, FirstStage):
         return [f"autoencoder  {describe_first_stage(model)}"]
     return [
@@ -71,14 +71,14 @@ def describe(model: LDMPipeline | FirstStage) -> list[str]:
 
 
 def describe_first_stage(model: FirstStage) -> str:
-    """Kind, size, compression, scale."""
+    """One line: class, size, compression, scale."""
     codes = f", {model.config.num_vq_embeddings} codes" if "num_vq_embeddings" in model.config else ""
     shape = f"f = {model.downsample_factor}, {model.embed_dim} channels{codes}"
     return f"{_size(model)}, {shape}, scaling_factor {model.config.scaling_factor:.6g}"
 
 
 def describe_unet(model: UNet2DModel) -> str:
-    """Kind, size, latents, heads."""
+    """One line: class, size, latents, heads."""
     config = model.config
     size = config.sample_size
     latents = "open" if size is None else " x ".join(map(str, [size, size] if isinstance(size, int) else size))
@@ -88,7 +88,7 @@ def describe_unet(model: UNet2DModel) -> str:
 
 
 def describe_scheduler(scheduler: Scheduler) -> str:
-    """Kind, betas, what is predicted."""
+    """One line: class, betas, prediction type."""
     config = scheduler.config
     listed = config.trained_betas is not None
     betas = "betas listed" if listed else f"{config.beta_schedule} {config.beta_start:.6g} to {config.beta_end:.6g}"

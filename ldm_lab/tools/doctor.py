@@ -21,7 +21,7 @@ MARKS = {OK: "ok", LOOK: "look", BAD: "BAD", UNKNOWN: "-"}
 
 
 def main(argv: list[str]) -> None:
-    """Print the findings; exit with status 1 if something is bad. Raises `LoadError` for what is no run."""
+    """Print the findings; exit with status 1 if something is bad. Raises `LoadError` for a folder that is no run."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab doctor", description=__doc__, formatter_class=text)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, or that of one stage")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
 
 def examine(run: RunRecord) -> list[tuple[StageRecord, list[Finding]]]:
-    """All findings by stage. Raises `LoadError` where no stage has a metric."""
+    """All findings by stage. Raises `LoadError` if no stage has a metric."""
     if not any(record.curves for record in run.stages.values()):
         raise LoadError(f"{run.folder}: nothing was measured yet: no stage has a metrics.csv with a row in it")
     found = []
@@ -48,7 +48,7 @@ def examine(run: RunRecord) -> list[tuple[StageRecord, list[Finding]]]:
 
 
 def heading(record: StageRecord) -> str:
-    """Where a stage stands."""
+    """A heading with the progress of a stage."""
     state = "finished" if record.status.get("finished") is True else "not finished"
     planned = record.config.get("max_images")
     of = f" of {planned:,}" if isinstance(planned, int) else ""
@@ -56,7 +56,7 @@ def heading(record: StageRecord) -> str:
 
 
 def lines(finding: Finding) -> list[str]:
-    """A finding, and below it what to do."""
+    """A finding, and the advice below it."""
     mark = f"  {MARKS[finding.verdict]:4}  {finding.check:28}"
     healthy = f" (healthy: {finding.healthy})" if finding.verdict != UNKNOWN and finding.healthy else ""
     advice = [f"{'':8}{finding.advice}"] if finding.verdict in (LOOK, BAD) and finding.advice else []

@@ -32,12 +32,12 @@ OBJECTIVE = "ldm_lab.diffusion.objective"
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: what is asked, the answer that is tried, and how.
+    """A row of the table: a question, the tested answer, and its settings.
 
     Attributes:
-        name: of its runs.
-        question: what the row is about.
-        answer: what is tried.
+        name: name of its runs.
+        question: the question of the row.
+        answer: the tested answer.
         settings: overrides of stage 2.
         first_stage: one of `FIRST_STAGES`.
     """
@@ -63,19 +63,19 @@ VARIANTS = (
         "plain", "weighting", "plain",
         (f"model.objective.weighting._target_={OBJECTIVE}.PlainWeighting", "~model.objective.weighting.gamma"),
     ),
-    # Longer ones than the demo's would be the same: what warms up does not reach them in so short a training.
+    # A longer average than the demo's would be equal, as the decay's warm-up does not reach it in so short a training.
     Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
     Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
 CHOICES = [*(variant.name for variant in VARIANTS), "samplers"]
-STANDARD = ("dpm_solver", 20, 0)  # of all rows but those of samplers: what a minute buys most with
-OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # beside the Frechet distance
+STANDARD = ("dpm_solver", 20, 0)  # of all rows except samplers: the best quality per minute
+OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # besides the Frechet distance
 
 
 def main(argv: list[str]) -> None:
-    """Make what is missing, print the table and write it to `quality.md`. Raises `UserError` where a command fails."""
+    """Make the missing rows, print the table and write `quality.md`. Raises `UserError` if a command fails."""
     options = parser().parse_args(argv)
     for flag in ("seeds", "samples", "jobs"):
         if getattr(options, flag) < 1:
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """The tool's argument parser."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab quality", description=__doc__, formatter_class=text)
     add = parser.add_argument
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Workshop:
-    """Makes the rows by running commands, each in a process of its own.
+    """Makes the rows by running commands, each in its own process.
 
     Args:
         options: the flags.
@@ -112,12 +112,12 @@ class Workshop:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.runs = options, options.runs.absolute()
-        asked = {DEMO.name, *options.only} if "samplers" in options.only else set(options.only)  # they are the demo's
+        asked = {DEMO.name, *options.only} if "samplers" in options.only else set(options.only)  # on the demo's runs
         self.variants = [variant for variant in VARIANTS if variant.name in asked]
         self.seeds = range(options.seeds)
 
     def table(self) -> str:
-        """Train and evaluate what is missing; all rows, in Markdown."""
+        """Train and evaluate the missing rows; returns all rows in Markdown."""
         first_stages = list(dict.fromkeys(variant.first_stage for variant in self.variants))
         of_first_stages = [(name, seed) for name in first_stages for seed in self.seeds]
         of_variants = [(variant, seed) for variant in self.variants for seed in self.seeds]
@@ -138,39 +138,39 @@ class Workshop:
         return "\n".join(lines)
 
     def each(self, act: Callable[..., Any], items: Sequence[tuple]) -> list[Any]:
-        """What comes of all items, so many at a time. The first failure is raised when those that run have ended."""
+        """Apply `act` to all items, `--jobs` at a time. Raises the first failure once running jobs have ended."""
         with ThreadPoolExecutor(self.options.jobs) as pool:
             return list(pool.map(lambda item: act(*item), items))
 
     def train_first_stage(self, name: str, seed: int) -> None:
-        """A run `first_<name>_<seed>`."""
+        """Train the run `first_<name>_<seed>`."""
         settings = ["experiment=avatars/autoencoder", f"max_images={self.options.first_stage}", *FIRST_STAGES[name]]
         self.run_training(f"first_{name}_{seed}", seed, settings)
 
     def train(self, variant: Variant, seed: int) -> None:
-        """A run `<variant>_<seed>`, on the first stage of seed 0: one serves all."""
+        """Train the run `<variant>_<seed>` on the first stage of seed 0, which all runs share."""
         first = self.runs / f"first_{variant.first_stage}_0" / "autoencoder" / "final"
         settings = ["experiment=avatars/diffusion", f"max_images={self.options.budget}", f"autoencoder={first}"]
         self.run_training(f"{variant.name}_{seed}", seed, [*settings, *variant.settings])
 
     def run_training(self, name: str, seed: int, settings: list[str]) -> None:
-        """`train.py`, which finds a finished run finished."""
+        """Run `train.py`, which does nothing for a finished run."""
         cache = [f"paths.cache={self.options.cache.absolute()}"] if self.options.cache else []
         own = [f"name={name}", f"seed={seed}", f"paths.runs={self.runs}", "logger=csv", *cache]
         self.command(str(TRAIN), *settings, *own, *self.options.settings)
 
     def evaluate_first_stage(self, name: str, seed: int) -> Evaluation:
-        """Of held-out images."""
+        """Evaluate reconstructions of held-out images."""
         return self.evaluation(f"first_{name}_{seed}", "--autoencoder")
 
     def evaluate(self, variant: Variant, seed: int, how: tuple[str, int, int]) -> Evaluation:
-        """Of samples, drawn once."""
+        """Evaluate samples, which are drawn once."""
         sampler, steps, eta = how
         flags = {"--num-samples": self.options.samples, "--sampler": sampler, "--steps": steps, "--eta": eta}
         return self.evaluation(f"{variant.name}_{seed}", *(str(word) for flag in flags.items() for word in flag))
 
     def evaluation(self, name: str, *flags: str) -> Evaluation:
-        """`evaluate`, into a folder for these flags alone."""
+        """Run `evaluate` into a folder for exactly these flags."""
         folder = self.runs / name / "tables" / "_".join(flag.strip("-") for flag in flags)
         if not list(folder.glob("*.json")):
             cache = ["--cache", str(self.options.cache.absolute())] if self.options.cache else []
@@ -179,7 +179,7 @@ class Workshop:
         return read_evaluation(next(iter(sorted(folder.glob("*.json")))))
 
     def command(self, *words: str) -> None:
-        """Run one, with its share of the cores. Raises `UserError` with its last line where it fails."""
+        """Run a command on its share of the cores. Raises `UserError` with the command's last line if it fails."""
         threads = max(1, (os.cpu_count() or 1) // self.options.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         print(" ".join(words), flush=True)
@@ -187,15 +187,15 @@ class Workshop:
             [sys.executable, *words], cwd=TRAIN.parent, env=environment, capture_output=True, text=True
         )
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it said nothing"]
-            raise UserError(f"{' '.join(words)} failed: {said[-1]}")
+            output = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it said nothing"]
+            raise UserError(f"{' '.join(words)} failed: {output[-1]}")
 
     def head(self, first: str, evaluation: Evaluation, names: Sequence[str]) -> list[str]:
-        """The first two lines of a table; the distance is called what the evaluation calls it."""
+        """The first two lines of a table, with the evaluation's name of the distance."""
         return [f"| {first} | {' | '.join((distance(evaluation), *names))} |", f"|{'---|' * (2 + len(names))}"]
 
     def rows(self, labels: Sequence[str], found: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
-        """A line each, with the values of all seeds."""
+        """A line for each label, with the values of all seeds."""
         count = len(self.seeds)
         lines = []
         for place, label in enumerate(labels):
@@ -211,7 +211,7 @@ def distance(evaluation: Evaluation) -> str:
 
 
 def cell(evaluation: Evaluation, name: str) -> str:
-    """A value with its interval where it has one."""
+    """A value with its interval, if it has one."""
     found = evaluation.metrics.get(name)
     if found is None:
         return "-"

@@ -27,7 +27,7 @@ from ldm_lab.utils import float32
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.writing import replacing
 
-# Name -> the sampler, and its settings where they are not those that `sample.py` draws with.
+# Name -> sampler, and the settings that differ from those of `sample.py`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("ddim", {}),
     "ddim_trailing": ("ddim", {"timestep_spacing": "trailing"}),
@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm_solver_linspace": ("dpm_solver", {"timestep_spacing": "linspace", "use_lu_lambdas": False}),
 }
 REFERENCE = "dpm_solver"
-# So that all solve the same equation to the same end.
+# Settings that make all samplers solve the same equation to the same end.
 SHARED: dict[str, dict[str, Any]] = {
     "ddim": {"set_alpha_to_one": True},
     "dpm_solver": {"final_sigmas_type": "zero", "algorithm_type": "dpmsolver++"},
@@ -49,9 +49,9 @@ class Row(NamedTuple):
 
     Attributes:
         sampler: one of `VARIANTS`.
-        evaluations: of the network, for each image.
-        distance: of the latents of all images together.
-        mean_of_images: of each image's latents, averaged.
+        evaluations: network evaluations per image.
+        distance: distance of the latents of all images together.
+        mean_of_images: mean of the distances of single images' latents.
     """
 
     sampler: str
@@ -61,14 +61,14 @@ class Row(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    """Print a row for each sampler and number of evaluations. Raises `UserError` for flags that cannot be."""
+    """Print a row for each sampler and number of evaluations. Raises `UserError` for invalid flags."""
     options = parse(argv)
     pipe = LDMPipeline.from_pretrained(options.source)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     reference = options.reference or len(pipe.scheduler)
     print(f"{options.seeds} images; the solution: DPM-Solver++ 2M with {reference} steps")
     rows = []
-    with float32.exact():  # the best samplers are nearer to the solution than TF32 is to float32
+    with float32.exact():  # TF32's error exceeds that of the best samplers
         for row in measure(pipe, options.sampler, options.steps, options.seeds, reference):
             if not rows:
                 print("sampler              evaluations  distance  mean of images")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `UserError` naming the flag."""
+    """Parse and check the flags. Raises `UserError`, which names the flag."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab samplers", description=__doc__, formatter_class=text)
     parser.add_argument("source", metavar="SRC", help="a run, finished or not, a pipeline folder or a checkpoint")
@@ -107,17 +107,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(pipe: LDMPipeline, samplers: list[str], steps: list[int], seeds: int, reference: int) -> Iterator[Row]:
-    """The distances, sampler by sampler.
+    """Yield the distances, sampler by sampler.
 
     Args:
         pipe: the model.
-        samplers: of `VARIANTS`.
+        samplers: names in `VARIANTS`.
         steps: numbers of evaluations.
-        seeds: how many images; number i starts at the noise that `sample.py` draws it from with seed 0.
+        seeds: number of images; image i starts from the same noise as in `sample.py` with seed 0.
         reference: evaluations of the solution.
 
     Raises:
-        UserError: a sampler cannot take so many steps; before anything is drawn.
+        UserError: a sampler does not support this number of steps; raised before sampling.
     """
     exact, *schedulers = [variant(pipe.scheduler, name) for name in (REFERENCE, *samplers)]
     exact.set_timesteps(reference)
@@ -132,14 +132,14 @@ def measure(pipe: LDMPipeline, samplers: list[str], steps: list[int], seeds: int
 
 
 def variant(own: Scheduler, name: str) -> Scheduler:
-    """One of `VARIANTS` for the model that `own` belongs to; it ends at a clean sample."""
+    """A sampler of `VARIANTS` for the model with the scheduler `own`; it ends at a clean sample."""
     kind, settings = VARIANTS[name]
     scheduler = choose(kind, own)
     return type(scheduler).from_config(scheduler.config, **SHARED[kind], **settings)
 
 
 def latents(pipe: LDMPipeline, scheduler: Scheduler, steps: int, seeds: int) -> Tensor:
-    """What the pipeline draws with a sampler: `(seeds, C, h, w)`, scaled, float64, on the CPU."""
+    """The pipeline's latents with a sampler: `(seeds, C, h, w)`, scaled, float64, on the CPU."""
     pipe = LDMPipeline(pipe.vqvae, pipe.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return (

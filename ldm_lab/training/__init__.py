@@ -1,1 +1,1 @@
-"""How the two stages are trained: thin LightningModules, the EMA of the weights, schedules and callbacks."""
+"""Training of the two stages: thin LightningModules, the EMA of the weights, schedules and callbacks."""

@@ -19,25 +19,25 @@ from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Harmless
 
-DECODER = ("post_quant_conv", "decoder")  # what stands between latents and images
-ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # terms of the game
+DECODER = ("post_quant_conv", "decoder")  # submodules that map latents to images
+ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # adversarial terms
 
 
 class FirstStageModule(StageModule):
-    """Trains an autoencoder with its discriminator in the same step (one forward serves both players).
+    """Trains an autoencoder and its discriminator in the same step; one forward pass serves both.
 
-    What the two kinds share: see `AutoencoderModule` and `KLAutoencoderModule`.
+    Base class of `AutoencoderModule` and `KLAutoencoderModule`.
 
     Args:
-        autoencoder: the network that is the result.
-        loss: reconstruction, latents and adversary; owns the discriminator.
-        train: "all" of the autoencoder, or its "decoder" alone: latents stay as they are, and so does what a
-            UNet knows of them.
-        gradient_checkpointing: compute its activations again in the backward pass instead of keeping them.
+        autoencoder: the network to train.
+        loss: reconstruction, latent and adversarial terms; owns the discriminator.
+        train: "all" of the autoencoder, or only its "decoder": latents then stay the same, so a UNet trained on
+            them stays valid.
+        gradient_checkpointing: recompute activations in the backward pass instead of storing them.
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
-        UserError: `train` is something else.
+        UserError: `train` has another value.
     """
 
     stage = "autoencoder"
@@ -57,35 +57,35 @@ class FirstStageModule(StageModule):
             autoencoder.enable_gradient_checkpointing()
 
     def setup(self, stage: str) -> None:
-        """Load what the perceptual loss needs now: if it cannot be had, before any data is read."""
+        """Load the weights of the perceptual loss, so that missing weights raise before any data is read."""
         self.loss.perceptual.setup()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The autoencoder, and the discriminator that the loss owns."""
+        """Parameters of the autoencoder and of the loss's discriminator."""
         return trainable(self.autoencoder, self.loss)
 
     def exported(self) -> dict[str, tuple[str, PretrainedModel]]:
-        """The autoencoder alone."""
+        """Only the autoencoder."""
         return {"vqvae": ("autoencoder.", self.autoencoder)}
 
     def compile_networks(self) -> None:
-        """The two halves of the autoencoder."""
+        """Compile encoder and decoder."""
         from torch._functorch import config  # slow to import
 
-        config.donated_buffer = False  # the adaptive weight's gradients come first, from buffers that are needed again
-        self.autoencoder.encoder.compile(dynamic=False)  # a size has one code, whatever was compiled before it
+        config.donated_buffer = False  # the adaptive weight's backward pass keeps the graph
+        self.autoencoder.encoder.compile(dynamic=False)  # one kernel per size, whatever was compiled before
         self.autoencoder.decoder.compile(dynamic=False)
 
     def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The reconstruction `(B, 3, H, W)` of a training batch, and the loss's penalty on its latents, 0-dim."""
+        """Reconstruction `(B, 3, H, W)` of a training batch, and the penalty on its latents, 0-dim."""
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Held-out images `(B, 3, H, W)` -> latents `(B, C, h, w)`, and what else there is to log of them."""
+        """Held-out images `(B, 3, H, W)` -> latents `(B, C, h, w)`, and further metrics to log."""
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> the sum of all terms."""
+        """Images `(B, 3, H, W)` in [-1, 1] -> the sum of all loss terms."""
         images = batch["image"]
         reconstruction, penalty = self.reconstruct(batch)
         last_layer = self.autoencoder.decoder.conv_out.weight
@@ -115,9 +115,9 @@ class AutoencoderModule(FirstStageModule):
     """Trains a VQ autoencoder.
 
     Args:
-        autoencoder: the network that is the result.
+        autoencoder: the network to train.
         loss: reconstruction, codebook and adversarial terms.
-        codebook: keeps the codes in use; state of training that is not exported.
+        codebook: keeps the codes in use; its state belongs to training and is not exported.
         legacy_codebook_loss: weight the two codebook terms as CompVis did (commitment 1, codebook 0.25).
         **training: see `FirstStageModule`.
     """
@@ -132,22 +132,22 @@ class AutoencoderModule(FirstStageModule):
     ) -> None:
         super().__init__(autoencoder, loss, **training)
         self.codebook = codebook
-        self.quantized: list[tuple[Tensor, Tensor]] = []  # latents and codes of the batches of this step
+        self.quantized: list[tuple[Tensor, Tensor]] = []  # latents and code indices of this step's micro-batches
         autoencoder.quantize.legacy = legacy_codebook_loss
 
     def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """From the codes nearest to the latents; the penalty is the quantizer's loss."""
+        """Decode the codes nearest to the latents; the penalty is the quantizer's loss."""
         latents = self.autoencoder.latents(batch["image"])  # (B, 3, H, W) -> (B, C, h, w)
         codes = self.autoencoder.quantize(latents)
         self.quantized.append((latents.detach(), codes.info.indices))
         return self.autoencoder.decode(codes.quantized, force_not_quantize=True).sample, codes.loss
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents before quantization; `CodebookUse` counts their codes."""
+        """Latents before quantization; `CodebookUse` logs the codes."""
         return self.autoencoder.latents(images), {}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Step, then look after the codes: they may be replaced only when no gradient needs them."""
+        """Step, then update the codebook: codes may only be replaced when no backward pass still needs them."""
         super().optimizer_step(*args, **kwargs)
         latents, indices = (torch.cat(parts) for parts in zip(*self.quantized, strict=True))
         self.quantized.clear()
@@ -158,10 +158,10 @@ class AutoencoderModule(FirstStageModule):
 
 
 class KLAutoencoderModule(FirstStageModule):
-    """Trains a KL autoencoder (Kingma & Welling 2014, arXiv 1312.6114): it reconstructs from drawn latents.
+    """Trains a KL autoencoder (Kingma & Welling 2014, arXiv 1312.6114) on latents drawn from the posterior.
 
     Args:
-        autoencoder: the network that is the result.
+        autoencoder: the network to train.
         loss: reconstruction, divergence and adversarial terms.
         **training: see `FirstStageModule`.
     """
@@ -175,7 +175,7 @@ class KLAutoencoderModule(FirstStageModule):
         super().__init__(autoencoder, loss, **training)
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Draw the noise of training latents on the CPU, from (seed, position)."""
+        """Draw the posterior noise of training images on the CPU, from (seed, position)."""
         if self.trainer.training:
             shape = latent_shape(self.autoencoder, batch["image"].shape[-2:])
             positions = batch["position"].tolist()
@@ -183,19 +183,19 @@ class KLAutoencoderModule(FirstStageModule):
         return batch
 
     def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """From drawn latents; the penalty is the divergence of an image's latents from N(0, I), in nats."""
+        """Decode drawn latents; the penalty is the KL divergence from N(0, I), in nats per image."""
         posterior = self.autoencoder.encode(batch["image"]).latent_dist
         latents = posterior.from_noise(batch["posterior_noise"])  # (B, C, h, w)
         return self.autoencoder.decode(latents).sample, posterior.kl().mean()
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mode of the latents; `kl` in nats an image, `posterior_std` the mean deviation of a draw from it."""
+        """Mode of the posterior; `kl` in nats per image; `posterior_std`, the mean standard deviation."""
         posterior = self.autoencoder.encode(images).latent_dist
         return posterior.mode(), {"kl": posterior.kl().mean(), "posterior_std": posterior.std.mean()}
 
 
 def choose_trained(autoencoder: FirstStage, train: str) -> None:
-    """Let training change all parts of an autoencoder, or those of its decoder alone."""
+    """Set `requires_grad` for all parts of an autoencoder, or only for those of its decoder."""
     if train not in ("all", "decoder"):
         raise UserError(f"model.train={train}: must be all or decoder")
     for name, part in autoencoder.named_children():

@@ -1,4 +1,4 @@
-"""Lightning's door to `ldm_lab.checkpoints.checkpoint`, and files that have two names."""
+"""Lightning's checkpoint plugin: writes in the background, and keeps the checkpoint before the last."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ldm_lab.utils.writing import flush, replacing
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
-    """Writes whole files or none, while training goes on; reads without running anything they hold.
+    """Writes checkpoints atomically in a background thread; reads them without executing code.
 
-    Training waits until its state is copied to host memory, which takes that memory once, for as long as it runs;
-    where so much is not free, it waits for the disk instead. Of a file that could not be written it hears from
-    `check` or `wait`. One file is written at a time: saving waits for the one before.
+    Training waits only until its state is copied to host memory; the copy's memory is allocated once and kept. If the
+    host has too little free memory, training waits for the disk instead. `check` and `wait` raise if a write has
+    failed. Writes do not overlap: saving waits for the write before.
     """
 
     def __init__(self) -> None:
         self._copy, self._thread = HostCopy(), ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
         self._stop = threading.Event()
-        self._whole: Path | None = None  # the newest file that this process has read or written
+        self._whole: Path | None = None  # the newest file known intact: this process read or wrote it
 
     def save_checkpoint(
         self, checkpoint_state: dict[str, Any], path: str | Path, storage_options: object = None
     ) -> None:
-        """Begin to write. Raises `SaveError` where the write before this one has failed."""
+        """Start writing. Raises `SaveError` if the write before has failed."""
         self.wait()
         if self._copy.fits(checkpoint_state):
             self._writing = self._thread.submit(self._write, self._copy.take(checkpoint_state), Path(path))
@@ -50,7 +50,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             with io.BufferedWriter(Output(temporary, self._stop)) as file:
                 torch.save(state, file)
             flush(temporary)
-            if path == self._whole and path.is_file():  # a damaged one must not push out the good one before it
+            if path == self._whole and path.is_file():  # a corrupt file must not replace a good one
                 place(path, path.with_name(checkpoint.PREVIOUS))
         self._whole = path
 
@@ -60,13 +60,13 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises `SaveError` if it failed."""
+        """Wait for the write to end. Raises `SaveError` if it failed."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
 
     def abandon(self) -> None:
-        """Stop writing, now and for good; the file stays as it was."""
+        """Cancel this write and all later ones; the old file stays."""
         self._stop.set()
 
     def load_checkpoint(self, path: str | Path, map_location: object = None, weights_only: bool | None = None) -> dict:
@@ -77,24 +77,24 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
 
 class Output(io.FileIO):
-    """A file that takes no more once `stop` is set."""
+    """A file whose writes fail once `stop` is set."""
 
     def __init__(self, path: Path, stop: threading.Event) -> None:
         super().__init__(path, "w")
         self.stop = stop
 
     def write(self, data: Any) -> int:  # noqa: ANN401
-        """Write some of `data`. Raises `OSError` where it is to stop."""
+        """Write some of `data`. Raises `OSError` if `stop` is set."""
         if self.stop.is_set():
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
         return super().write(data)
 
 
 def place(source: Path, target: Path) -> None:
-    """Give the file `source` a second name, at once: by a hard link where the disk has them, else as a copy.
+    """Give the file `source` a second name atomically, by a hard link, or by a copy if the disk has no links.
 
     Raises:
-        SaveError: the disk refused.
+        SaveError: the copy cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
@@ -106,4 +106,4 @@ def place(source: Path, target: Path) -> None:
         with replacing(target) as copied:
             shutil.copyfile(source, copied)
     finally:
-        temporary.unlink(missing_ok=True)  # it stays where both were names of one file
+        temporary.unlink(missing_ok=True)  # `os.replace` keeps it if both names are links to one file

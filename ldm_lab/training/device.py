@@ -1,4 +1,4 @@
-"""Which device a training runs on, why, and in which precision; and what this machine does not have."""
+"""Resolves and checks the device and precision of training."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ldm_lab.models.layers.cpu import has_bfloat16
 from ldm_lab.training.precisions import ALIASES
 from ldm_lab.utils.errors import UserError
 
-ROUNDED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # precision of sampling -> type of the networks
+ROUNDED = {"bf16-true": torch.bfloat16, "16-true": torch.float16}  # precision of sampling -> dtype of the networks
 
 
 def resolve_precision(precision: str | int | None, accelerator: str) -> str:
-    """`auto` -> bf16-mixed where the device is fast at bfloat16, else 32-true; others in Lightning's long form."""
+    """`auto` -> bf16-mixed if the device is fast at bfloat16, else 32-true; other values -> Lightning's long form."""
     if precision is None:
         return "32-true"
     if precision != "auto":
@@ -39,14 +39,14 @@ def resolve_precision(precision: str | int | None, accelerator: str) -> str:
 
 
 def precision_of(trainer: Trainer) -> torch.autocast:
-    """The precision of a training for networks that a callback runs: autocast in bf16-mixed, else float32."""
+    """Autocast context for networks that a callback runs: bfloat16 in bf16-mixed training, else float32."""
     return torch.autocast(trainer.strategy.root_device.type, torch.bfloat16, enabled=trainer.precision == "bf16-mixed")
 
 
 def device_type(accelerator: str) -> str:
-    """What `trainer.accelerator` stands for on this machine: `auto` is a GPU where there is one, Apple's too.
+    """The torch device type for `trainer.accelerator`; `auto` is a GPU (CUDA or Apple's MPS) if there is one.
 
-    `tests/rehearsal` checks that Apple's has a kernel for all that training and sampling do.
+    `tests/rehearsal` checks that MPS has a kernel for every operation of training and sampling.
     """
     if accelerator not in ("auto", "gpu"):
         return accelerator
@@ -56,13 +56,13 @@ def device_type(accelerator: str) -> str:
 
 
 def check(settings: dict[str, Any]) -> None:
-    """Refuse what Lightning cannot make a trainer of on this machine, before anything is read.
+    """Reject trainer settings that this machine cannot run, before any data is read.
 
     Args:
-        settings: `trainer` of a config, as plain data; objects that it describes are left to themselves.
+        settings: `trainer` of a config, as plain data; entries that describe objects are not checked.
 
     Raises:
-        UserError: there is no such device, not so many of them, no such strategy, or the device lacks the precision.
+        UserError: no such device, too few devices, no such strategy, or the device does not support the precision.
     """
     accelerator, devices = settings.get("accelerator", "auto"), settings.get("devices", "auto")
     strategy, precision = settings.get("strategy", "auto"), settings.get("precision", "auto")
@@ -83,7 +83,7 @@ def check(settings: dict[str, Any]) -> None:
 
 
 def _kind(accelerator: object) -> type[Accelerator]:
-    """The class of a kind of device; of `auto` and `gpu` as Lightning chooses. Raises `UserError` for no kind."""
+    """Lightning's accelerator class; `auto` and `gpu` as Lightning chooses. Raises `UserError` if unknown."""
     if str(accelerator) in AcceleratorRegistry.available_accelerators():
         return AcceleratorRegistry[accelerator]["accelerator"]
     if accelerator not in ("auto", "gpu"):
@@ -99,7 +99,7 @@ def _are_there(devices: object, kind: type[Accelerator]) -> bool:
         return True
     try:
         return devices not in (0, "0", []) and not isinstance(devices, bool) and bool(kind.parse_devices(devices))
-    except (MisconfigurationException, TypeError, ValueError):  # Lightning's ways to refuse
+    except (MisconfigurationException, TypeError, ValueError):  # Lightning raises any of these
         return False
 
 
@@ -111,7 +111,7 @@ def _how_many(kind: type[Accelerator]) -> str:
 
 
 def describe(trainer: Trainer) -> str:
-    """One line: where it runs; and, on a CPU beside an NVIDIA card, why not there."""
+    """One line on devices and precision; on a CPU with an unused NVIDIA card, also why the card is unused."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

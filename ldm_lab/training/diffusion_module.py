@@ -29,13 +29,13 @@ class DiffusionModule(StageModule):
     """Trains a UNet to denoise scaled latents; validation, previews and the result use its moving average.
 
     Args:
-        unet: the network that is trained.
+        unet: the network to train.
         autoencoder: the first stage; frozen.
-        scheduler: training noise now, sampling later: the same object.
+        scheduler: noise schedule of training; sampling uses the same object.
         objective: noise, target and weight of the denoising loss.
         ema: makes the moving average of a network.
-        scaling_factor: a number, or "measure": 1 / std of the latents, taken once when training starts.
-        gradient_checkpointing: compute the UNet's activations again in the backward pass instead of keeping them.
+        scaling_factor: a number, or "measure": 1 / std of the latents, measured once when training starts.
+        gradient_checkpointing: recompute the UNet's activations in the backward pass instead of storing them.
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
@@ -57,7 +57,7 @@ class DiffusionModule(StageModule):
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
-        LDMPipeline(autoencoder, unet, scheduler)  # refuses parts that do not fit
+        LDMPipeline(autoencoder, unet, scheduler)  # raises if the parts do not fit
         unet.zero_residuals()
         self.unet, self.ema = unet, ema(unet)
         if gradient_checkpointing:
@@ -71,29 +71,29 @@ class DiffusionModule(StageModule):
             autoencoder.register_to_config(scaling_factor=float(scaling_factor))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The UNet."""
+        """Parameters of the UNet."""
         return trainable(self.unet)
 
     def exported(self) -> dict[str, tuple[str, PretrainedModel]]:
-        """The averaged UNet and the first stage, so that one file is a whole model."""
+        """The averaged UNet and the first stage, so that one file holds the complete model."""
         return {"unet": ("ema.model.", self.ema.model), "vqvae": ("autoencoder.", self.autoencoder)}
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Those of the networks and the scheduler."""
+        """Configs of the networks and of the scheduler."""
         scheduler = {"_class_name": self.scheduler.class_name(), **self.scheduler.config}
         return {**super().configs(), "scheduler": scheduler}
 
     def compile_networks(self) -> None:
-        """The UNet, its average and the encoder."""
+        """Compile the UNet, its EMA and the encoder."""
         for network in (self.unet, self.ema.model, self.autoencoder.encoder):
-            network.compile(dynamic=False)  # a size has one code, whatever was compiled before it
+            network.compile(dynamic=False)  # one kernel per size, whatever was compiled before
 
     def pipeline(self) -> LDMPipeline:
-        """The model as it stands, with averaged weights."""
+        """The current model with averaged weights."""
         return LDMPipeline(self.autoencoder, self.ema.model, self.scheduler)
 
     def train(self, mode: bool = True) -> DiffusionModule:
-        """Only the UNet has a training mode."""
+        """Set the mode of the UNet only; first stage and EMA stay in evaluation mode."""
         super().train(mode)
         self.autoencoder.eval()
         self.ema.eval()
@@ -101,9 +101,9 @@ class DiffusionModule(StageModule):
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
-        """A batch -> scaled latents `(B, C, h, w)`, float32; drawn with its `posterior_noise` where they are.
+        """A batch -> scaled latents `(B, C, h, w)`, float32; a KL first stage draws them with `posterior_noise`.
 
-        Of cached `moments` `(B, M, h, w)` where it has them, else of `image` `(B, 3, H, W)` in [-1, 1].
+        Uses cached `moments` `(B, M, h, w)` if the batch has them, else encodes `image` `(B, 3, H, W)` in [-1, 1].
         """
         return self._unscaled(batch) * self.autoencoder.config.scaling_factor
 
@@ -113,7 +113,7 @@ class DiffusionModule(StageModule):
         return self.autoencoder.from_moments(found, batch["posterior_noise"]).float()
 
     def setup(self, stage: str) -> None:
-        """Write the size of the latents into the UNet's config: sampling starts from noise of that size."""
+        """Write the latent size into the UNet's config, as sampling starts from noise of that size."""
         _, height, width = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
         size = height if height == width else [height, width]
         for network in (self.unet, self.ema.model):
@@ -121,15 +121,15 @@ class DiffusionModule(StageModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
-        """Measure the latents' scale, whatever the first stage's is, unless a checkpoint brought it along."""
+        """Measure the latents' scale, unless it is set or a checkpoint holds it; ignores the first stage's own."""
         if not self.measures_scale:
             return
         shape = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
-        places = count(self.global_rank, self.trainer.world_size)  # of this rank's images among those measured
+        places = count(self.global_rank, self.trainer.world_size)  # of this rank's images in the measured sample
         found = []
         for batch in self.trainer.datamodule.training_sample(self.MEASURED_IMAGES):
-            mine = islice(places, len(batch["index"]))
-            batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, mine, shape, stream="scale")
+            positions = islice(places, len(batch["index"]))
+            batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, positions, shape, stream="scale")
             found.append(moments(self._unscaled(move_data_to_device(batch, self.device))))
         _, std = pooled(of_all_ranks(self.trainer, found))
         self.autoencoder.register_to_config(scaling_factor=1 / std)
@@ -153,7 +153,7 @@ class DiffusionModule(StageModule):
         return batch
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Images `(B, 3, H, W)`, or their `moments` `(B, M, h, w)` -> mean weighted denoising loss."""
+        """Images `(B, 3, H, W)` or cached `moments` `(B, M, h, w)` -> mean weighted denoising loss."""
         latents = self.encode(batch)
         loss = self.objective(self._predict, latents, batch["noise"], batch["timestep"]).mean()
         self.count(latents)
@@ -161,16 +161,16 @@ class DiffusionModule(StageModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Step, then average: once per step of the optimizer, whatever is accumulated."""
+        """Step, then update the EMA: once per optimizer step, whatever the gradient accumulation."""
         super().optimizer_step(*args, **kwargs)
         if not self.step_left_out:
             self.ema.update(self.unet)
 
     def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """The same loss of the averaged weights, on held-out (0) and on training images (1), fixed noise.
+        """Denoising loss of the averaged weights with fixed noise; dataloader 0: held-out images, 1: training images.
 
         Returns:
-            For callbacks, `latents` `(B, C, h, w)`, scaled, and `losses` `(B,)`.
+            For callbacks: `latents` `(B, C, h, w)`, scaled, and `losses` `(B,)`.
         """
         latents = self.encode(batch)
         losses = self.objective(self._predict_averaged, latents, batch["noise"], batch["timestep"])
@@ -185,7 +185,7 @@ class DiffusionModule(StageModule):
         return self.ema.model(latents, timesteps).sample
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
-        """Take the scale from the file: it was measured once and stays."""
+        """Restore the scaling factor from the checkpoint, as it is measured only once."""
         super().on_load_checkpoint(state)
         scale = state["ldm_lab"]["configs"]["vqvae"]["scaling_factor"]
         self.autoencoder.register_to_config(scaling_factor=scale)

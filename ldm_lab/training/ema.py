@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights, which validation, previews and exports use."""
+"""Exponential moving average (EMA) of a network's weights; validation, previews and exports use it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ldm_lab.utils.errors import UserError
 
 
 class EMA(nn.Module):
-    """A frozen float32 copy of one network that follows it: θ̄ ← θ̄ + (1 - decay(n)) (θ - θ̄) at update n = 1, 2, ...
+    """A frozen float32 average of a network: θ̄ ← θ̄ + (1 - decay(n)) (θ - θ̄) at update n = 1, 2, ...
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)), so that the random initial weights are soon
-    forgotten. Parameters are averaged; buffers are copied, because counters and schedules have no mean.
-    An update is one pass over the weights, and the host does not wait for it.
+    The decay warms up as min(decay, (1 + n) / (10 + n)), so that the average soon forgets the random initial
+    weights. Parameters are averaged; buffers are copied, because counters and schedules have no mean. An
+    update is one pass over the weights, and the host does not wait for it.
 
     Attributes:
-        model: the copy, in evaluation mode. As a submodule it moves and is saved with its owner.
+        model: the averaged network, in evaluation mode; a submodule, so it moves and is saved with its owner.
         num_updates: updates so far, int64.
 
     Args:
-        network: what to follow; it stays as it is.
-        decay: upper end of the decay.
+        network: the network to average; it is not changed.
+        decay: maximum of the decay.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.9999) -> None:
@@ -34,19 +34,19 @@ class EMA(nn.Module):
         self.max_decay = decay
         self.model = copy.deepcopy(network).float().eval().requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        self._known_updates: int | None = 0  # spares asking the device; None: another count was loaded
+        self._known_updates: int | None = 0  # avoids a read from the device; None: unknown after loading
         self.register_load_state_dict_post_hook(_forget_updates)
 
     def decay(self, n: int) -> float:
-        """The decay at update n, which counts from 1."""
+        """Decay at update n = 1, 2, ..."""
         return min(self.max_decay, (1 + n) / (10 + n))
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Move towards the weights of `network`; call it once per optimizer step.
+        """Move the average towards the weights of `network`; call once per optimizer step.
 
         Raises:
-            UserError: `network` has other parameters or buffers than the one this average was made of.
+            UserError: `network` has other parameters or buffers than the averaged network.
         """
         averages, values = _aligned(self.model.named_parameters(), network.named_parameters())
         before = int(self.num_updates) if self._known_updates is None else self._known_updates
@@ -59,7 +59,7 @@ class EMA(nn.Module):
             copied.copy_(value)
 
     def train(self, mode: bool = True) -> EMA:
-        """Set the mode of this module; the copy stays in evaluation mode, whatever its owner does."""
+        """Set the mode of this module; the averaged network always stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
         return self
@@ -70,10 +70,10 @@ def _forget_updates(ema: EMA, _: object) -> None:
 
 
 def _aligned(
-    mine: Iterable[tuple[str, Tensor]], theirs: Iterable[tuple[str, Tensor]]
+    averaged: Iterable[tuple[str, Tensor]], followed: Iterable[tuple[str, Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of both, in the same order. Raises `UserError` where the names differ."""
-    mine, theirs = dict(mine), dict(theirs)
-    if difference := sorted(mine.keys() ^ theirs.keys()):
+    """The tensors of both networks in the same order. Raises `UserError` if the names differ."""
+    averaged, followed = dict(averaged), dict(followed)
+    if difference := sorted(averaged.keys() ^ followed.keys()):
         raise UserError(f"the EMA follows another network: {difference[0]!r} is in one of the two alone")
-    return list(mine.values()), [theirs[name] for name in mine]
+    return list(averaged.values()), [followed[name] for name in averaged]

@@ -1,4 +1,4 @@
-"""What a stage is made of, in numbers: for whoever compares runs."""
+"""Facts about a stage for comparing runs: version, data, parameters, FLOPs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def facts(module: StageModule, data: ImageDataModule) -> dict[str, Any]:
-    """As plain data:
+    """The facts as plain data.
 
-    `version`, `git_commit` (None where there is no repository), `data` (fingerprints of the images by split),
-    `parameters` of the network that is trained, and `flops_per_image` (see there).
+    `version`, `git_commit` (None without a repository), `data` (fingerprints of the images by split),
+    `parameters` of the trained network, and `flops_per_image` (see the function).
     """
     _, network = next(iter(module.exported().values()))
     found = {
@@ -34,13 +34,13 @@ def facts(module: StageModule, data: ImageDataModule) -> dict[str, Any]:
         "data": {split: digest(marks.tolist()) for split, marks in data.marks.items()},
         "parameters": network.num_parameters(),
     }
-    with contextlib.suppress(Exception):  # a network of a plugin may do what cannot be done without content
+    with contextlib.suppress(Exception):  # a plugin's network may not run on the meta device
         found["flops_per_image"] = flops_per_image(network, module.autoencoder, data.image_size)
     return found
 
 
 def git_commit() -> str | None:
-    """The commit of the code, where it lies in a repository of its own."""
+    """The commit of the code, or None if the package is not in its own git repository."""
     if not (ROOT / ".git").exists():
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -50,13 +50,13 @@ def git_commit() -> str | None:
 
 
 def flops_per_image(network: PretrainedModel, autoencoder: FirstStage, image_size: tuple[int, int]) -> int:
-    """Floating-point operations for one image, two to a multiply-add, of products and convolutions alone.
+    """Floating-point operations per image in matrix products and convolutions; a multiply-add counts as two.
 
-    Of a first stage to encode and decode it; of a UNet to predict once from its latents. No backward pass.
+    For a first stage: encode and decode. For a UNet: one prediction. The backward pass is not counted.
 
     Args:
-        network: is built once more, without content.
-        autoencoder: makes the latents.
+        network: its config is built again on the meta device.
+        autoencoder: determines the latent shape.
         image_size: (height, width) in pixels.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""A second copy of a training's state, which stays as it is while training goes on."""
+"""A copy of the training state in host memory, to write while training goes on."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ldm_lab.training.planning import memory
 
 
 class HostCopy:
-    """Copies of a changing state in host memory, one after the other in the same place."""
+    """Copies training states to host memory, always into the same buffers."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple, Tensor] = {}
 
     def fits(self, state: dict[str, Any]) -> bool:
-        """Whether there is memory for it."""
+        """Whether host memory has room for the copy."""
         more = memory.num_bytes(state) - memory.num_bytes(self._buffers)
         return more <= 0 or more <= memory.budget(torch.device("cpu"))
 
     @torch.no_grad()
     def take(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The state as it is now: tensors and whatever holds them. The next copy overwrites it."""
+        """Copy the state, its tensors and their containers. The next copy overwrites this one."""
         found = {(n, tensor.shape, tensor.dtype): tensor for n, tensor in enumerate(memory.tensors(state))}
         self._buffers = {key: self._buffer(key, tensor) for key, tensor in found.items()}
         for key, tensor in found.items():
             self._buffers[key].copy_(tensor)
-        # What deepcopy finds in its memo is copied already.
+        # deepcopy takes objects in its memo as copied already.
         return copy.deepcopy(state, {id(tensor): self._buffers[key] for key, tensor in found.items()})
 
     def _buffer(self, key: tuple, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""`init=SOURCE`: what a stage starts from, where not from random weights.
+"""Starts a stage from the weights of another model: `init=SOURCE`.
 
-Weights belong to one architecture, those of a UNet to one noise schedule and one scale of the latents as well. These
-come along: they take the place of what config files say, and what the user has typed must agree with them. Optimizer,
-counters and all other settings are the run's own.
+Weights need their architecture, and a UNet also needs its noise schedule and its scale of the latents. These settings
+come with the weights: they replace the values in config files, and must agree with the values that the user has typed.
+Optimizer, counters and all other settings are the run's own.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ldm_lab.utils.nested import find, flatten
 from ldm_lab.utils.reading import LoadError, read_json
 from ldm_lab.utils.terminal import say
 
-# Of each stage: keys of the config -> parts of the source that they must agree with; the first is the one trained.
+# For each stage: key of the config -> part of the source that must agree with it; the first part is trained.
 NODES = {
     "autoencoder": {"model.autoencoder": "vqvae"},
     "diffusion": {"model.unet": "unet", "model.scheduler": "scheduler"},
 }
-OPEN = ("in_channels", "out_channels")  # None: those of the latents, whoever has typed it
-# Arguments of a network that its weights do not depend on, and those of a scheduler that they do depend on.
+OPEN = ("in_channels", "out_channels")  # None: taken from the latents, even if typed
+# Arguments of a network that do not affect its weights; arguments of a scheduler that do affect a UNet's weights.
 NOT_OF_WEIGHTS = ("sample_size", "dropout")
 OF_WEIGHTS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
@@ -53,10 +53,10 @@ class Source:
     """A trained model: any state (see `ldm_lab.checkpoints.locate`), or the folder of a single network.
 
     Attributes:
-        name: as the user has typed it.
-        state: where it lies.
-        configs: of the parts that it holds: `vqvae`, `unet`, `scheduler`.
-        plugins: packages whose classes it may name.
+        name: the value of `init=` that the user has typed.
+        state: location of the model.
+        configs: config of each part in the model: `vqvae`, `unet`, `scheduler`.
+        plugins: packages whose classes the configs may name.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Source:
     plugins: Sequence[str] = ()
 
     def skeleton(self, part: str) -> Configurable:
-        """A part by its config: the weights of a network lie on the meta device."""
+        """Build a part from its config; a network's weights are on the meta device."""
         kind = class_of(self.configs[part], LDMPipeline.classes[part], self.plugins, f"init={self.name}: {part}")
         with torch.device("meta"):
             return kind.from_config(self.configs[part])
 
     def network(self, part: str) -> PretrainedModel:
-        """A network with its weights, those of a UNet averaged."""
+        """Load a network with its weights; a UNet with its averaged weights."""
         path = self.state.path
         if path.is_file():
             found, kinds = checkpoint.parts(path), LDMPipeline.classes[part]
@@ -82,12 +82,12 @@ class Source:
 
 
 def open_source(name: str, stage: str, plugins: Sequence[str] = ()) -> Source:
-    """Find what `init=` names; the weights are not read yet.
+    """Locate the model that `init=` names, without reading its weights.
 
-    For stage 1, the first stage of a pipeline comes before the result of a stage 1: it knows the latents' scale.
+    Stage 1 prefers the first stage of a pipeline to the result of a stage 1, as the pipeline knows the latents' scale.
 
     Raises:
-        LoadError: there is nothing, or nothing for that stage.
+        LoadError: there is no model, or no model for that stage.
     """
     local = hub.local(name)
     alone = Path(local, PretrainedModel.config_name)
@@ -113,17 +113,17 @@ def _configs(path: Path, plugins: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def settings(config: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
-    """What `init=` changes in the config of a stage: dotted key -> value. Says so, a line each.
+    """The changes of `init=` to a stage's config, dotted key -> value; prints a line for each.
 
-    A stage that has a state starts from that, with the settings it was started with, whatever became of the source.
+    A stage that has a checkpoint resumes with its settings of then, even if the source has changed or gone.
 
     Args:
-        config: of the stage, resolved.
-        typed: keys that the user has given a value, which must be that of the source.
+        config: the stage's config, resolved.
+        typed: keys that the user has set; their values must equal the source's.
 
     Raises:
         LoadError: the source cannot be used.
-        UserError: a typed setting, or the kind of network, is another one than the source's.
+        UserError: a typed setting, or the class of network, differs from the source's.
     """
     if not config["init"]:
         return {}
@@ -144,28 +144,28 @@ def settings(config: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
 
 
 def _changes(
-    source: Source, node: str, own: dict[str, Any], theirs: Configurable, typed: Collection[str]
+    source: Source, node: str, node_config: dict[str, Any], part: Configurable, typed: Collection[str]
 ) -> dict[str, Any]:
     keys: Sequence[str] = OF_WEIGHTS
-    if isinstance(theirs, PretrainedModel):
-        keys = [key for key in theirs.config if key not in NOT_OF_WEIGHTS]
-        if not f".{own['_target_']}".endswith(f".{theirs.class_name()}"):
+    if isinstance(part, PretrainedModel):
+        keys = [key for key in part.config if key not in NOT_OF_WEIGHTS]
+        if not f".{node_config['_target_']}".endswith(f".{part.class_name()}"):
             raise UserError(
-                f"{node} is {own['_target_']}, but init={source.name} holds {theirs.class_name()}:"
+                f"{node} is {node_config['_target_']}, but init={source.name} holds {part.class_name()}:"
                 " choose a model= of that kind, or other weights"
             )
-    arguments = inspect.signature(type(theirs).__init__).parameters
+    arguments = inspect.signature(type(part).__init__).parameters
     changes = {}
     for key in keys:
-        value, mine, name = theirs.config[key], own.get(key, arguments[key].default), f"{node}.{key}"
-        mine = list(mine) if isinstance(mine, tuple) else mine
-        if mine is None and key in OPEN:
+        value, current, name = part.config[key], node_config.get(key, arguments[key].default), f"{node}.{key}"
+        current = list(current) if isinstance(current, tuple) else current
+        if current is None and key in OPEN:
             changes[name] = value
             continue
-        if mine != value and _is_typed(name, typed):
-            raise UserError(f"{name}={mine}, but init={source.name} was trained with {value}: leave {name} out")
-        if mine != value:
-            say(f"init: {name} {mine} -> {value}, from {source.name}")
+        if current != value and _is_typed(name, typed):
+            raise UserError(f"{name}={current}, but init={source.name} was trained with {value}: leave {name} out")
+        if current != value:
+            say(f"init: {name} {current} -> {value}, from {source.name}")
             changes[name] = value
     return changes
 
@@ -175,16 +175,16 @@ def _is_typed(key: str, typed: Collection[str]) -> bool:
 
 
 def load(module: StageModule, config: dict[str, Any], typed: Collection[str]) -> None:
-    """Put the weights of `init=` into a module that was built with its `settings`.
+    """Load the weights of `init=` into a module that was built with the changes from `settings`.
 
     Args:
-        module: of the stage.
-        config: of the stage.
-        typed: keys that the user has given a value.
+        module: the stage's module.
+        config: the stage's config.
+        typed: keys that the user has set.
 
     Raises:
         LoadError: the weights cannot be read, or do not fit.
-        UserError: another scaling factor was typed than the one that the UNet was trained with.
+        UserError: the user has typed another scaling factor than that of the UNet's training.
     """
     source = open_source(config["init"], config["stage"], config["plugins"])
     if isinstance(module, DiffusionModule):
@@ -195,30 +195,30 @@ def load(module: StageModule, config: dict[str, Any], typed: Collection[str]) ->
         return
     module.autoencoder.load_weights(source.network("vqvae").exported_state_dict(), origin=source.name)
     if isinstance(module, AutoencoderModule):
-        module.codebook.initialised.fill_(True)  # or the codes would be drawn anew
+        module.codebook.initialised.fill_(True)  # else training would draw new codes
 
 
 def _take_scale(module: DiffusionModule, source: Source, is_typed: bool) -> None:
-    """Latents are scaled as the UNet knows them, where they are the latents that it knows."""
-    mine = "measure" if module.measures_scale else module.autoencoder.config.scaling_factor
-    theirs = source.network("vqvae") if "vqvae" in source.configs else None
-    if theirs is None or _encoding(theirs) != _encoding(module.autoencoder):
-        why = "comes without an autoencoder" if theirs is None else "was trained on another autoencoder"
-        say(f"init: the UNet of {source.name} {why}; model.scaling_factor={mine} stands")
+    """Use the scaling factor of the UNet's training, if the UNet was trained on the latents of this autoencoder."""
+    current = "measure" if module.measures_scale else module.autoencoder.config.scaling_factor
+    vqvae = source.network("vqvae") if "vqvae" in source.configs else None
+    if vqvae is None or _encoding(vqvae) != _encoding(module.autoencoder):
+        why = "comes without an autoencoder" if vqvae is None else "was trained on another autoencoder"
+        say(f"init: the UNet of {source.name} {why}; model.scaling_factor={current} stands")
         return
-    scale = theirs.config.scaling_factor
-    if mine != scale and is_typed:
+    scale = vqvae.config.scaling_factor
+    if current != scale and is_typed:
         raise UserError(
-            f"model.scaling_factor={mine}, but the UNet of init={source.name} was trained with {scale}:"
+            f"model.scaling_factor={current}, but the UNet of init={source.name} was trained with {scale}:"
             " leave model.scaling_factor out"
         )
-    if mine != scale:
-        say(f"init: model.scaling_factor {mine} -> {scale:.6g}, from {source.name}")
+    if current != scale:
+        say(f"init: model.scaling_factor {current} -> {scale:.6g}, from {source.name}")
     module.autoencoder.register_to_config(scaling_factor=scale)
     module.measures_scale = False
 
 
 def _encoding(autoencoder: FirstStage) -> str:
-    """A fingerprint of what latents follow from: the decoder may have been trained further."""
+    """Fingerprint of the weights that determine the latents; excludes the decoder, which may be trained further."""
     parts = {name: part for name, part in autoencoder.named_children() if name not in DECODER}
     return fingerprint(nn.ModuleDict(parts))

@@ -1,4 +1,4 @@
-"""Shape and noise of the latents that a first stage makes of images, and where they are kept."""
+"""Shape, posterior noise and cache of the latents of a first stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.utils import randomness
 
 Shape = tuple[int, int, int]
-PRECISIONS = {"float32": "32-true", "bfloat16": "bfloat16"}  # `data.latents_precision`, as it stands in a cache's key
+PRECISIONS = {"float32": "32-true", "bfloat16": "bfloat16"}  # `data.latents_precision` -> its name in a cache's key
 
 
 def latent_shape(autoencoder: FirstStage, image_size: Sequence[int]) -> Shape:
@@ -23,22 +23,22 @@ def latent_shape(autoencoder: FirstStage, image_size: Sequence[int]) -> Shape:
 
 
 def moments_shape(autoencoder: FirstStage, image_size: Sequence[int]) -> Shape:
-    """(height, width) of images -> (M, h, w) of `FirstStage.moments`."""
+    """(height, width) of images -> (M, h, w) of their `FirstStage.moments`."""
     channels, height, width = latent_shape(autoencoder, image_size)
     return channels * (2 if autoencoder.draws_latents else 1), height, width
 
 
 def are_cached(stage: str, data: ImageDataModule) -> bool:
-    """Whether a stage trains on cached latents: the second one, with `data.latents=cached`."""
+    """Whether a stage trains on cached latents: stage 2 with `data.latents=cached`."""
     return stage == "diffusion" and data.latents == "cached"
 
 
 def latent_cache(autoencoder: FirstStage, data: ImageDataModule) -> LatentCache:
-    """The cache of a data module's training images.
+    """The latent cache of a data module's training images.
 
     Args:
-        autoencoder: encodes them.
-        data: says which they are, in which precision they are encoded, and where caches lie.
+        autoencoder: encodes the images.
+        data: holds the images, the precision of encoding, and the folder of caches.
     """
     config = {key: value for key, value in autoencoder.config.items() if key not in ("scaling_factor", "sample_size")}
     what = {
@@ -54,8 +54,8 @@ def latent_cache(autoencoder: FirstStage, data: ImageDataModule) -> LatentCache:
 def posterior_noise(
     autoencoder: FirstStage, seed: int, positions: Iterable[int], shape: Shape, stream: str = "posterior"
 ) -> Tensor | None:
-    """Noise for drawing latents, `(B, *shape)` on the CPU; row i depends on (seed, stream, positions[i]) alone.
+    """Noise for drawing latents, `(B, *shape)` on the CPU; row i depends only on (seed, stream, positions[i]).
 
-    None where latents are not drawn: what `FirstStage.latents` takes then.
+    None for a first stage that does not draw its latents; `FirstStage.latents` takes None then.
     """
     return randomness.normal(seed, stream, positions, shape) if autoencoder.draws_latents else None

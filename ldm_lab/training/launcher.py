@@ -1,4 +1,4 @@
-"""How `trainer=ddp` starts its ranks."""
+"""Starts the ranks of `trainer=ddp`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from ldm_lab.training.watch import Watch
 
-PARENT = "LDM_LAB_LAUNCHER"  # the variable that tells launched processes which one has launched them
+PARENT = "LDM_LAB_LAUNCHER"  # environment variable: process id of the launching process
 
 
 class Launcher(_SubprocessScriptLauncher):
-    """Starts the ranks as Lightning does; each of them has a `Watch`.
+    """Starts the ranks as Lightning does, and a `Watch` in each rank.
 
-    Lightning's own observer kills the launching process, too, so that nobody says what has happened, and where the
-    launching process is the one to die, the others are left to themselves.
+    Lightning's own observer also kills the launching process, so no process reports the failure. If the launching
+    process dies, Lightning leaves the other ranks running.
     """
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Start the other ranks, unless something else has or they are there since an earlier stage; then call."""
+        """Start the other ranks, unless a cluster or an earlier stage has started them; then call `function`."""
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
@@ -39,7 +39,7 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 def parent() -> int | None:
-    """The process without which this one has no purpose: the launching rank, or torchrun's agent."""
+    """Process id of the launching rank or of torchrun's agent; None in the launching rank itself."""
     if TorchElasticEnvironment.detect():
         return os.getppid()
     launcher = int(os.environ.get(PARENT, os.getpid()))

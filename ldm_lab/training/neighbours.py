@@ -1,4 +1,4 @@
-"""Which training images a sample is like."""
+"""Nearest training images of samples."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ldm_lab.utils.limits import Count
 
 
 class Neighbours:
-    """Finds the nearest training images: a look at what may be copied, at the price of a few megabytes.
+    """Finds the nearest training images of samples, to show memorisation, for a few megabytes of memory.
 
-    Near is what differs least, squared and summed, at `side` x `side` pixels; also mirrored, where training mirrors.
-    Only a part of the images is searched, evenly spread over them; it is read once, each rank its share.
+    The distance is L2 at `side` x `side` pixels, over mirrored images too if training mirrors. The search covers an
+    evenly spaced subset of the images; each rank reads its share of the subset, once.
 
     Args:
-        samples: of so many, the first.
-        nearest: training images for each.
-        among: so many are searched, at most.
-        side: pixels that are compared.
+        samples: number of samples, the first ones.
+        nearest: training images per sample.
+        among: maximum number of training images to search.
+        side: height and width of the compared images in pixels.
     """
 
     BATCH = 64  # images read at a time
@@ -38,14 +38,14 @@ class Neighbours:
 
     @torch.no_grad()
     def beside(self, trainer: Trainer, samples: Tensor) -> Tensor:
-        """Every rank must call it.
+        """The first samples with their nearest training images; every rank must call it.
 
         Args:
-            trainer: of the run.
-            samples: `(B, 3, H, W)` in [-1, 1], alike on all ranks.
+            trainer: the run's trainer.
+            samples: `(B, 3, H, W)` in [-1, 1], the same on all ranks.
 
         Returns:
-            `(n, 1 + k, 3, H, W)`: n samples, each before the k images nearest to it, the very nearest first.
+            `(n, 1 + k, 3, H, W)`: n samples, each followed by its k nearest images, the nearest first.
         """
         data = trainer.datamodule
         indices = spread(min(self.among, data.num_train), data.num_train)
@@ -54,7 +54,7 @@ class Neighbours:
             self._searched = shared(trainer, len(indices), lambda places: self._read(trainer, indices, places))
         views = [self._searched, self._searched.flip(-1)][: 2 if data.train_set.flip else 1]
         small = adaptive_avg_pool2d(samples, self.side).flatten(1)  # (n, 3, H, W) -> (n, 3 S S)
-        with float32.exact():  # near images differ by less than TF32 rounds their product
+        with float32.exact():  # TF32 rounds products by more than near images differ
             distances = torch.stack([torch.cdist(small, view.flatten(1)) for view in views])  # (V, n, N)
         closest, view = distances.min(0)  # (n, N)
         places = closest.topk(min(self.nearest, len(indices)), largest=False).indices  # (n, k)
@@ -67,7 +67,7 @@ class Neighbours:
         return torch.cat([samples[:, None].cpu(), found], dim=1)
 
     def _read(self, trainer: Trainer, indices: Sequence[int], places: Sequence[int]) -> Tensor:
-        """The images at some places, `(n, 3, S, S)`, on the device."""
+        """Read images and shrink them to `(n, 3, S, S)`, on the device."""
         data = trainer.datamodule
         chosen = Chosen(data.train_set, [indices[place] for place in places])
         batches = Loader(chosen, batch_size=self.BATCH, **data.loading())

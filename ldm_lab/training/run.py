@@ -1,4 +1,4 @@
-"""One stage from start to end."""
+"""Trains one stage from start to end."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from ldm_lab.utils.terminal import is_first_process, say
 
 Schedule = Callable[[int], float]  # images seen -> multiplier of the learning rate
 
-KEPT = ("val/", "codebook/")  # of the last metrics, in status.json
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing has failed, but the training is not at its end
+KEPT = ("val/", "codebook/")  # last metrics that status.json keeps
+AGAIN = 75  # exit status EX_TEMPFAIL of sysexits.h: no failure, but training is not complete
 
 
 class Stopped(NamedTuple):
-    """A training that has ended before its end.
+    """Outcome of a training that stopped early.
 
     Attributes:
-        status: that the command ends with.
-        line: what to say.
+        status: exit status of the command.
+        line: message for the user.
     """
 
     status: int
@@ -62,19 +62,19 @@ def fit(
     config: dict[str, Any],
     schedule_of: Callable[[dict[str, Any]], Schedule | None],
 ) -> Stopped | None:
-    """Train one stage to `max_images`, from its newest state if there is one.
+    """Train one stage to `max_images`, from its newest checkpoint if there is one.
 
     Args:
-        module: the stage.
-        data: its images.
-        trainer: trains it.
-        run: its folder.
-        config: of the stage, as plain data.
-        schedule_of: builds the schedule of the learning rate of another config, that the run was started with; None
-            where it cannot be built.
+        module: the stage's module.
+        data: the stage's images.
+        trainer: the Lightning trainer.
+        run: the stage's folder.
+        config: the stage's config, as plain data.
+        schedule_of: builds the learning-rate schedule of the config that the run was started with; returns None if
+            the schedule cannot be built.
 
     Returns:
-        How it was stopped, after everything was saved; None: it came to its end.
+        How training was stopped, after everything was saved; None: training is complete.
     """
     without_own_handlers(trainer)
     data.compare_with_training = module.stage == "diffusion"
@@ -101,12 +101,12 @@ def fit(
 
 
 def identity(module: StageModule, config: dict[str, Any]) -> dict[str, Any]:
-    """What a finished stage is known by, in status.json."""
+    """The entries of status.json that identify a finished stage."""
     return {"stage": module.stage, "max_images": config["max_images"], "autoencoder": config["autoencoder_hash"]}
 
 
 def begin(run: RunFolder, module: StageModule, data: ImageDataModule, trainer: Trainer, config: dict[str, Any]) -> None:
-    """Write into the folder what the stage is trained with, and tell the loggers. On the first process alone."""
+    """Write config, data marks and status into the folder, and log them. Only on the first process."""
     run.clear_leftovers()
     run.write_config(config)
     run.write_marks(data.marks)
@@ -123,7 +123,7 @@ def begin(run: RunFolder, module: StageModule, data: ImageDataModule, trainer: T
 def train(
     module: StageModule, data: ImageDataModule, trainer: Trainer, config: dict[str, Any], start: Path | None
 ) -> None:
-    """Train from the checkpoint `start`, or from the beginning, to the end or to where the user breaks off."""
+    """Train from the checkpoint `start`, or from the beginning, until the end or an interruption."""
     explained = memory.explained(module, data, trainer.world_size)
     with contextlib.suppress(BrokenOff), explained, enough_shared_memory():
         if start and owes_validation(data, config):
@@ -134,8 +134,8 @@ def train(
 def finish(
     run: RunFolder, module: StageModule, data: ImageDataModule, trainer: Trainer, config: dict[str, Any]
 ) -> None:
-    """Validate where the last validation is missing; write the model card, and that the stage is finished."""
-    if "val/loss" not in trainer.callback_metrics:  # stopped between its last step and its end
+    """Validate if the last validation is missing; write the model card, then mark the stage as finished."""
+    if "val/loss" not in trainer.callback_metrics:  # an earlier start stopped after its last step
         trainer.validate(module, data, verbose=False)
     if is_first_process():
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "/" in key}
@@ -145,7 +145,7 @@ def finish(
 
 
 def stopped(interrupt: Interrupt, trainer: Trainer, module: StageModule) -> Stopped:
-    """Who has stopped a training, where it stands, and how it goes on."""
+    """Exit status and message: who stopped training, at how many images, and how to continue."""
     images = module.images_seen
     if interrupt.received is not None:
         line = f"stopped and saved at {images:,} images; the same command continues"
@@ -156,7 +156,7 @@ def stopped(interrupt: Interrupt, trainer: Trainer, module: StageModule) -> Stop
 
 
 def owes_validation(data: ImageDataModule, config: dict[str, Any]) -> bool:
-    """Whether a validation belongs to the step at which a run resumes: it may not have come to its end."""
+    """Whether the step at which a run resumes had a validation, which may have been broken off."""
     seen, every = data.images_seen, config["validate_every"]
     return seen < config["max_images"] and seen // every > (seen - data.global_batch_size) // every
 
@@ -164,14 +164,14 @@ def owes_validation(data: ImageDataModule, config: dict[str, Any]) -> bool:
 def lengthened(
     module: StageModule, before: dict[str, Any], schedule: Schedule | None, max_images: int, images_seen: int
 ) -> str:
-    """What a larger `max_images` does to the learning rate, in one line.
+    """One line on the effect of a larger `max_images` on the learning rate.
 
     Args:
-        module: with its optimizer and schedule of now.
+        module: the stage's module with the current optimizer and schedule.
         before: config that the stage was started with.
-        schedule: of that config; None where it cannot be built.
-        max_images: of now.
-        images_seen: where the stage stands.
+        schedule: learning-rate schedule of that config; None if it cannot be built.
+        max_images: current length of the stage.
+        images_seen: images trained on so far.
     """
     rate = module.make_optimizer(module.parameter_groups()).param_groups[0]["lr"]
     goes_on, ends = (f"{rate * module.schedule(images):.2g}" for images in (images_seen, max_images))
@@ -182,7 +182,7 @@ def lengthened(
 
 
 def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int) -> None:
-    """Images -> the steps and batches that Lightning counts. The last step may run over `max_images`."""
+    """Convert lengths in images to Lightning's steps and batches. The last step may exceed `max_images`."""
     trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
     trainer.fit_loop.epoch_loop.max_steps = -(-max_images // data.global_batch_size)
     data.stop = trainer.max_steps * data.global_batch_size
@@ -190,18 +190,18 @@ def set_lengths(trainer: Trainer, data: ImageDataModule, max_images: int) -> Non
 
 
 def essentials(config: dict[str, Any], callbacks: list, loggers: list) -> dict[str, Any]:
-    """Arguments of the trainer, with what no run can do without: validation, checkpoints, a clean stop, the export."""
+    """Trainer arguments that every run needs: validation, checkpoints, a clean stop, the export."""
     stage = config["paths"]["stage"]
     validate = Validate(config["validate_every"])
     checkpoints = Checkpoint(f"{stage}/checkpoints", config["checkpoint_every"], validate)
     always = [SmallestBatchSize(), SameStart(), validate, checkpoints, Interrupt(), Export(stage)]
-    # `NotFinite` comes first: before others see, show or save what has come of a step.
+    # `NotFinite` comes first, before another callback logs, shows or saves the result of a step.
     callbacks = [NotFinite(stage), Encode(), *callbacks, *always]
     return {"callbacks": callbacks, "logger": loggers or False, "plugins": [BackgroundCheckpointIO()]}
 
 
 def write_card(run: RunFolder, stage: str, metrics: dict[str, float]) -> None:
-    """Beside the result; what is wrong with other files of the run is said, and stops nothing."""
+    """Write the model card beside the result; print an error in other files of the run and go on."""
     try:
         card.write(RunRecord(run.folder.parent, {stage: StageRecord(run.folder, stage)}), stage, metrics)
     except LoadError as error:
@@ -209,7 +209,7 @@ def write_card(run: RunFolder, stage: str, metrics: dict[str, float]) -> None:
 
 
 def first_stage(source: str | None, command: str, plugins: Sequence[str] = ()) -> FirstStage:
-    """The autoencoder of a stage 2. Raises `LoadError` with the command that makes one, where there is none."""
+    """Load the autoencoder for stage 2. If it is missing, raises `LoadError` with the command that trains it."""
     if not source or not (Path(source).exists() or hub.is_name(source)):
         raise LoadError(f"autoencoder={source} is not there; make it with: {command}")
     return load_autoencoder(source, plugins)

@@ -1,6 +1,6 @@
 """Learning-rate schedules: multipliers of the optimizer's rate as functions of the training images seen.
 
-Counted in images they mean the same for every batch size, number of devices and accumulation:
+Counting in images makes them independent of batch size, number of devices and gradient accumulation:
 `LambdaLR(optimizer, lambda step: schedule(step * global_batch_size))`.
 """
 
@@ -13,14 +13,14 @@ from typing import Annotated
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Count, Harmless, Whole
 
-WARMUP_START = 1e-6  # multiplier of the first step, that of latent diffusion's lsun_churches experiment
+WARMUP_START = 1e-6  # multiplier of the first step, as in latent diffusion's lsun_churches experiment
 
 
 @dataclass(frozen=True)
 class ConstantWithWarmup:
     """Linear from 1e-6 to 1 over `warmup_images`, then 1.
 
-    Latent diffusion trained lsun_churches so, with 10,000 steps of 96 images: `warmup_images=960_000`.
+    Latent diffusion trained lsun_churches with 10,000 warm-up steps of 96 images: `warmup_images=960_000`.
     """
 
     warmup_images: Whole = 0
@@ -38,8 +38,8 @@ class ConstantWithWarmup:
 class CosineWithWarmup:
     """Linear from 1e-6 to 1 over `warmup_images`, then half a cosine down to `final` at `max_images`.
 
-    Loshchilov & Hutter 2017 (arXiv 1608.03983, Eq. 5), a single cycle. After `max_images` it stays at `final`;
-    a trial run of fewer images than the warm-up ends within the warm-up.
+    Loshchilov & Hutter 2017 (arXiv 1608.03983, Eq. 5), a single cycle. After `max_images` it stays at `final`.
+    A run with fewer images than the warm-up ends within the warm-up.
     """
 
     warmup_images: Whole

@@ -1,4 +1,4 @@
-"""What must hold where Slurm has started the processes; else they would wait for each other for ever."""
+"""Checks Slurm's task count, as a wrong count makes the processes wait for each other forever."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ldm_lab.utils.terminal import is_first_process
 
 
 def check_tasks(devices: int, nodes: int) -> None:
-    """Compare Slurm's tasks with the processes that a training needs, one for each device of each node.
+    """Compare Slurm's tasks with the processes that training needs, one for each device of each node.
 
-    Outside of Slurm, in a shell that it has given, and under torchrun, there is nothing to compare. Call it before
-    the processes look for each other. The first process speaks for all.
+    There is no check outside of Slurm, in an interactive Slurm shell, or under torchrun. Call it before the processes
+    form their group. Only the first process prints the error.
 
     Raises:
-        UserError: there are more or fewer tasks, or they would run if `srun` had started them.
+        UserError: there are more or fewer tasks, or the tasks need `srun` to start them.
     """
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
         return
     tasks = int(os.environ["SLURM_NTASKS"])
-    if tasks == devices * nodes and (tasks == 1 or "SLURM_STEP_ID" in os.environ):  # which only srun sets
+    if tasks == devices * nodes and (tasks == 1 or "SLURM_STEP_ID" in os.environ):  # only srun sets this variable
         return
     if not is_first_process():
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Means over many batches, as exact as float64 makes them, on devices that may have none."""
+"""Statistics over many batches in float64, also for devices without float64."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def moments(values: Tensor) -> Tensor:
-    """Of any tensor, on its device: number, mean and variance of its entries, `(3,)`, float32."""
+    """Number, mean and variance of a tensor's entries, `(3,)`, float32, on its device."""
     variance, mean = torch.var_mean(values.float(), correction=0)
     return torch.stack([mean.new_full((), values.numel()), mean, variance])
 
 
 def pooled(moments: Tensor) -> tuple[float, float]:
-    """Moments `(n, 3)` of n tensors -> mean and standard deviation of all their entries (Chan et al. 1979)."""
+    """Moments `(n, 3)` of n tensors -> mean and standard deviation of all entries (Chan et al. 1979)."""
     number, mean, variance = moments.unbind(1)
     total = number.sum()
     centre = (number * mean).sum() / total
@@ -23,7 +23,7 @@ def pooled(moments: Tensor) -> tuple[float, float]:
 
 
 def of_all_ranks(trainer: Trainer, rows: list[Tensor]) -> Tensor:
-    """Tensors `(...)`, one a batch, as many on each rank -> those of all ranks `(n, ...)`, float64, on the host."""
-    own = torch.stack(rows)
-    gathered = trainer.strategy.all_gather(own)  # (n, ...), of several ranks (R, n, ...)
-    return gathered.reshape(-1, *own.shape[1:]).cpu().double()
+    """One tensor `(...)` per batch, equally many per rank -> those of all ranks `(n, ...)`, float64, on the CPU."""
+    stacked = torch.stack(rows)
+    gathered = trainer.strategy.all_gather(stacked)  # (n, ...); with several ranks (R, n, ...)
+    return gathered.reshape(-1, *stacked.shape[1:]).cpu().double()

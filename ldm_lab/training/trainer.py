@@ -1,4 +1,4 @@
-"""Lightning's trainer, and what ours adds to it."""
+"""Lightning's trainer with a few more settings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ldm_lab.utils.errors import UserError, one_line
 
 
 class Trainer(lightning.Trainer):
-    """`lightning.Trainer`, whose processes end together (see `Launcher`), whatever the strategy.
+    """`lightning.Trainer` whose processes end together (see `Launcher`), whatever the strategy.
 
     Args:
-        float32_matmul_precision: how a CUDA device multiplies float32 numbers, in matrix products and convolutions:
-            "highest" with all their bits, "high" and "medium" in TF32 (see `float32.allow`). CPUs do as ever.
-        on_nan: what to do where a loss or gradient is not finite, "stop" or "skip" (see `NotFinite`).
+        float32_matmul_precision: how a CUDA device multiplies float32 numbers in matrix products and convolutions:
+            "highest" with all bits, "high" and "medium" in TF32 (see `float32.allow`). It has no effect on CPUs.
+        on_nan: reaction to a loss or gradient that is not finite, "stop" or "skip" (see `NotFinite`).
         **settings: see `lightning.Trainer`.
 
     Raises:
-        UserError: a setting is unknown, or cannot be.
+        UserError: a setting is unknown or invalid.
     """
 
     def __init__(self, on_nan: str = "stop", float32_matmul_precision: str = "high", **settings: Any) -> None:  # noqa: ANN401
@@ -35,7 +35,7 @@ class Trainer(lightning.Trainer):
         self.on_nan = on_nan
         try:
             super().__init__(**settings)
-        except (MisconfigurationException, TypeError, ValueError) as error:  # Lightning's ways to refuse
+        except (MisconfigurationException, TypeError, ValueError) as error:  # Lightning raises any of these
             raise UserError(one_line(error)) from error
         if self.strategy.root_device.type == "cuda":
             float32.allow(float32_matmul_precision)

@@ -1,4 +1,4 @@
-"""No process outlives the training it belongs to: what ends one of them ends all, and its rank is named."""
+"""Ends all processes of a distributed training when one of them fails, and names the failed rank."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from ldm_lab.utils.errors import fail, one_line
 from ldm_lab.utils.signals import BROKEN_PIPE, STOPPING, status_of
 from ldm_lab.utils.terminal import cry
 
-STOPPED = frozenset(map(status_of, (*STOPPING, BROKEN_PIPE)))  # exit statuses of who was asked to stop
+STOPPED = frozenset(map(status_of, (*STOPPING, BROKEN_PIPE)))  # exit statuses of processes stopped by a signal
 
 
 class Watch(threading.Thread):
-    """Looks after the other processes of this machine beside whatever this one does, or waits for.
+    """A thread that watches the other processes of this training on this machine.
 
-    A process that waits for one that is gone may wait for ever: in NCCL, in a rendezvous, for data. So this thread
-    ends it from outside. The launching process watches those it has launched, and they watch it.
+    A process that waits for a dead process may wait forever: in NCCL, in a rendezvous, for data. So this thread ends
+    its own process. The launching process watches its children, and the children watch the launching process.
 
     Args:
-        rank: of this process.
-        children: the processes launched by this one, rank by rank after its own.
-        parent: the process that has launched this one, if it is to be watched.
-        parent_name: what to call that.
+        rank: rank of this process.
+        children: processes that this process has launched, in the order of the ranks after its own.
+        parent: process id of the launching process; None: do not watch it.
+        parent_name: name of the launching process in messages.
     """
 
     INTERVAL = 0.5  # seconds
-    GRACE = 3.0  # seconds in which a process may follow one that has ended in order
-    current: ClassVar[Watch | None] = None  # of this process
+    GRACE = 3.0  # seconds to end by itself after another process has stopped in order
+    current: ClassVar[Watch | None] = None  # the one watch of this process
 
     def __init__(self, rank: int, children: list[subprocess.Popen], parent: int | None, parent_name: str) -> None:
         super().__init__(name="watch", daemon=True)
@@ -44,12 +44,12 @@ class Watch(threading.Thread):
         self.over = threading.Event()
 
     def start(self) -> None:
-        """Begin, as the one watch of this process."""
+        """Start the thread as the watch of this process."""
         Watch.current = self
         super().start()
 
     def run(self) -> None:
-        """Look until something has failed, or all is over."""
+        """Poll the processes until one has failed or training is over."""
         while not self.over.wait(self.INTERVAL):
             for rank, child in enumerate(self.children, self.rank + 1):
                 if status := child.poll():
@@ -58,9 +58,9 @@ class Watch(threading.Thread):
                 self._end(f"{self.parent_name} is gone, and so rank {self.rank} ends")
 
     def _end(self, line: str, status: int | None = None) -> None:
-        """End this process and all that it has started, from within this thread."""
+        """End this process and all processes that it has started."""
         orderly = status is None or status in STOPPED
-        if orderly and self.over.wait(self.GRACE):  # that this process ends by itself is likely
+        if orderly and self.over.wait(self.GRACE):  # this process probably ends by itself
             return
         try:
             cry(f"\nerror: {line}\n")
@@ -71,21 +71,21 @@ class Watch(threading.Thread):
 
 
 def _said(status: int) -> str:
-    """What became of a process, from the status that `Popen` gives."""
+    """How a process ended, in words, from the return code of `Popen`."""
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"ended with exit status {status}; what it said stands above"
 
 
-PATIENCE = 20.0  # seconds for the watch, or torchrun, or Slurm, to say who is missing
+PATIENCE = 20.0  # seconds for the watch, torchrun or Slurm to name the failed process
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Around all that several processes do together: where one fails, it is the one whose error is read.
+    """Context of all work in a process group: only the process that fails first reports its error.
 
-    The others fail in consequence, with a lost connection. They leave the word to who knows of whom: the watch, or
-    the launcher, which then end them.
+    The other processes then fail with a lost connection. They stay silent and wait for the watch or the launcher, which
+    knows the failed process and ends them.
     """
     try:
         yield
@@ -93,18 +93,18 @@ def watched() -> Iterator[None]:
         if _is_lost_connection(error):
             _await_the_end(error)
         if Watch.current:
-            Watch.current.over.set()  # whoever fails now, it follows from this
+            Watch.current.over.set()  # later failures follow from this one
         raise
 
 
 def _is_lost_connection(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError) or not torch.distributed.is_available():
         return False
-    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)  # has no class of its own
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)  # gloo's error has no class
 
 
 def _await_the_end(error: BaseException) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends those that are left
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the remaining processes by SIGTERM
     time.sleep(PATIENCE)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else os.environ.get("RANK", "?")
     fail(RuntimeError(f"rank {rank} has lost the connection to another one: {one_line(error)}"))

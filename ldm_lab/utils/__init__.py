@@ -1,1 +1,1 @@
-"""What every other package uses, and what imports none of them."""
+"""Utilities for all other packages; this package imports none of them."""

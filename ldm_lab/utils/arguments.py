@@ -1,4 +1,4 @@
-"""Checks of arguments: a wrong one is refused in one line that names the key, the value and the possible ones."""
+"""Checks of arguments; the one-line error names the key, the value and the allowed values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def require_positive(maximum: int = MAX_WIDTH, **values: int) -> None:
 
 
 def whole(key: str, value: SupportsIndex) -> int:
-    """A whole number of any library, numpy's and torch's too. Raises `UserError` unless it is above 0."""
+    """A positive integer of any library, also numpy's and torch's. Raises `UserError` unless it is above 0."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -54,26 +54,26 @@ def whole(key: str, value: SupportsIndex) -> int:
 
 
 def require_bool(**values: bool) -> None:
-    """Raise `UserError` unless every value is True or False: the text "false" would count as true."""
+    """Raise `UserError` unless every value is True or False, as the string "false" would count as true."""
     for key, value in values.items():
         if not isinstance(value, bool):
             raise UserError(f"{key}={value!r} must be true or false")
 
 
 def require_number(low: float, high: float, **values: float) -> None:
-    """Raise `UserError` unless every value is a number in [low, high); not a number, NaN, is in no range."""
+    """Raise `UserError` unless every value is a number in [low, high); NaN is in no range."""
     for key, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < high:
             raise UserError(f"{key}={value!r} must be a number, at least {low:g} and below {high:g}")
 
 
 def require_scale(scaling_factor: float) -> None:
-    """Raise `UserError` unless latents can be multiplied and divided by it in single precision."""
+    """Raise `UserError` unless float32 latents can be multiplied and divided by the scaling factor."""
     require_number(1e-6, 1e6, scaling_factor=scaling_factor)
 
 
 def require_sample_size(sample_size: Any) -> None:  # noqa: ANN401
-    """Raise `UserError` unless it is None, a side, or height and width, in pixels or positions of latents."""
+    """Raise `UserError` unless it is None, one side, or (height, width), in pixels or latent positions."""
     sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
     if isinstance(sample_size, (list, tuple)) and len(sides) != 2:
         raise UserError(f"sample_size={sample_size!r} must be one number, or height and width")
@@ -88,9 +88,9 @@ def require_divides(key: str, value: int, width: int) -> None:
 
 
 def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
-    """What `known` says of each block type.
+    """Look up each block type in `known`.
 
-    The folders of 2022 prefix some types with "UNetRes", which says nothing.
+    Model folders of 2022 prefix some types with "UNetRes", which has no meaning.
     """
     for name in types:
         if not isinstance(name, str):
@@ -102,7 +102,7 @@ def by_block(key: str, types: Sequence[str], known: Mapping[str, T]) -> list[T]:
 
 
 def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **block_types: Sequence[str]) -> None:
-    """Raise `UserError` unless there is one width for each block, and `norm_num_groups` divides each."""
+    """Raise `UserError` unless each block has one width, and `norm_num_groups` divides every width."""
     for key, value in {"block_out_channels": block_out_channels, **block_types}.items():
         if not isinstance(value, (list, tuple)) or len(value) > MAX_LEVELS:
             raise UserError(f"{key}={value!r} must be a list of at most {MAX_LEVELS} entries")
@@ -128,10 +128,10 @@ def require_input(shape: Sequence[int], channels: int, factor: int, owner: str) 
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number: neither text, nor a truth value, nor missing, nor NaN."""
+    """Whether `value` is a finite number: not a string, a boolean, None or NaN."""
     return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)
 
 
 def is_integer(value: object) -> bool:
-    """Whether `value` is a whole number; `True` is not."""
+    """Whether `value` is an integer; `True` is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

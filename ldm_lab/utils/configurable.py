@@ -1,6 +1,6 @@
-"""Classes that are rebuilt from the arguments of their constructor, kept as JSON.
+"""Classes that can be rebuilt from their constructor arguments, stored as JSON.
 
-The files are those of diffusers (`config.json`, `scheduler_config.json`), so that they are read by both libraries.
+The files are those of diffusers (`config.json`, `scheduler_config.json`), so both libraries can read them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import write_json
 
-# Keys that say nothing of what is computed: other libraries and versions write them beside the arguments.
+# Keys without effect on the computation, which other libraries and versions write beside the arguments.
 BESIDE = frozenset(("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"))
 
 
 class FrozenConfig(dict):
-    """A config: a plain `dict` whose keys are attributes too, and which cannot be changed in place.
+    """A config: an immutable `dict` whose keys are also attributes.
 
-    As in diffusers, `get("_use_default_values")` names the arguments that were not given: what another class, of either
-    library, builds from this config has its own defaults there.
+    As in diffusers, `get("_use_default_values")` lists the arguments that were not given: another class, of either
+    library, that is built from this config uses its own defaults for them.
     """
 
     def __init__(self, values: dict[str, Any], defaults: Collection[str] = ()) -> None:
@@ -35,7 +35,7 @@ class FrozenConfig(dict):
         object.__setattr__(self, "_defaults", sorted(set(values).intersection(defaults)))
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401
-        """The entry, or `default` where there is none."""
+        """The entry, or `default` if it is missing."""
         return list(self._defaults) if key == "_use_default_values" else super().get(key, default)
 
     def __getattr__(self, key: str) -> Any:  # noqa: ANN401
@@ -61,7 +61,7 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 def register_to_config(init: Init) -> Init:
-    """Decorate `__init__` so that its arguments, defaults included, are kept in `self.config`."""
+    """Decorate `__init__` to store its arguments, defaults included, in `self.config`."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -70,7 +70,7 @@ def register_to_config(init: Init) -> Init:
         given = set(bound.arguments)
         bound.apply_defaults()
         values = {key: _plain(value) for key, value in list(bound.arguments.items())[1:]}
-        # A subclass that calls up registers its own, complete arguments first; the base must not overwrite them.
+        # A subclass registers its own, complete arguments before it calls the base, which must not overwrite them.
         if "config" not in self.__dict__:
             object.__setattr__(self, "config", FrozenConfig(values, values.keys() - given))
         init(self, *args, **kwargs)
@@ -79,7 +79,7 @@ def register_to_config(init: Init) -> Init:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
-    """What JSON gives back for `value`: tuples, arrays, tensors (and the lists of a config library) become lists."""
+    """`value` after a round trip through JSON: tuples, arrays, tensors (and OmegaConf lists) become lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -90,13 +90,13 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 
 
 class Configurable:
-    """A class that is rebuilt from the arguments of its constructor, kept as JSON.
+    """A class that can be rebuilt from its constructor arguments, stored as JSON.
 
     Attributes:
         config_name: the file that holds the config.
-        ignores_unknown: whether `from_config` drops keys it does not know (schedulers do, so that one
-            scheduler can be built from another's config) or refuses them (models do: an unknown key
-            may mean another architecture, unless it is null or one of `BESIDE`, of which a line is said).
+        ignores_unknown: whether `from_config` drops unknown keys (schedulers do, so that a scheduler can
+            be built from another scheduler's config) or rejects them (models do, as an unknown key may
+            mean another architecture, unless it is null or one of `BESIDE`: then a line says so).
     """
 
     config_name = "config.json"
@@ -107,7 +107,7 @@ class Configurable:
         """Change entries of the config, e.g. `vqvae.register_to_config(scaling_factor=1.0)`.
 
         Raises:
-            TypeError: for a key that the constructor does not have.
+            TypeError: the constructor has no such argument.
         """
         for key in values:
             if key not in self.config:
@@ -118,10 +118,10 @@ class Configurable:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
-        """Build from a config (of ours or of the namesake); keyword arguments replace its entries.
+        """Build from a config of this package or of diffusers; keyword arguments replace its entries.
 
         Raises:
-            LoadError: a key, or the class named in it, is not one of this class.
+            LoadError: the config has an unknown key, or names another class.
         """
         cls.check_arguments(overrides)
         name = config.get("_class_name", cls.class_name())
@@ -140,29 +140,29 @@ class Configurable:
 
     @classmethod
     def check_arguments(cls, names: Iterable[str]) -> None:
-        """Raise `TypeError` where a name is not one of the constructor's arguments."""
+        """Raise `TypeError` if a name is not one of the constructor's arguments."""
         if unknown := sorted(set(names) - cls.arguments()):
             raise TypeError(f"{cls.__name__} has no argument {unknown}; it has {sorted(cls.arguments())}")
 
     @classmethod
     def _pass_over(cls, unknown: dict[str, Any]) -> None:
-        """Say which unknown keys of a config are left out. Raises `LoadError` where one may change the network."""
+        """Print which unknown keys of a config are dropped. Raises `LoadError` if a key may change the network."""
         if telling := sorted(key for key, value in unknown.items() if value is not None and key not in BESIDE):
             raise LoadError(f"the config of this {cls.__name__} has keys that it does not know: {telling}")
         say_once(f"the config of this {cls.__name__} has keys that change nothing and are left out: {sorted(unknown)}")
 
     @classmethod
     def class_name(cls) -> str:
-        """How configs name this class: with its module, unless it is one of this package."""
+        """This class's name in configs: with its module, unless the class belongs to this package."""
         return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__name__}"
 
     @property
     def library(self) -> str:
-        """What an index names beside the class: `diffusers`, where its namesake computes the same, or the module."""
+        """Library of this class in `model_index.json`: `diffusers` if its namesake is equivalent, else the module."""
         return "diffusers" if _is_ours(type(self)) else type(self).__module__
 
     def to_json(self) -> dict[str, Any]:
-        """The config with the class name and version, as it is written to `config_name`."""
+        """The config with class name and version, as in the file `config_name`."""
         return {"_class_name": self.class_name(), "_ldm_lab_version": __version__, **self.config}
 
     def save_config(self, folder: str | Path) -> None:
@@ -171,15 +171,15 @@ class Configurable:
 
     @classmethod
     def load_config(cls, source: str | Path, subfolder: str | None = None, **download: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Read `config_name` of a folder, or of a name on the hub, as plain data.
+        """Read `config_name` of a folder, or of a model on the hub, as plain data.
 
         Args:
             source: the folder, or `owner/model`.
-            subfolder: where in there the file lies.
-            download: of a name on the hub, see `hub.local`.
+            subfolder: subfolder of the file.
+            download: for a model on the hub, see `hub.local`.
 
         Raises:
-            LoadError: the file is not there, or cannot be read.
+            LoadError: the file is missing, or cannot be read.
         """
         folder = hub.local(source, subfolder or "", weights=False, **download)
         path = folder / cls.config_name

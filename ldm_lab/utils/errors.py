@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: one line for what the user can mend, a traceback for a fault of code."""
+"""Ends a failed command: with one line for an error that the user can fix, with a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import NoReturn
 
 from ldm_lab.utils.signals import BROKEN_PIPE, cause_of, status_of
 
-# `OSError`s of processes and connections, which no file causes.
+# `OSError`s of processes and connections, not of files.
 NO_FILE = (ConnectionError, ChildProcessError, ProcessLookupError, BlockingIOError)
 
 
 class UserError(ValueError):
-    """Something that the user can mend; the message is one line that names the key, the value found, and what to do."""
+    """An error that the user can fix; the one-line message names the key, the value found and the remedy."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(own_line(message))
 
 
 def own_line(message: str) -> str:
-    """The message of an exception; a loader's worker hands its traceback over, whose last line holds the message."""
+    """An exception's message, without a loader worker's traceback, whose last line holds the message."""
     if not message.startswith("Caught ") or "\nOriginal Traceback" not in message:
         return message
     return message.strip().splitlines()[-1].partition(": ")[2]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message: torch's go on with a stack, others with advice."""
+    """The first line of an exception's message; torch's messages go on with a stack, others with advice."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -40,11 +40,11 @@ def one_line(error: BaseException) -> str:
 
 
 def fail(error: Exception, line: str | None = None) -> NoReturn:
-    """End with one line on stderr, and the error's notes below it; `LDM_LAB_TRACEBACK=1` shows where it came from.
+    """Exit with one line on stderr and the error's notes below it; `LDM_LAB_TRACEBACK=1` shows the traceback.
 
     Args:
-        error: why.
-        line: what to say; None: its message.
+        error: the cause.
+        line: the line to print; None: the error's message.
     """
     if os.environ.get("LDM_LAB_TRACEBACK"):
         raise error
@@ -53,7 +53,7 @@ def fail(error: Exception, line: str | None = None) -> NoReturn:
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """`with doing("building model.unet"):` an exception that leaves the block knows this, see `reporting`."""
+    """`with doing("building model.unet"):` adds this text to exceptions that leave the block, for `reporting`."""
     try:
         yield
     except Exception as error:
@@ -63,22 +63,22 @@ def doing(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reporting(what: str) -> Iterator[None]:
-    """Around a whole command: how its exceptions end the process.
+    """Context of a whole command: ends the process after an exception.
 
-    A `UserError`, a file that the system refuses (`OSError`), Ctrl-C and signals: with one line. Any other exception is
-    a fault of code and keeps its traceback; a line before it says what was being done.
+    A `UserError`, an `OSError` on a file, Ctrl-C and signals exit with one line. Any other exception is a bug and keeps
+    its traceback; a line before it names the current activity.
 
     Args:
-        what: the command does, such as "running train.py".
+        what: activity of the command, such as "running train.py".
     """
     try:
         with doing(what):
             yield
     except BaseException as error:
-        # Lightning answers Ctrl-C with an exit, and its clean-up fails where little was there to clean up.
+        # Lightning turns Ctrl-C into an exit, and its clean-up may fail early in a run.
         if (cause := cause_of(error)) is not None:
             number = getattr(cause, "number", signal.SIGINT)
-            if number != BROKEN_PIPE:  # nobody reads, and nobody asks
+            if number != BROKEN_PIPE:  # nobody reads the output
                 print("stopped", file=sys.stderr)
             sys.exit(status_of(number))
         if isinstance(error, UserError):

@@ -1,4 +1,4 @@
-"""How exactly NVIDIA GPUs multiply float32 numbers: with all 24 bits, or rounded to the 11 of TensorFloat-32."""
+"""Precision of float32 products on NVIDIA GPUs: all 24 bits, or TensorFloat-32 with 11 bits."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import torch
 
-PRECISIONS = ("highest", "high", "medium")  # those of `torch.set_float32_matmul_precision`
+PRECISIONS = ("highest", "high", "medium")  # values of `torch.set_float32_matmul_precision`
 
 
 def allow(precision: str) -> None:
-    """Set what matrix products and convolutions may do, in this process: TF32 unless `precision` is "highest".
+    """Allow TF32 in matrix products and convolutions of this process, unless `precision` is "highest".
 
-    For training and sampling on a GPU. torch keeps two settings, with opposite defaults; one rule is easier to know.
-    Not for CPUs: there `high` means TF32 and `medium` bfloat16 wherever a processor has them (AMX).
+    For training and sampling on a GPU. torch has two settings with opposite defaults; one rule is simpler. Not for
+    CPUs, where torch takes `high` as TF32 and `medium` as bfloat16 if the processor has them (AMX).
     """
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
@@ -22,7 +22,7 @@ def allow(precision: str) -> None:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """All bits, on every device, whatever is set: where numbers are compared."""
+    """Context of full float32 precision on every device, whatever the settings, for comparing numbers."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     allow("highest")
     try:

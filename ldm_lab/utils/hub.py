@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub: `owner/model`, or `owner/model@revision`."""
+"""Downloads models from the Hugging Face hub: `owner/model`, or `owner/model@revision`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ldm_lab.utils.weights import OWN_STEM, STEM, choose, shards, variants
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<model>\w[\w.-]*)(@\w[\w.-]*)?", re.ASCII)
-FILES = (".ckpt", ".pt", ".safetensors", ".yaml")  # a file was meant, though it is not there
+FILES = (".ckpt", ".pt", ".safetensors", ".yaml")  # such a name means a file, even if the file is missing
 
 INDEX, CONFIG = "model_index.json", "config.json"
-DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # arguments of any download
-PIPELINES = ("LDMPipeline", "LatentDiffusionUncondPipeline")  # the class in an index, today and in 2022
+DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # arguments of every download
+PIPELINES = ("LDMPipeline", "LatentDiffusionUncondPipeline")  # class names in `model_index.json`, today and in 2022
 
-# Seconds to wait for the hub's first word, unless HF_HUB_ETAG_TIMEOUT says otherwise: a mistyped path must not hang
+# Seconds to wait for the hub's first response, unless HF_HUB_ETAG_TIMEOUT is set, as a mistyped path must not hang
 # on a machine without network.
 PATIENCE = "5"
 
@@ -35,23 +35,23 @@ PATIENCE = "5"
 def is_name(source: str | Path) -> bool:
     """Whether `source` may name a model on the hub.
 
-    It may not where its first part is a local folder: the mistyped `runs/x` is never asked for on the network.
+    Not if its first part is a local folder: a mistyped `runs/x` causes no network request.
     """
     found = NAME.fullmatch(str(source))
     return bool(found) and not found["model"].endswith(FILES) and not Path(found["owner"]).is_dir()
 
 
 def local(source: str | Path, subfolder: str | None = None, revision: str | None = None, **download: Any) -> Path:  # noqa: ANN401
-    """A path as it is; of a name on the hub, where the model was downloaded to.
+    """The local path of a source; a model on the hub is downloaded first.
 
     Args:
         source: a path, or a name on the hub.
-        subfolder: the place of a single network in there, "" being the top; None: no single network is meant.
-        revision: a branch, tag or commit of a name on the hub.
+        subfolder: folder of a single network, "" for the top folder; None: the whole model.
+        revision: a branch, tag or commit on the hub.
         download: see `fetch`.
 
     Raises:
-        LoadError: as `fetch`; or a revision is given, but no name on the hub.
+        LoadError: as `fetch`; or a local path comes with a revision.
     """
     if is_name(source):
         return fetch(str(source), revision, subfolder=subfolder, **download) / (subfolder or "")
@@ -74,28 +74,28 @@ def fetch(
     variant: str | None = None,
     use_safetensors: bool | None = None,
 ) -> Path:
-    """The local folder of a model on the hub; what the cache lacks of it is downloaded.
+    """Download the missing files of a model on the hub into the cache; returns its local folder.
 
-    Only what can be loaded is fetched: the configs, and of each network the weights that `weights.choose` takes. The
-    variables and the login of `huggingface_hub` apply (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` ...). Where the hub
-    does not answer, what the cache holds is used, and a warning says so.
+    It downloads only loadable files: the configs, and for each network the weights that `weights.choose` takes. The
+    environment variables and login of `huggingface_hub` apply (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` ...). If the hub
+    does not respond, the copy in the cache is used, with a warning.
 
     Args:
         name: `owner/model` or `owner/model@revision`.
-        revision: a branch, tag or commit; None is that of the name, else the main branch.
-        cache_dir: the cache; None is that of `huggingface_hub`.
-        local_files_only: use the cache alone.
-        force_download: download what is in the cache, too.
-        token: instead of the login; False: none at all.
-        subfolder: fetch this folder alone, "" being the top; None: the top and the folders in it.
-        without: of these folders, which are not fetched.
-        weights: False fetches the configs alone.
-        variant: of the weights; a network that lacks it comes with its plain ones, but not all of them may.
+        revision: a branch, tag or commit; None: the revision in `name`, else the main branch.
+        cache_dir: the cache; None: the cache of `huggingface_hub`.
+        local_files_only: use only the cache.
+        force_download: download files again that are in the cache.
+        token: access token instead of the login; False: no token.
+        subfolder: fetch only this folder, "" for the top folder; None: the top folder and its direct subfolders.
+        without: subfolders to leave out.
+        weights: False fetches only the configs.
+        variant: variant of the weights; a network without it uses its plain weights, but some network must have it.
         use_safetensors: see `weights.choose`.
 
-    Raises:
-        LoadError: `huggingface_hub` is not installed; the model, its revision or the variant does not exist, or is not
-            for everybody; the hub cannot be reached and the cache has no copy; or this is another kind of pipeline.
+        Raises:
+            LoadError: `huggingface_hub` is not installed; the model, its revision or the variant does not exist or is
+                not accessible; the hub is unreachable and the cache has no copy; or this is another kind of pipeline.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -118,7 +118,7 @@ def fetch(
             download(revision=folder.name, allow_patterns=files)  # this commit, whatever is pushed meanwhile
     except LoadError as error:
         raise error if name in str(error) else LoadError(f"{name}: {error}") from error
-    except Exception as error:  # those of the library, of the one that carries its requests, and of the disk
+    except Exception as error:  # errors of huggingface_hub, its HTTP library and the disk
         raise LoadError(f"{name}: {_explain(trouble or error, repository, revision)}") from error
     if trouble and not isinstance(trouble, OfflineModeIsEnabled):
         reason = f"{type(trouble).__name__}: {first_line(trouble)}"
@@ -127,20 +127,20 @@ def fetch(
 
 
 def _trouble(repository: str, revision: str | None, token: str | bool | None) -> Exception | None:
-    """What keeps the hub from serving this model, found in seconds: the download itself may retry for half a minute."""
+    """The error that keeps the hub from serving this model, in seconds; a download may retry for half a minute."""
     from huggingface_hub import HfApi
 
     try:
         timeout = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", PATIENCE))
         HfApi(token=token).model_info(repository, revision=revision, timeout=timeout)
-    except Exception as error:  # which ones depends on the library that carries the requests
+    except Exception as error:  # depends on the HTTP library
         return error
     return None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which files of a model are wanted: see `fetch`."""
+    """The files of a model to fetch: see `fetch`."""
 
     subfolder: str | None
     without: Collection[str]
@@ -148,14 +148,14 @@ class Selection:
     use_safetensors: bool | None
 
     def configs(self) -> dict[str, list[str]]:
-        """Patterns of the configs, and of what is left out of them; in patterns of the hub, * matches slashes too."""
+        """Patterns of the configs to allow and to ignore; in the hub's patterns, * matches slashes too."""
         place = f"{self.subfolder}/" if self.subfolder else ""
         deeper = "*/*/*" if self.subfolder is None else f"{place}*/*"
         left_out = [deeper, *(f"{folder}/*" for folder in self.without)]
         return {"allow_patterns": [f"{place}*.json"], "ignore_patterns": left_out}
 
     def weights(self, folder: Path, listing: Collection[str]) -> list[str]:
-        """The files of weights, of those that the model has; the configs are in `folder`."""
+        """The weight files to fetch, out of the model's `listing`; the configs are in `folder`."""
         places: dict[str, set[str]] = {}
         for path in listing:
             place, _, name = path.rpartition("/")
@@ -176,7 +176,7 @@ class Selection:
         return "/" not in place and place not in self.without
 
     def _of(self, folder: Path, names: set[str], variant: str | None) -> list[Path]:
-        """The files with a network's weights; none where there are none, of which its loading says more."""
+        """The weight files of a network; empty if there are none, as loading then raises a better message."""
         kinds = (True, False) if self.use_safetensors is None else (self.use_safetensors,)
         for safe, stem in product(kinds, (STEM, OWN_STEM)):
             with contextlib.suppress(LoadError):
@@ -186,7 +186,7 @@ class Selection:
 
 
 def _configs(download: Callable[..., str], name: str, revision: str | None, selection: Selection) -> Path:
-    """Download the configs first, so that gigabytes of another kind of pipeline are not fetched to be refused."""
+    """Download the configs first, to reject another kind of pipeline before fetching gigabytes of weights."""
     folder = Path(download(revision=revision, **selection.configs()))
     if not folder.is_dir():
         raise LoadError(f"{name}: holds no configs, so it is no folder of a model; give a checkpoint file by its path")
@@ -198,12 +198,12 @@ def _configs(download: Callable[..., str], name: str, revision: str | None, sele
 
 
 def _listing(repository: str, folder: Path, cache_dir: str | Path | None) -> list[str]:
-    """The paths of all files of the model, also of those that are not downloaded."""
+    """The paths of all files of the model, downloaded or not."""
     from huggingface_hub import errors, get_cached_repo_tree
 
     try:
         return [file.path for file in get_cached_repo_tree(repository, revision=folder.name, cache_dir=cache_dir)]
-    except errors.CachedRepoTreeNotFoundError:  # an older version of the library has made this cache
+    except errors.CachedRepoTreeNotFoundError:  # the cache of an older version of the library
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 

@@ -1,4 +1,4 @@
-"""Images at the border: tensors in [-1, 1] inside, uint8, PIL and PNG grids outside."""
+"""Converts image tensors in [-1, 1] to uint8 arrays, PIL images and PNG grids."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def array_to_pil(images: np.ndarray) -> list[Image.Image]:
-    """`(B, H, W, C)` or `(H, W, C)` in [0, 1] -> B images; of one channel they are grey."""
+    """`(B, H, W, C)` or `(H, W, C)` in [0, 1] -> B images; one channel gives greyscale."""
     import numpy as np
     from PIL import Image
 
@@ -49,7 +49,7 @@ def array_to_pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def grid(tiles: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """One picture of equal images `(H, W, 3)` uint8, row by row, on white; as square as it goes."""
+    """Grid of images `(H, W, 3)` uint8 of equal size, row by row, on white; nearly square by default."""
     from PIL import Image
 
     height, width, _ = tiles[0].shape
@@ -63,7 +63,7 @@ def grid(tiles: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) 
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     from ldm_lab.utils.writing import replacing
 
     with replacing(path) as temporary:
@@ -71,6 +71,6 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def save_pngs(images: Mapping[Path, Image.Image]) -> None:
-    """Write PNGs, each whole or not at all, on all cores: a batch takes longer to pack than a GPU to draw."""
+    """Write PNGs atomically, on all cores, as compressing a batch takes longer than sampling it on a GPU."""
     with ThreadPoolExecutor() as threads:
         list(threads.map(save_png, images.values(), images))

@@ -1,8 +1,8 @@
-"""One process at a time writes into a folder; who comes second is told who is there.
+"""Locks a folder, so that only one command at a time writes into it.
 
-The locks are POSIX's (`fcntl.lockf`), not those of `filelock` (`flock`): these pass to every process that is forked
-meanwhile, so that loaders, which outlive a killed training by seconds, would keep it locked. A lock ends with its
-process, however that ends, and network disks pass it on to other machines.
+The locks are POSIX locks (`fcntl.lockf`), not those of `filelock` (`flock`): forked processes inherit a `flock`, so
+loaders, which outlive a killed training by seconds, would keep the folder locked. A POSIX lock ends with its process,
+even a killed one, and network disks share it with other machines.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = ".ldm_lab.lock"
-MAX_WORDS = 300  # characters of who holds a lock
+MAX_WORDS = 300  # maximum characters of the text on a lock's holder
 
 
 @contextlib.contextmanager
 def alone(folder: Path, elsewhere: str, first: bool = True) -> Iterator[None]:
-    """`with alone(folder, "another name="):` no other command is in such a block with this folder.
+    """`with alone(folder, "another name="):` excludes other commands in such a block with this folder.
 
-    Where nothing can be written nothing is locked: who then writes has the better message. A disk that knows no locks
-    is named, once.
+    A folder that is not writable is not locked, as a later write raises a better message. If the disk does not support
+    locks, one warning names the folder.
 
     Args:
-        folder: made where there is none.
-        elsewhere: what a second command may choose instead.
-        first: whether this is the process of a command that writes; the others take no lock.
+        folder: the folder; created if missing.
+        elsewhere: the setting by which a second command can avoid the folder, for the message.
+        first: whether this is the writing process of the command; other ranks take no lock.
 
     Raises:
-        UserError: another command is there; the message says which, on which machine and since when.
+        UserError: another command holds the lock; the message names it, its machine and its start time.
     """
     path = folder / NAME
     made = [at for at in (folder, *folder.parents) if not at.exists()] if first else []
@@ -54,24 +54,24 @@ def alone(folder: Path, elsewhere: str, first: bool = True) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            path.unlink(missing_ok=True)  # while it is locked: nobody else's is removed
+            path.unlink(missing_ok=True)  # still locked, so this is no other process's file
             os.close(descriptor)
-            with contextlib.suppress(OSError):  # of a command that was refused nothing stays
+            with contextlib.suppress(OSError):  # a failed command leaves no empty folders
                 for at in made:
                     at.rmdir()
 
 
 def _locked(path: Path, elsewhere: str) -> int | None:
-    """The open file, locked and with this process's name in it; `None` where that cannot be."""
+    """Descriptor of the locked file, which then describes this process; `None` if locking is impossible."""
     while (descriptor := _opened(path)) is not None:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(_this_process()).encode())
-                os.fsync(descriptor)  # other machines read it while it is open here
+                os.fsync(descriptor)  # other machines read the file while it is open here
                 return descriptor
-        except (BlockingIOError, PermissionError) as error:  # which of them is left to the system
+        except (BlockingIOError, PermissionError) as error:  # the system decides which one it raises
             os.close(descriptor)
             who = f"{path.parent} is in use by {_holder(path)}"
             raise UserError(f"{who}: wait for it, end it, or choose {elsewhere}") from error
@@ -79,7 +79,7 @@ def _locked(path: Path, elsewhere: str) -> int | None:
             os.close(descriptor)
             say_once(f"{path.parent} cannot be locked ({error.strerror}): see that no second command writes there")
             return None
-        os.close(descriptor)  # of one that has just ended, and removed it
+        os.close(descriptor)  # its last holder has just removed this file
     return None
 
 
@@ -91,14 +91,14 @@ def _opened(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError:
         return None
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # no pipe that somebody has put there
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # not a pipe of this name
         return descriptor
     os.close(descriptor)
     return None
 
 
 def _is(path: Path, descriptor: int) -> bool:
-    """Whether the open file is the one that has this name now."""
+    """Whether the path still names the open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _holder(path: Path) -> str:
-    """Who says to have locked it, in words; a file that anybody may have written is shown and not believed."""
+    """Text on the lock's holder, read from the lock file; only for display, as anybody may write the file."""
     try:
         found = read_json(path)
         words = "process {process} on {host} since {since} ({command})".format(**found)

@@ -1,4 +1,4 @@
-"""The switches of the namesake's pipelines that save memory: what each does here, or what is used in its place."""
+"""The memory-saving methods of diffusers' pipelines: their effect here, or the feature that replaces them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTENTION = "attention is torch's scaled_dot_product_attention, which never hold
 
 
 class MemorySwitches:
-    """For a pipeline with a first stage `vqvae`; a switch that has no effect here says so once."""
+    """Mixin for a pipeline with a first stage `vqvae`; a method without effect here says so once."""
 
     vqvae: Any
 
@@ -22,7 +22,7 @@ class MemorySwitches:
         self.vqvae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        """Decode a batch at once."""
+        """Decode a whole batch at once."""
         self.vqvae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
@@ -48,11 +48,11 @@ class MemorySwitches:
         """Has no effect: xformers is not used."""
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> Self:
-        """Move both networks to the accelerator, and leave them there.
+        """Move both networks to the accelerator and leave them there.
 
         Args:
-            gpu_id: its index.
-            device: the device itself; None: the accelerator that is here, else the CPU.
+            gpu_id: index of the GPU.
+            device: the device; None: the available accelerator, else the CPU.
         """
         found = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         found = found if gpu_id is None or found.type == "cpu" else torch.device(found.type, gpu_id)
@@ -64,5 +64,5 @@ class MemorySwitches:
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> Self:
-        """As `enable_model_cpu_offload`."""
+        """See `enable_model_cpu_offload`."""
         return self.enable_model_cpu_offload(gpu_id, device)

@@ -1,4 +1,4 @@
-"""Nested plain data, such as a resolved config: its values by dotted keys, and as they are typed."""
+"""Access to nested plain data, such as a resolved config, by dotted keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def find(tree: dict[str, Any], key: str, absent: Any = None) -> Any:  # noqa: ANN401
-    """The value at a dotted key, `absent` where there is none."""
+    """The value at a dotted key, or `absent` if there is none."""
     node: Any = tree
     for part in key.split("."):
         node = node.get(part, absent) if isinstance(node, dict) else absent
@@ -35,7 +35,7 @@ def targets(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: 
 
 
 def shown(value: Any) -> str:  # noqa: ANN401
-    """A value as it is typed."""
+    """A value as the user would type it."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""What networks, schedulers and pipelines return: a dataclass that is a dict of its values too."""
+"""Return type of networks, schedulers and pipelines: a dataclass that is also a dict of its values."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.utils import _pytree as pytree
 
 
 class BaseOutput(OrderedDict):
-    """Base of the result dataclasses, with the ways of the `BaseOutput` of diffusers.
+    """Base of the result dataclasses; behaves as diffusers' `BaseOutput`.
 
-    `out.sample`, `out["sample"]` and `out[0]` are the same value. A value that is None has neither a key nor a number.
-    As any dict it iterates over its names: `out.to_tuple()` is what can be unpacked.
+    `out.sample`, `out["sample"]` and `out[0]` are the same value. A value that is None has neither key nor index. Like
+    any dict it iterates over its names; unpack `out.to_tuple()`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
-        # What walks through nested values, as DistributedDataParallel does, knows no subclasses of a dict by itself.
+        # pytree, which DistributedDataParallel uses, does not recognise subclasses of dict by itself.
         pytree.register_pytree_node(
             cls,
             lambda output: (list(output.values()), list(output)),
@@ -33,7 +33,7 @@ class BaseOutput(OrderedDict):
                 super().__setitem__(field.name, value)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are there, in the order of the fields."""
+        """The values that are not None, in the order of the fields."""
         return tuple(self.values())
 
     def __getitem__(self, key: int | slice | str) -> Any:  # noqa: ANN401

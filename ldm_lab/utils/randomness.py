@@ -1,8 +1,8 @@
-"""Random numbers as a function of (seed, position), never of what was drawn before.
+"""Random numbers as a function of (seed, position), independent of earlier draws.
 
 The position is an image's place in the global stream of training images, or a sample's index. A
-resumed run, another batch size or another number of devices therefore draws the same numbers.
-Everything is drawn on the CPU: the numbers do not depend on the device.
+resumed run, another batch size or another number of devices therefore draws the same numbers. All
+numbers are drawn on the CPU, so they do not depend on the device.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def generator(seed: int, stream: str, *position: int) -> torch.Generator:
 
     Args:
         seed: the seed of the run.
-        stream: what the numbers are for ("noise", "crop", ...).
+        stream: purpose of the numbers ("noise", "crop", ...).
         position: integers below 2^32, e.g. the image's place in the stream of training images.
     """
     *outer, inner = position or (0,)
     key = f"{seed}/{stream}/{'/'.join(map(str, outer))}".encode()
-    # torch's CPU generator keeps 32 bits of a seed. Were the position hashed with the rest, in one run of four two
-    # of 50,000 samples would be the same; combined in this way no two positions share a seed.
+    # torch's CPU generator keeps 32 bits of a seed. With a hash of seed and position, one run in four would have two
+    # equal samples among 50,000; with this combination no two positions share a seed.
     start = int.from_bytes(blake2b(key, digest_size=4).digest(), "little")
     return torch.Generator().manual_seed((start ^ inner) & 0xFFFFFFFF)
 
@@ -37,10 +37,10 @@ def generator(seed: int, stream: str, *position: int) -> torch.Generator:
 def seeded(
     generators: torch.Generator | SupportsIndex | Sequence[torch.Generator | SupportsIndex] | None,
 ) -> torch.Generator | list[torch.Generator] | None:
-    """Generators as they are; a seed becomes one on the CPU, in a list too.
+    """Turn seeds, also in a list, into CPU generators; generators pass unchanged.
 
     Raises:
-        UserError: it is neither a generator nor a seed.
+        UserError: an argument is neither a generator nor a seed.
     """
     if generators is None or isinstance(generators, torch.Generator):
         return generators
@@ -53,12 +53,12 @@ def seeded(
 
 
 def normal(seed: int, stream: str, positions: Iterable[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise `(B, *shape)`, float32: row i depends on (seed, stream, positions[i]) alone."""
+    """Standard normal noise `(B, *shape)`, float32: row i is a function of (seed, stream, positions[i])."""
     draws = [torch.randn(*shape, generator=generator(seed, stream, int(p)), device="cpu") for p in positions]
     return torch.stack(draws)
 
 
 def uniform(seed: int, stream: str, positions: Iterable[int]) -> Tensor:
-    """Uniform numbers in [0, 1), `(B,)`, float64: entry i depends on (seed, stream, positions[i]) alone."""
+    """Uniform numbers in [0, 1), `(B,)`, float64: entry i is a function of (seed, stream, positions[i])."""
     options = {"dtype": torch.float64, "device": "cpu"}
     return torch.stack([torch.rand((), generator=generator(seed, stream, int(p)), **options) for p in positions])

@@ -1,6 +1,6 @@
-"""Reading files that anybody may have made: plain data and tensors come out, one clear line, or nothing.
+"""Reads untrusted files safely: returns plain data and tensors, or raises a one-line error.
 
-No file makes this package run or import anything, wait for ever, or take much more memory than the file has bytes.
+No file can make this package execute or import code, wait forever, or use much more memory than the file has bytes.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from torch import Tensor
 from ldm_lab.utils.errors import UserError, first_line, own_line
 from ldm_lab.utils.version import FORMAT, FORMAT_KEY
 
-# What a file may ask for, far above whatever was trained: networks are laid out before their weights are compared.
+# Limits for configs in files, far above any trained model, as networks are built before their weights are compared.
 MAX_WIDTH = 2**16  # channels of a layer, groups, heads
-MAX_CODES = 2**18  # of a codebook
-MAX_LAYERS = 64  # residual blocks of a resolution
+MAX_CODES = 2**18  # codes of a codebook
+MAX_LAYERS = 64  # residual blocks per resolution
 MAX_LEVELS = 16  # resolutions of a network
 MAX_SIDE = 2**12  # of images and latents
 MAX_TIMESTEPS = 10**5
 
 MAX_TEXT = 2**20  # bytes of a JSON file; a thousand betas are 2**14
-MAX_YAML = 2**17  # ... and of a YAML file, whose reader takes a second for this
-MAX_ENTRIES, MAX_DEPTH = 2**18, 24  # of plain data
-MAX_REPEATED = 4  # times the bytes of a file: its tensors, some of which may be the same one
+MAX_YAML = 2**17  # ... and of a YAML file, whose parser takes a second for this size
+MAX_ENTRIES, MAX_DEPTH = 2**18, 24  # entries and nesting of plain data
+MAX_REPEATED = 4  # maximum ratio of a file's tensors, which may share memory, to its bytes
 MAX_LINE = 800  # characters of a message
 
-# What a pickle of tensors and plain data names. torch lets more pass: functions that build gigabytes from a few bytes.
+# Names in a pickle of tensors and plain data. torch allows more, such as functions that build gigabytes from few bytes.
 PICKLED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|(builtins|__builtin__) set"
     r"|torch ([A-Z]\w*Storage|Size|device|bfloat16|float\d+|u?int\d+|bool)"
-    r"|pytorch_lightning\.callbacks\.[\w.]+ \w+"  # read as something empty, see `interop.compvis`
+    r"|pytorch_lightning\.callbacks\.[\w.]+ \w+"  # read as an empty class, see `checkpoints.compvis`
 )
-LEGACY_PICKLES = 5  # one after another, in files older than torch 1.6
+LEGACY_PICKLES = 5  # consecutive pickles in files older than torch 1.6
 
-# Sound files of other kinds, known by their start.
+# Intact files of other kinds, recognised by their first bytes.
 KINDS = {
     b"version https://git-lfs.github.com/spec/": "a Git LFS pointer in the place of the file itself: run git lfs pull",
     b"\x93NUMPY": "an array of NumPy (.npy)",
@@ -57,16 +57,16 @@ KINDS = {
     b"{": "text (JSON)",
     b"%PDF": "a PDF",
 }
-START = 64  # bytes that tell
+START = 64  # bytes needed to recognise a kind
 ZIP = b"PK\x03\x04"
 
 Scalar = (str, int, float, type(None))
 
 
 class LoadError(UserError):
-    """A file cannot be used as what it was given for; the message is one line that says why.
+    """A file cannot be used; the one-line message says why.
 
-    Whatever the file holds: line breaks and other unprintable characters are shown as spaces, what is long is cut.
+    The message shows line breaks and other unprintable characters as spaces, and is cut to a maximum length.
     """
 
     def __init__(self, message: str) -> None:
@@ -77,7 +77,7 @@ class LoadError(UserError):
 
 @contextmanager
 def blaming(origin: object) -> Iterator[None]:
-    """What fails in this block fails for what a file says: a `LoadError` that names it."""
+    """Turn any failure in this block into a `LoadError` that names the file."""
     try:
         yield
     except LoadError as error:
@@ -89,12 +89,12 @@ def blaming(origin: object) -> Iterator[None]:
 
 
 def kind_of(start: bytes) -> str | None:
-    """The kind of a file that begins so, where that is one of `KINDS`."""
+    """The kind of a file with these first bytes, if it is one of `KINDS`."""
     return next((kind for magic, kind in KINDS.items() if start.startswith(magic)), None)
 
 
 def first_bytes(path: Path) -> bytes:
-    """How a file begins; empty where it cannot be read."""
+    """The first bytes of a file; empty if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(START)
@@ -103,13 +103,13 @@ def first_bytes(path: Path) -> bytes:
 
 
 def reason(path: Path, error: BaseException) -> str:
-    """Why a file cannot be used: it is of another kind, else what its reader says."""
+    """Why a file cannot be used: it is of another kind, else its reader's message."""
     kind = kind_of(first_bytes(path))
     return f"this is {kind}" if kind else first_line(error)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`. Raises `LoadError` where the file is missing or holds something else."""
+    """A JSON object from `path`. Raises `LoadError` if the file is missing or holds anything else."""
     text = _read_text(path, MAX_TEXT)
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from `path`; empty where the file is. Raises `LoadError` for anything else."""
+    """A YAML mapping from `path`; empty for an empty file. Raises `LoadError` for anything else."""
     text = _read_text(path, MAX_YAML)
     try:
         value = yaml.load(text, _WithoutAliases)
@@ -131,13 +131,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _read_text(path: Path, limit: int) -> str:
     path = Path(path)
     try:
-        if not path.is_file():  # a pipe would be waited for, and a device has no end
+        if not path.is_file():  # a pipe blocks, and a device has no end
             raise LoadError(f"{path}: no such file")
         with open(path, "rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise LoadError(f"{path}: is larger than any config ({limit:,} bytes)")
-        is_yaml = path.suffix in (".yaml", ".yml")  # a key may begin with `<`, and JSON is YAML
+        is_yaml = path.suffix in (".yaml", ".yml")  # a YAML key may begin with `<`, and JSON is YAML
         is_text = content.startswith((b"<", b"{") if is_yaml else b"{")
         if not is_text and (kind := kind_of(content)):
             raise LoadError(f"{path}: this is {kind}")
@@ -157,7 +157,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _WithoutAliases(yaml.SafeLoader):
-    """A few lines of anchors that repeat each other stand for billions of entries."""
+    """A YAML loader that rejects aliases, as a few lines of nested aliases can mean billions of entries."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401
         if self.check_event(yaml.AliasEvent):
@@ -167,10 +167,10 @@ class _WithoutAliases(yaml.SafeLoader):
 
 
 def check_plain(value: Any, origin: object) -> dict[str, Any]:  # noqa: ANN401
-    """The dict `value` itself, where it holds nothing but dicts, lists, strings, numbers, truth values and None.
+    """Check that `value` is a dict of only dicts, lists, strings, numbers, booleans and None; returns it.
 
     Raises:
-        LoadError: it is no dict, holds something else, too much of it, or itself, or is of a newer version of this
+        LoadError: it is no dict, holds other values, too many values or itself, or is of a newer version of this
             package; the message begins with `origin`.
     """
     if not isinstance(value, dict):
@@ -186,7 +186,7 @@ def check_plain(value: Any, origin: object) -> dict[str, Any]:  # noqa: ANN401
                 below += [*item, *item.values()] if isinstance(item, dict) else item
             elif not isinstance(item, Scalar):
                 raise LoadError(f"{origin}: holds a {type(item).__name__}, which is no plain data")
-            if count > MAX_ENTRIES:  # counted here: what is shared is written down once, and met at every place
+            if count > MAX_ENTRIES:  # counts shared values at every place, though the file holds them once
                 raise LoadError(f"{origin}: holds more than {MAX_ENTRIES:,} entries")
         level = below
         if not level:
@@ -195,30 +195,30 @@ def check_plain(value: Any, origin: object) -> dict[str, Any]:  # noqa: ANN401
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as those of safetensors do: the length of a header, and JSON."""
+    """Whether a file begins as a safetensors file: the length of a header, and JSON."""
     start = first_bytes(path)
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**27
 
 
 def read_safetensors(path: Path, mmap: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file of safetensors, on the CPU. Raises `LoadError` where it is damaged, or something else."""
+    """The tensors of a safetensors file, on the CPU. Raises `LoadError` if the file is corrupt or of another kind."""
     try:
         tensors = load_file(path)
-    except Exception as error:  # a damaged file makes the reader fail in several ways
+    except Exception as error:  # safetensors raises various errors on corrupt files
         raise LoadError(f"{path}: cannot be read: {reason(path, error)}") from error
-    # Copies: mapped tensors lie unaligned, for which kernels may round otherwise.
+    # Copies, as mapped tensors are unaligned, and kernels may round differently for them.
     return tensors if mmap else {key: value.clone() for key, value in tensors.items()}
 
 
 def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
-    """What `torch.save` wrote to `path`, or safetensors, on the CPU; nothing that the file holds is run.
+    """Content of a `torch.save` or safetensors file, on the CPU, without executing code from the file.
 
     Args:
         path: the file.
-        mmap: leave the tensors on disk until they are used, where the file is laid out for that.
+        mmap: leave the tensors on disk until they are used, if the file's format allows it.
 
     Raises:
-        LoadError: the file is damaged, of another kind, or holds other things than tensors and plain data.
+        LoadError: the file is corrupt, of another kind, or holds anything but tensors and plain data.
     """
     if is_safetensors(path):
         return read_safetensors(path, mmap)
@@ -229,9 +229,9 @@ def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
     try:
         mmap = mmap and first_bytes(path).startswith(ZIP)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:  # torch's own message advises to load it all the same
+    except pickle.UnpicklingError as error:  # torch's own message advises to load the file unsafely
         raise LoadError(f"{path}: damaged, or {code}") from error
-    except Exception as error:  # a damaged file makes the unpickler fail in any way there is
+    except Exception as error:  # unpicklers raise almost anything on corrupt files
         raise LoadError(f"{path}: cannot be read: {first_line(error)}") from error
     if sum(tensor.nbytes for tensor in _tensors(content)) > MAX_REPEATED * path.stat().st_size:
         raise LoadError(f"{path}: its tensors repeat the same bytes, and would be far larger than the file")
@@ -239,10 +239,10 @@ def read_torch(path: Path, mmap: bool = False) -> Any:  # noqa: ANN401
 
 
 def pickled_names(path: Path) -> set[str]:
-    """Every `module name` that the pickles of a torch file name; none of safetensors.
+    """Every `module name` in the pickles of a torch file; empty for a safetensors file.
 
     Raises:
-        LoadError: it is neither, or damaged.
+        LoadError: the file is of another kind, or corrupt.
     """
     if not path.is_file():
         raise LoadError(f"{path}: no such file")
@@ -280,7 +280,7 @@ def _names(file: IO[bytes]) -> set[str]:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:  # noqa: ANN401
-    """Every tensor of nested data; what is met a second time is passed over."""
+    """Every tensor of nested data; visits a shared container once."""
     seen: set[int] = set()
     stack = [content]
     while stack:

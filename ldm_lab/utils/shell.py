@@ -1,7 +1,7 @@
-"""What people type: text that stays as it is, paths from `~` on, and commands that they can type in turn.
+"""Command lines: literal text for Hydra, paths with `~`, and commands to show to the user.
 
-Hydra's grammar gives meaning to most signs and to numbers. A path or a name has none of that: behind the `=` of such a
-key the rest of the line is text.
+Hydra's grammar interprets most special characters and numbers. For a key that holds a path or a name, everything after
+the `=` is literal text.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ NAMES = re.compile(
 )
 
 _LINE = re.compile(r"(?P<start>\+{0,2}(?P<key>[\w.]+)=)(?P<value>.*)", re.DOTALL)
-_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""  # as Hydra quotes
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""  # Hydra's quoted strings
 _WORD = r"(?!(?:true|false|null|inf|nan)\Z)(?:\.\.?/)*[a-z_/][\w./@-]*"
 _AS_IT_IS = re.compile(rf"{_QUOTED}|null||(?i:{_WORD})", re.DOTALL | re.ASCII)
 _PARTED = re.compile(rf"(?:\A|,)\s*((?:{_QUOTED})\s*(?=,|\Z)|(?:\$\{{[^}}]*\}}|[^,])*)", re.DOTALL)
-LONGEST = 40  # letters of one value in a run's name
+LONGEST = 40  # maximum characters of one value in a run's name
 FLAGS = {"-h": "--help", "--help": "--help", "-m": "-m", "--multirun": "-m", "--cfg": "--cfg", "--cfg=job": "--cfg"}
 
 
 def parted(arguments: list[str]) -> tuple[set[str], list[str]]:
-    """The flags `--help`, `-m` and `--cfg` of a command line, and its settings; `--key=value` is one of these.
+    """Split a command line into flags (`--help`, `-m`, `--cfg`) and settings; `--key=value` is a setting.
 
     Raises:
-        UserError: there is no such flag.
+        UserError: a flag is unknown.
     """
     flags, settings = set(), []
     for place, argument in enumerate(arguments):
@@ -56,18 +56,18 @@ def is_path(key: str) -> bool:
 
 
 def is_text(key: str) -> bool:
-    """Whether a key holds a path, a name or a word that is free."""
+    """Whether a key holds a path, a name or other free text."""
     return is_path(key) or NAMES.fullmatch(key) is not None
 
 
 def as_text(line: str, several: bool = False) -> str:
-    """An override as Hydra's grammar takes it: where its key holds text, that text is quoted if the grammar needs it.
+    """An override for Hydra's grammar: quotes the value of a key that holds text, if the grammar needs it.
 
-    `null`, what was quoted for Hydra ('...' or "...") and `${...}` keep their meaning.
+    `null`, text already quoted for Hydra ('...' or "...") and `${...}` keep their meaning.
 
     Args:
         line: `key=value`.
-        several: of a sweep: commas part values, as `choice(...)` does.
+        several: for a sweep, where commas separate values, as `choice(...)` does.
     """
     found = _LINE.fullmatch(line)
     if not found or not is_text(found["key"]):
@@ -80,28 +80,28 @@ def as_text(line: str, several: bool = False) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text in Hydra's quotes: `\\` counts there before a quote alone."""
+    """Text in Hydra's quotes, where `\\` is special only before a quote."""
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + (found[2] and r"\'"), text) + "'"
 
 
 def home(path: str) -> str:
-    """A path with `~` and `~user` at its start replaced, where there is such a home."""
+    """Expand `~` and `~user` at the start of a path, if there is such a home folder."""
     return os.path.expanduser(path)
 
 
 def path(path: str | Path) -> Path:
-    """A path as it was typed, from `~` on or not."""
+    """The `Path` of a typed path, with `~` expanded."""
     return Path(home(str(path)))
 
 
 def at_home(argument: str) -> str:
-    """An argument of a tool, `~/x` or `--output=~/x`, with its `~` replaced: no shell does so in the second."""
+    """Expand `~` in a tool's argument, `~/x` or `--output=~/x`; shells do not expand the second."""
     flag, sign, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return flag + sign + home(value)
 
 
 def word(text: str) -> str:
-    """Text as a part of a file's name that neither a shell nor Hydra needs quoted; two texts never share a word."""
+    """Encode text injectively as part of a file name that needs no quotes in a shell or in Hydra."""
     safe = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("_")[:LONGEST]
     if safe == text:
         return text
@@ -110,5 +110,5 @@ def word(text: str) -> str:
 
 
 def command(*arguments: str) -> str:
-    """What to type in a shell to run Python with these arguments."""
+    """The shell command that runs Python with these arguments."""
     return shlex.join(["python", *arguments])

@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop: which they are, how they are raised, held back and reported."""
+"""Signals that ask a process to stop: raises, delays and reports them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-# Ctrl-C, what schedulers send ahead of the end, and a terminal that is closed; Windows has but the first two.
+# Ctrl-C, the signals that schedulers send before the end, and a closed terminal; Windows has only the first two.
 STOPPING = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of the signals that ask for an end has come in.
+    """A signal has asked this process to stop.
 
     Attributes:
-        number: which.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -25,21 +25,21 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-BROKEN_PIPE = getattr(signal, "SIGPIPE", signal.SIGTERM)  # stands for output that nobody reads any more
+BROKEN_PIPE = getattr(signal, "SIGPIPE", signal.SIGTERM)  # stands for a closed output pipe
 
 
 def status_of(number: int) -> int:
-    """The exit status that tells shells and schedulers of a signal: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (Linux)."""
+    """Exit status of a process that a signal stopped: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (Linux)."""
     return 128 + number
 
 
 def heeded() -> list[signal.Signals]:
-    """The signals `STOPPING`; not SIGHUP where whoever started this process lets it be ignored, as `nohup` does."""
+    """The signals `STOPPING`, without SIGHUP if the parent process has set it to be ignored, as `nohup` does."""
     return [n for n in STOPPING if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def listen() -> None:
-    """Let the signals `STOPPING` raise `Interrupted`, from here to the end of the process."""
+    """Make the signals `STOPPING` raise `Interrupted`, until the process ends."""
     for number in heeded():
         signal.signal(number, _interrupt)
 
@@ -52,7 +52,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @dataclasses.dataclass
 class _Held:
-    """Where a signal waits, in the process that holds it back and not in those that it starts meanwhile."""
+    """A delayed signal, valid only in the process that delays it, not in its children."""
 
     process: int
     received: int | None = None
@@ -63,10 +63,10 @@ _held: _Held | None = None
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A signal that comes in meanwhile raises `Interrupted` at the end of the block, and nowhere inside.
+    """Delays signals: a signal inside the block raises `Interrupted` at the end of the block.
 
-    For what loses an exception, as the start of a process does: Python only prints what is raised in the hooks of
-    `os.fork`, and the signal would have asked in vain.
+    For code that loses exceptions, such as the start of a process: Python only prints an exception in the hooks of
+    `os.fork`, so the signal would be lost.
     """
     global _held
     outer, _held = _held, _Held(os.getpid())
@@ -79,7 +79,7 @@ def held() -> Iterator[None]:
 
 
 def cause_of(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The Ctrl-C or signal of which an error is a consequence, as where a clean-up has failed; None: of none."""
+    """The Ctrl-C or signal that caused an error, as when a clean-up fails after a signal; None if there is none."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error

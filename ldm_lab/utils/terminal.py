@@ -1,4 +1,4 @@
-"""Standard output and error that fail nobody: names that cannot be printed, readers and terminals that are gone."""
+"""Robust standard output and error: unprintable characters, closed pipes and closed terminals raise no exception."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ log = logging.getLogger(__name__)
 
 
 def is_first_process() -> bool:
-    """Whether this process may write; known before any process group exists."""
+    """Whether this is the first process, which alone prints and writes; known before any process group exists."""
     return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def say(line: str) -> None:
-    """Print once, not once a rank."""
+    """Print a line on the first process only."""
     if is_first_process():
         print(line, flush=True)
 
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Warn, unless this very line was said before: a training opens and writes many files."""
+    """Log a warning once per text, as training opens and writes many files."""
     log.warning(line)
 
 
 class Output(io.FileIO):
-    """What cannot be written is lost, and the command goes on: a full disk, or a terminal that was closed.
+    """Output that cannot be written (full disk, closed terminal) is lost, and the command goes on.
 
-    A pipe whose reader is gone, as that of `| head -1`, asks this process to stop, as SIGTERM would, with the status of
-    SIGPIPE: training saves and stops. What is written after that is lost.
+    A pipe without a reader, as after `| head -1`, asks this process to stop, as SIGTERM would, with the status of
+    SIGPIPE: training saves and stops. Output after that is lost.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -48,7 +48,7 @@ class Output(io.FileIO):
         self._process = os.getpid()
 
     def write(self, data: Any) -> int:  # noqa: ANN401
-        """Write `data`, or seem to."""
+        """Write `data`; on an error discard it and report success."""
         try:
             return super().write(data)
         except BlockingIOError:
@@ -64,7 +64,7 @@ class Output(io.FileIO):
 
 
 def ask_to_stop() -> None:
-    """Do what SIGTERM does here; only the main thread can."""
+    """Call the handler of SIGTERM; only the main thread can."""
     if threading.current_thread() is threading.main_thread():
         handler = signal.getsignal(signal.SIGTERM)
         if not callable(handler):
@@ -73,29 +73,29 @@ def ask_to_stop() -> None:
 
 
 def cry(text: str) -> None:
-    """Write on standard error past `print`, which may be what a signal has interrupted, or waits for a lock."""
-    with contextlib.suppress(OSError, AttributeError):  # the terminal is gone, or was closed from the start
+    """Write to standard error without `print`, as a signal may have interrupted a `print`, which holds a lock."""
+    with contextlib.suppress(OSError, AttributeError):  # closed terminal
         os.write(sys.__stderr__.fileno(), text.encode(errors="backslashreplace"))
 
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """`sys.stdout` and `sys.stderr` as above, inside the block; characters that they have no code for are escaped."""
-    before = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name))}  # some are closed
+    """Make `sys.stdout` and `sys.stderr` an `Output` inside the block; escapes characters that cannot be encoded."""
+    before = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name))}  # None if closed
     for name, stream in before.items():
         setattr(sys, name, _lenient(stream))
     try:
         yield
     finally:
         for name, stream in before.items():
-            with contextlib.suppress(Interrupted):  # all is done
+            with contextlib.suppress(Interrupted):  # the command is done
                 getattr(sys, name).flush()
             setattr(sys, name, stream)
 
 
 def _lenient(stream: TextIO) -> TextIO:
-    buffer = getattr(stream, "buffer", None)  # of `python -u` a file without a buffer
-    if not isinstance(getattr(buffer, "raw", buffer), io.FileIO):  # a notebook's, or a console of Windows
+    buffer = getattr(stream, "buffer", None)  # `python -u` has an unbuffered file
+    if not isinstance(getattr(buffer, "raw", buffer), io.FileIO):  # a notebook or a Windows console
         return stream
     stream.flush()
     output = Output(stream.fileno())

@@ -1,17 +1,17 @@
-"""Copies to a device that its host does not wait for."""
+"""Asynchronous copies to a device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-UNPINNED = ("cpu", "mps", "meta")  # devices that fetch nothing from pinned memory by themselves
+UNPINNED = ("cpu", "mps", "meta")  # devices without asynchronous copies from pinned memory
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on `device`: itself where it is there, else a copy, from pinned memory where that is of the CPU.
+    """Move a tensor to `device`; copies CPU tensors from pinned memory, so that the host does not wait.
 
-    For a copy from other memory the host waits until all that the device has been given before is done.
+    For a copy from pageable memory the host waits until the device has done all earlier work.
     """
     device = torch.device(device)
     if tensor.device.type != "cpu" or device.type in UNPINNED:

@@ -1,11 +1,11 @@
-"""The files of a network's weights: one file or several with an index, safetensors or pickled, of any variant.
+"""Reads and writes weight files: single or sharded with an index, safetensors or pickle, of any variant.
 
-The names are those of diffusers. Of a stem such as `diffusion_pytorch_model` and the variant `fp16`:
+File names are those of diffusers. For the stem `diffusion_pytorch_model` and the variant `fp16`:
 
     diffusion_pytorch_model.fp16.safetensors                  all weights
-    diffusion_pytorch_model.fp16-00001-of-00002.safetensors   a shard of them
-    diffusion_pytorch_model.safetensors.index.fp16.json       the index: which tensor lies in which shard
-    diffusion_pytorch_model.safetensors.fp16.index.json       ... as older versions named it
+    diffusion_pytorch_model.fp16-00001-of-00002.safetensors   a shard
+        diffusion_pytorch_model.safetensors.index.fp16.json       the index: tensor -> shard
+        diffusion_pytorch_model.safetensors.fp16.index.json       the index in older versions
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ldm_lab.utils.terminal import say_once
 from ldm_lab.utils.writing import replacing
 
 STEM = "diffusion_pytorch_model"
-OWN_STEM = "model"  # of what diffusers does not have: there it finds no weights, and refuses
-SAFE, PICKLED = "safetensors", "bin"  # the second is read with weights_only
+OWN_STEM = "model"  # for classes that diffusers lacks, so that diffusers finds no weights and refuses
+SAFE, PICKLED = "safetensors", "bin"  # pickles are read with weights_only
 WEIGHTS, OWN_WEIGHTS, LEGACY_WEIGHTS = f"{STEM}.{SAFE}", f"{OWN_STEM}.{SAFE}", f"{STEM}.{PICKLED}"
 
 _VARIANT = r"[\w-]+?"
@@ -38,12 +38,12 @@ _FILE = re.compile(
     rf"|\.(?:{SAFE}|{PICKLED})(?:\.(?P<c>{_VARIANT}))?\.index(?:\.(?P<d>{_VARIANT}))?\.json)",
     re.ASCII,
 )
-_SHARD = re.compile(r"\w[\w.-]{0,200}\.(bin|safetensors)", re.ASCII)  # no path, so nothing outside of the folder
+_SHARD = re.compile(r"\w[\w.-]{0,200}\.(bin|safetensors)", re.ASCII)  # not a path, so no file outside of the folder
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:([KMGT])(I?))?B?", re.ASCII)
 
 
 def variants(names: Collection[str], stem: str | None = None) -> set[str | None]:
-    """The variants of which there are weights among the names of files; None is the plain one."""
+    """The variants that have weights among these file names; None is the plain variant."""
     found = (_FILE.fullmatch(name) for name in names)
     return {_variant(match) for match in found if match and stem in (None, match["stem"])}
 
@@ -55,22 +55,22 @@ def _variant(match: re.Match) -> str | None:
 def choose(
     names: Collection[str], stem: str = STEM, variant: str | None = None, use_safetensors: bool | None = None
 ) -> str:
-    """Which of the files in a folder holds the weights: a single file, or the index of several.
+    """Choose the file of the weights in a folder: a single file, or the index of shards.
 
     Args:
-        names: of the files in the folder.
-        stem: what their names begin with.
-        variant: which weights, as diffusers calls them ("fp16"); None are the plain ones, or where there are no plain
-            ones the only variant.
-        use_safetensors: True takes nothing else, False pickled ones alone; None takes them only for want of others.
+        names: names of the files in the folder.
+        stem: stem of the weight files.
+        variant: variant in diffusers' sense ("fp16"); None: the plain weights, or without plain weights the only
+            variant.
+        use_safetensors: True: only safetensors; False: only pickles; None: safetensors, else pickles.
 
     Raises:
-        LoadError: there are none; the message says which variants there are.
+        LoadError: there are no such weights; the message lists the variants.
     """
     kinds = {None: (SAFE, PICKLED), True: (SAFE,), False: (PICKLED,)}[use_safetensors]
     for kind in kinds:
         single, *indices = _names(stem, kind, variant)
-        # diffusers leaves the index there when all weights are saved anew in one file.
+        # diffusers leaves a stale index when it saves all weights again in one file.
         stale = single in names and not any(_is_shard(name, kind, variant) for name in names)
         for name in (single, *indices) if stale else (*indices, single):
             if name in names:
@@ -85,7 +85,7 @@ def choose(
 
 
 def _names(stem: str, kind: str, variant: str | None) -> tuple[str, ...]:
-    """The single file, and what the index may be called."""
+    """The name of the single file, and the possible names of the index."""
     if variant is None:
         return f"{stem}.{kind}", f"{stem}.{kind}.index.json"
     return f"{stem}.{variant}.{kind}", f"{stem}.{kind}.index.{variant}.json", f"{stem}.{kind}.{variant}.index.json"
@@ -102,7 +102,7 @@ def read(
     """The tensors of a network's folder, on the CPU; see `choose`.
 
     Raises:
-        LoadError: there are none to be had safely, a shard is missing, or a file is damaged.
+        LoadError: there are no safe weights, a shard is missing, or a file is corrupt.
     """
     names = {path.name for path in folder.glob(f"{stem}*") if path.is_file()}
     try:
@@ -116,10 +116,10 @@ def read(
 
 
 def shards(index: Path) -> dict[str, set[str]]:
-    """The files that an index lists, which lie beside it, each with the names of its tensors.
+    """The shards that an index lists, with the names of their tensors; all are in the folder of the index.
 
     Raises:
-        LoadError: this is no index, or a name in it is a path.
+        LoadError: the file is no index, or a name in it is a path.
     """
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -166,21 +166,21 @@ def write(
     safe_serialization: bool = True,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """Write tensors on the CPU into `folder`, in place of what was there of this variant.
+    """Write tensors on the CPU into `folder`; replaces earlier weights of this variant.
 
-    Every file is on disk before the first takes its place, so that the weights of two savings are never mixed.
+    All files are on disk before the first one is renamed, so weights of two saves are never mixed.
 
     Args:
-        folder: it is made where there is none.
-        tensors: by name.
-        stem: what the names of the files begin with.
-        variant: a word in their names; None: without.
-        safe_serialization: False pickles them.
-        max_shard_size: bytes of a file, or a text such as "5GB"; more are split over several. None: 10 GB.
+        folder: target folder; created if missing.
+        tensors: tensors by name.
+        stem: stem of the file names.
+        variant: variant in the file names; None: the plain variant.
+        safe_serialization: False writes pickles.
+        max_shard_size: maximum bytes of a file, or a text such as "5GB"; larger weights are sharded. None: 10 GB.
 
     Raises:
-        UserError: the size or the variant is none.
-        SaveError: the disk refused.
+        UserError: the size or the variant is invalid.
+        SaveError: a file cannot be written.
     """
     if variant is not None and not re.fullmatch(r"[\w-]+", str(variant), re.ASCII):
         raise UserError(f"variant={variant!r}: give a word such as 'fp16'")
@@ -190,21 +190,21 @@ def write(
     base, count = single.removesuffix(f".{kind}"), len(parts)
     names = [single] if count == 1 else [f"{base}-{number:05}-of-{count:05}.{kind}" for number in range(1, count + 1)]
     files = dict(zip(names, parts, strict=True))
-    with contextlib.ExitStack() as stack:  # the last that is entered takes its place first
+    with contextlib.ExitStack() as stack:  # the last file entered is renamed first
         if count > 1:
             _write_index(stack.enter_context(replacing(folder / index)), files)
         for name, part in files.items():
             _write_file(stack.enter_context(replacing(folder / name)), part, safe_serialization)
         if count > 1:
-            (folder / index).unlink(missing_ok=True)  # the shards that it lists are about to change
+            (folder / index).unlink(missing_ok=True)  # its shards are about to change
     _remove_others(folder, stem, variant, {*files, index} if count > 1 else {single})
 
 
 def _write_file(path: Path, tensors: dict[str, Tensor], safe: bool) -> None:
     if safe:
-        save_file(tensors, path, metadata={"format": "pt"})  # without this entry diffusers refuses the file
+        save_file(tensors, path, metadata={"format": "pt"})  # diffusers requires this entry
         return
-    with open(path, "wb") as file:  # a path would do too, but torch's own writing forgets what the disk said
+    with open(path, "wb") as file:  # not a path, as torch's own writer loses the disk's error
         torch.save(tensors, file)
 
 
@@ -216,7 +216,7 @@ def _write_index(path: Path, files: dict[str, dict[str, Tensor]]) -> None:
 
 
 def _split(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """In their order, as many together as `limit` bytes hold, one at least."""
+    """Split tensors, in order, into shards of at most `limit` bytes, with at least one tensor each."""
     part: dict[str, Tensor] = {}
     size = 0
     for key, value in tensors.items():
@@ -229,7 +229,7 @@ def _split(tensors: dict[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]
 
 
 def _bytes(size: int | str) -> int:
-    """5, "5GB" or "200 KiB" as a number of bytes. Raises `UserError` for anything else."""
+    """Parse 5, "5GB" or "200 KiB" as a number of bytes. Raises `UserError` for anything else."""
     match = _SIZE.fullmatch(str(size).strip().upper())
     power = "KMGT".index(match[2]) + 1 if match and match[2] else 0
     number = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
@@ -239,7 +239,7 @@ def _bytes(size: int | str) -> int:
 
 
 def _remove_others(folder: Path, stem: str, variant: str | None, written: set[str]) -> None:
-    """Earlier weights of this variant, in other files: the indices first, without which shards are not read."""
+    """Remove earlier weights of this variant in other files; indices first, so that no index lists missing shards."""
     names = {path.name for path in folder.glob(f"{stem}*")} - written
     stale = (name for name in names if variants([name], stem) == {variant})
     for name in sorted(stale, key=lambda name: not name.endswith(".json")):

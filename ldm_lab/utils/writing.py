@@ -1,4 +1,4 @@
-"""Writing files whole or not at all: what was there stays until what takes its place is on disk."""
+"""Writes files atomically: the old file stays until the new file is on disk."""
 
 from __future__ import annotations
 
@@ -17,56 +17,56 @@ from ldm_lab.utils.errors import UserError, first_line
 
 
 class SaveError(UserError):
-    """A file cannot be written; the message is one line that says which, why, and what to do."""
+    """A file cannot be written; the one-line message names the file, the reason and the remedy."""
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` to `path`, whole or not at all."""
+    """Write `value` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """`with replacing(path) as temporary:` write `temporary`, which then takes the place of `path` at once.
+    """`with replacing(path) as temporary:` write `temporary`, which then replaces `path` atomically.
 
-    Its folder is made where there is none. File and folder are flushed to disk, so that a power cut leaves the one or
-    the other. On an exception `path` stays as it was, and nothing stays beside it.
+    Creates a missing folder. Flushes file and folder to disk, so that a power cut leaves the old or the new file. On
+    an exception `path` is unchanged, and the temporary file is removed.
 
     Raises:
-        SaveError: the disk refused (`OSError`, wherever below the exception it lies).
+        SaveError: the file cannot be written (an `OSError` anywhere in the chain of causes).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        temporary.touch(exist_ok=False)  # nothing that a foreign folder has put in this place, a link above all
-        mode = temporary.stat().st_mode  # what the user's umask makes of it: safetensors' files are 0600
+        temporary.touch(exist_ok=False)  # must not exist: a foreign folder may hold a link of this name
+        mode = temporary.stat().st_mode  # follows the user's umask, as safetensors writes 0600
         yield temporary
         flush(temporary)
         temporary.chmod(mode)
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # some network disks know no such thing
+        with contextlib.suppress(OSError):  # not supported on some network disks
             flush(path.parent)
     except Exception as error:
         if refusal := _refusal(error, path.parent):
             raise SaveError(f"{path}: cannot be written: {refusal}") from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # where nothing can be written, nothing was
+        with contextlib.suppress(OSError):  # a folder that is not writable holds no temporary file
             temporary.unlink(missing_ok=True)
 
 
 def require_writable(folder: str | Path, key: str) -> None:
-    """Find out, before any work is done, whether files can be written in a folder that may not be there yet.
+    """Check before any work whether a folder, which may not exist yet, is writable.
 
     Args:
-        folder: nothing is left in it.
-        key: what names another place, for the message.
+        folder: the folder; the check leaves no file in it.
+        key: the setting that chooses another place, for the message.
 
     Raises:
-        SaveError: they cannot.
+        SaveError: the folder is not writable.
     """
     there = _nearest(Path(folder).expanduser())
     try:
@@ -78,7 +78,7 @@ def require_writable(folder: str | Path, key: str) -> None:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or that above it which is there."""
+    """The folder, or its nearest existing parent."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
 
 
@@ -87,7 +87,7 @@ def _place(error: OSError, there: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or a folder's entries, are on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,12 +102,12 @@ ADVICE = {
 }
 
 
-# What is wrong with a place, whatever is written there.
+# Errors of the place itself, not of a single file.
 PLACES = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT)
 
 
 def _refusal(error: BaseException | None, folder: Path) -> str | None:
-    """What the disk said, and what to do; `None` where the error is another. Writers wrap it in errors of theirs."""
+    """The disk's error with advice; `None` for other errors. Searches the causes, as writers wrap an `OSError`."""
     while error is not None and not isinstance(error, (OSError, SafetensorError)):
         error = error.__cause__ or error.__context__
     if error is None:

@@ -1,12 +1,12 @@
-"""CompVis/latent-diffusion: its configs and tensor names, translated to ours (those of diffusers).
+"""Translates configs and tensor names of CompVis/latent-diffusion to ours (those of diffusers).
 
-Nothing here builds a network: `read` and `read_first_stage` turn a checkpoint into configs and tensors, plain data. A
-config is translated first; the names depend on it:
+This package builds no network: `read` and `read_first_stage` turn a checkpoint into configs and tensors, plain data.
+The config is translated first, as the tensor names depend on it:
 
     config = unet_config(params)
     UNet2DModel(**config).load_weights(unet_state(state, config), origin="model.ckpt")
 
-Tensors that the original has and ours do not, or settings that ours cannot express, are a `LoadError`.
+A tensor without a counterpart in our networks, or a setting that they do not support, raises `LoadError`.
 """
 
 from ldm_lab.checkpoints.compvis.autoencoder import kl_config, kl_model_state, vq_config, vq_model_state

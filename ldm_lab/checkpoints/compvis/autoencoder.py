@@ -1,4 +1,4 @@
-"""The autoencoders of CompVis: `VQModel` and `AutoencoderKL`."""
+"""Translates CompVis's autoencoders, `VQModel` and `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm_lab.checkpoints.compvis.translate import CONV, ITSELF, Module, check, check_first, check_sizes, linear, rename
 from ldm_lab.utils.reading import LoadError
 
-# Names below a module, theirs -> ours.
+# Names below a module: CompVis's -> ours.
 _RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
@@ -18,20 +18,20 @@ _SIZES = ("ch", "num_res_blocks", "z_channels", "resolution", "in_channels", "ou
 _LISTS = ("ch_mult", "attn_resolutions")
 _NEEDED = _SIZES + _LISTS
 
-# Arguments that our architecture covers with these values only, or that have no effect on it (None).
+# Arguments that our architecture supports only with these values; None: no effect on our architecture.
 _FIXED = {
     "resamp_with_conv": (True,),
     "attn_type": ("vanilla", "none"),
     "use_linear_attn": (False,),
-    "dropout": None,  # theirs; the namesake's autoencoder has none
+    "dropout": None,  # CompVis has dropout; diffusers' autoencoder has none
 }
 
 
 def vq_config(ddconfig: dict[str, Any], embed_dim: int, n_embed: int) -> dict[str, Any]:
-    """Arguments of our `VQModel` for those of CompVis's (`first_stage_config.params`).
+    """Arguments of our `VQModel` from those of CompVis's (`first_stage_config.params`).
 
     Raises:
-        LoadError: an argument is missing, unknown, or asks for what ours cannot express.
+        LoadError: an argument is missing, unknown, or has a value that our network does not support.
     """
     check("ddconfig", ddconfig, _NEEDED, {**_FIXED, "double_z": (False,)})
     check_sizes("first_stage_config", {"embed_dim": embed_dim, "n_embed": n_embed}, ("embed_dim", "n_embed"))
@@ -39,12 +39,12 @@ def vq_config(ddconfig: dict[str, Any], embed_dim: int, n_embed: int) -> dict[st
 
 
 def kl_config(ddconfig: dict[str, Any], embed_dim: int) -> dict[str, Any]:
-    """Arguments of our `AutoencoderKL` for those of CompVis's (`first_stage_config.params`).
+    """Arguments of our `AutoencoderKL` from those of CompVis's (`first_stage_config.params`).
 
-    The scaling factor is no part of them: it is 1 here, and a checkpoint of stage 2 may hold another.
+    CompVis's arguments have no scaling factor: it is 1 here, and a checkpoint of stage 2 may hold another value.
 
     Raises:
-        LoadError: an argument is missing, unknown, or asks for what ours cannot express.
+        LoadError: an argument is missing, unknown, or has a value that our network does not support.
     """
     check("ddconfig", ddconfig, (*_NEEDED, "double_z"), {**_FIXED, "double_z": (True,)})
     if embed_dim != ddconfig["z_channels"]:
@@ -53,7 +53,7 @@ def kl_config(ddconfig: dict[str, Any], embed_dim: int) -> dict[str, Any]:
 
 
 def _halves(ddconfig: dict[str, Any]) -> dict[str, Any]:
-    """What encoder and decoder are made of."""
+    """Arguments that encoder and decoder share."""
     check_sizes("ddconfig", ddconfig, _SIZES, _LISTS)
     check_first("ddconfig", "ch_mult", ddconfig["ch_mult"])
     attention = ddconfig.get("attn_type", "vanilla") != "none"
@@ -77,7 +77,7 @@ def vq_model_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str
 
     Args:
         state: `encoder.*`, `decoder.*`, `quantize.*`, `quant_conv.*`, `post_quant_conv.*`.
-        config: what `vq_config` returned.
+        config: the result of `vq_config`.
 
     Raises:
         LoadError: a tensor has no counterpart in an autoencoder of this config.
@@ -90,7 +90,7 @@ def kl_model_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str
 
     Args:
         state: `encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`.
-        config: what `kl_config` returned.
+        config: the result of `kl_config`.
 
     Raises:
         LoadError: a tensor has no counterpart in an autoencoder of this config.
@@ -113,7 +113,7 @@ def _modules(config: dict[str, Any], *extra: str) -> Iterator[Module]:
         yield f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0", _ATTENTION
         yield f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", _RESNET
     for level in range(levels):
-        # Theirs counts from the highest resolution in both halves; ours in the order in which blocks are executed.
+        # CompVis counts from the highest resolution in encoder and decoder; we count in execution order.
         sides = (
             (f"encoder.down.{level}", f"encoder.down_blocks.{level}", layers),
             (f"decoder.up.{level}", f"decoder.up_blocks.{levels - 1 - level}", layers + 1),

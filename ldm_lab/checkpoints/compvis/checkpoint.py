@@ -1,7 +1,7 @@
-"""Checkpoints of CompVis/latent-diffusion: a `model.ckpt` and its config -> configs and tensors of our networks.
+"""Reads checkpoints of CompVis/latent-diffusion: `model.ckpt` and its config -> configs and tensors of our networks.
 
-Every tensor of a file is accounted for: it belongs to a network, describes the noise, or is left out by one of the
-rules below. Anything else is an error.
+Every tensor of a file must belong to a network, describe the noise schedule, or be dropped by a rule below. Any other
+tensor is an error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ldm_lab.utils.reading import LoadError, blaming, pickled_names, read_torch
 from ldm_lab.utils.terminal import say_once
 
 UNET, EMA, FIRST_STAGE = "model.diffusion_model.", "model_ema.", "first_stage_model."
-OF_A_FIRST_STAGE = "encoder.down.0.block.0."  # what a checkpoint of a first stage alone is known by
+OF_A_FIRST_STAGE = "encoder.down.0.block.0."  # prefix that identifies a checkpoint of a first stage alone
 
-# Of a first stage's own checkpoint: LPIPS and the discriminator.
+# In the checkpoint of a first stage: LPIPS and the discriminator.
 _LOSS = "loss."
-# `logvar` weights the loss of training, the others count its steps or follow from the betas.
+# `logvar` weights the training loss; the others count steps or follow from the betas.
 _LEFT_OUT = {"logvar", "lvlb_weights", "model_ema.decay", "model_ema.num_updates"}
 _NOISE = {
     "betas",
@@ -47,14 +47,14 @@ _CROSS_ATTENTION = ".transformer_blocks."
 
 
 class Part(NamedTuple):
-    """A network, or with no tensors a scheduler, as plain data under our names."""
+    """A network, or a scheduler (no tensors), as plain data under our names."""
 
     config: dict[str, Any]  # `_class_name` names the class
     tensors: State
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a file holds tensors of the original, by their names; where it can be, they stay on disk."""
+    """Whether a file holds CompVis tensors, by their names; the tensors stay on disk if possible."""
     try:
         names = read_state(path, mmap=True)
     except LoadError:
@@ -63,17 +63,17 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def read(path: str | Path, original_config: str | Path | None = None, use_ema: bool = True) -> dict[str, Part]:
-    """The parts of a checkpoint: `vqvae`, and of stage 2 also `unet` and a `scheduler` that steps as CompVis's.
+    """The parts of a checkpoint: `vqvae`, and for stage 2 also `unet` and a `scheduler` with CompVis's steps.
 
     Args:
         path: the checkpoint.
-        original_config: its YAML file, which describes the architecture. None takes a `config.yaml` or one of the
-            checkpoint's name beside it, and where there is none, what the shapes of the tensors tell.
-        use_ema: take the moving average of the UNet's weights, not the weights themselves.
+        original_config: its YAML file, which describes the architecture. None: a `config.yaml`, or a YAML file with
+            the checkpoint's name, beside the checkpoint; without such a file, the shapes of the tensors.
+        use_ema: use the moving average of the UNet's weights instead of the raw weights.
 
     Raises:
-        LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is left
-            over or cannot be translated; one line says which.
+        LoadError: a file is missing or corrupt, the model is conditional or has no first stage, or a tensor is left
+            over or cannot be translated; the one-line message names it.
     """
     state = read_state(path)
     if not any(key.startswith(UNET) for key in state) and any(key.startswith(OF_A_FIRST_STAGE) for key in state):
@@ -95,29 +95,29 @@ def read_first_stage(path: str | Path, original_config: str | Path | None = None
     """The autoencoder of a checkpoint; its `scaling_factor` is 1.
 
     Args:
-        path: a checkpoint of a first stage, or one of stage 2, which holds its first stage.
-        original_config: the YAML file of either; None as in `read`.
+        path: a checkpoint of a first stage, or of stage 2, which includes its first stage.
+        original_config: the YAML file of the checkpoint; None as in `read`.
 
     Raises:
         LoadError: as `read`.
     """
     state = read_state(path)
     if any(key.startswith(UNET) for key in state):
-        own = _separate(state, path)[FIRST_STAGE]
+        tensors = _separate(state, path)[FIRST_STAGE]
     else:
-        own = {key: value for key, value in state.items() if not key.startswith(_LOSS)}
-    return _first_stage(own, _config(path, original_config, {FIRST_STAGE: own}), path)
+        tensors = {key: value for key, value in state.items() if not key.startswith(_LOSS)}
+    return _first_stage(tensors, _config(path, original_config, {FIRST_STAGE: tensors}), path)
 
 
 def read_state(path: str | Path, mmap: bool = False) -> State:
-    """The tensors of a checkpoint, on the CPU; nothing that the file holds is run or imported.
+    """The tensors of a checkpoint, on the CPU; nothing in the file is executed or imported.
 
-    They lie in its `state_dict`, in another usual place, or are all that the file holds, as safetensors too. Lightning
-    of that time kept the state of its callbacks by their class. Such a class, and no other, is read as an empty one of
-    ours.
+    They are in `state_dict`, below another usual key, or at the top of the file; safetensors files work too. Old
+    Lightning versions keyed callback states by their classes. Only such a class is read, as an empty class of this
+    module.
 
     Raises:
-        LoadError: the file is missing, damaged, or holds other things than tensors and plain data.
+        LoadError: the file is missing, corrupt, or holds anything but tensors and plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,11 +134,11 @@ def read_state(path: str | Path, mmap: bool = False) -> State:
 
 
 class _Callback:
-    """Stands for the class of a callback."""
+    """Placeholder for the class of a callback."""
 
 
 def _separate(state: State, path: str | Path) -> dict[str, State]:
-    """The tensors by prefix, which their names lose; those of the noise have none."""
+    """Group the tensors by prefix and strip it; tensors of the noise schedule have no prefix."""
     parts: dict[str, State] = {UNET: {}, EMA: {}, FIRST_STAGE: {}, "": {}}
     for key, value in state.items():
         if key.startswith(_CONDITIONAL) or _CROSS_ATTENTION in key:
@@ -155,8 +155,8 @@ def _separate(state: State, path: str | Path) -> dict[str, State]:
 
 
 def _averaged(state: dict[str, State], path: str | Path) -> State:
-    """The moving average under the names of the weights that it follows; its own have lost their dots."""
-    average = {name.replace("_orig_mod", ""): value for name, value in state[EMA].items()}  # of torch.compile
+    """The moving average under the names of the raw weights; CompVis's EMA drops the dots from names."""
+    average = {name.replace("_orig_mod", ""): value for name, value in state[EMA].items()}  # prefix of torch.compile
     if not average:
         raise LoadError(f"{path}: holds no moving average ({EMA}*): use_ema=False takes the weights themselves")
     names = {("diffusion_model." + name).replace(".", ""): name for name in state[UNET]}
@@ -168,7 +168,7 @@ def _averaged(state: dict[str, State], path: str | Path) -> State:
 
 
 def _config(path: str | Path, original_config: str | Path | None, parts: dict[str, State]) -> OriginalConfig:
-    """The config that was given, else the one beside the checkpoint, else what the tensors tell."""
+    """The given config, else the config beside the checkpoint, else a config from the tensors' shapes."""
     if original_config is not None:
         return OriginalConfig.read(original_config)
     for beside in (Path(path).with_suffix(".yaml"), Path(path).with_name("config.yaml")):
@@ -217,7 +217,7 @@ def _first_stage(
 
 
 def _scheduler(noise: State, config: OriginalConfig, path: str | Path) -> DDIMScheduler:
-    """DDIM as theirs. The betas are those of the file: where the config says others, they are listed one by one."""
+    """CompVis's DDIM with the betas of the file; betas that differ from the config are listed one by one."""
     settings = {
         **config.noise(),
         "prediction_type": config.prediction_type(),

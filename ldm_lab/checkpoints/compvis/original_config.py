@@ -1,4 +1,4 @@
-"""The config file that lies beside a CompVis checkpoint: what it says about the networks and the noise."""
+"""Reads the YAML config of a CompVis checkpoint: networks and noise schedule."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ldm_lab.utils.reading import LoadError, blaming, read_yaml
 
 UNCONDITIONAL = "__is_unconditional__"
 
-_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # theirs -> ours
+_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # CompVis's -> ours
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
 
-# What only training reads.
+# Keys that only training reads.
 _OF_TRAINING = ("ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor", "lossconfig")
 _OF_VQ_TRAINING = ("batch_resize_range", "scheduler_config", "lr_g_factor", "sane_index_shape", "use_ema")
 
 
 @dataclass(frozen=True)
 class FirstStageKind:
-    """A class of theirs: which of ours it is, and how its config and its tensors are translated."""
+    """A CompVis class: our class for it, and the translations of its config and its tensors."""
 
     class_name: str
     config: Callable[..., dict[str, Any]]
@@ -49,11 +49,11 @@ _FIRST_STAGES = {"VQModel": _VQ, "VQModelInterface": _VQ, "AutoencoderKL": _KL}
 
 
 class OriginalConfig:
-    """What a YAML file of CompVis/latent-diffusion says, of stage 2 or of a first stage alone.
+    """The YAML config of a CompVis/latent-diffusion model, of stage 2 or of a first stage alone.
 
     Args:
-        content: of the file, plain data: no class that it names is imported.
-        path: where it comes from, for the messages.
+        content: content of the file, plain data; the classes that it names are not imported.
+        path: path of the file, for messages.
     """
 
     def __init__(self, content: Any, path: str | Path) -> None:  # noqa: ANN401
@@ -61,20 +61,20 @@ class OriginalConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """From a file. Raises `LoadError` where it is not there or not YAML."""
+        """Read a file. Raises `LoadError` if it is missing or not YAML."""
         return cls(read_yaml(shell.path(path)), path)
 
     @property
     def is_one(self) -> bool:
-        """Whether it describes a model at all, as the original's files do."""
+        """Whether the file describes a model in CompVis's format."""
         model = self._content.get("model") if isinstance(self._content, dict) else None
         return isinstance(model, dict) and isinstance(model.get("params"), dict)
 
     def first_stage(self) -> tuple[FirstStageKind, dict[str, Any]]:
-        """The kind of the first stage and the arguments of ours.
+        """The kind of the first stage, and the arguments of our class.
 
         Raises:
-            LoadError: the file describes none, or one that ours cannot express.
+            LoadError: the file describes no first stage, or one that our classes do not support.
         """
         stage_2 = "first_stage_config" in self._section("model.params")
         section = "model.params.first_stage_config" if stage_2 else "model"
@@ -82,7 +82,7 @@ class OriginalConfig:
         if name not in _FIRST_STAGES:
             raise LoadError(f"{self.path}: {section}.target is {name}; known are {', '.join(_FIRST_STAGES)}")
         kind, params = _FIRST_STAGES[name], self._section(f"{section}.params")
-        self._section(f"{section}.params.ddconfig")  # raises where it is none
+        self._section(f"{section}.params.ddconfig")  # raises if it is missing
         with blaming(self.path):
             check(section, params, kind.needed, kind.fixed)
             return kind, kind.config(**{key: params[key] for key in kind.needed})
@@ -91,7 +91,7 @@ class OriginalConfig:
         """Arguments of our `UNet2DModel`.
 
         Raises:
-            LoadError: the file describes none, a conditional one, or one that ours cannot express.
+            LoadError: the file describes no UNet, a conditional UNet, or one that our class does not support.
         """
         condition = self._section("model.params").get("cond_stage_config", UNCONDITIONAL)
         if condition != UNCONDITIONAL:
@@ -101,11 +101,11 @@ class OriginalConfig:
             return unet_config(params)
 
     def prediction_type(self) -> str:
-        """What the UNet predicts, as schedulers call it."""
+        """The prediction type of the UNet, in the words of schedulers."""
         return self._known("parameterization", "eps", _PREDICTIONS)
 
     def noise(self) -> dict[str, Any]:
-        """The beta schedule as arguments of a scheduler; defaults are theirs."""
+        """The beta schedule as arguments of a scheduler, with CompVis's defaults."""
         params = self._section("model.params")
         return {
             "num_train_timesteps": params.get("timesteps", 1000),
@@ -115,7 +115,7 @@ class OriginalConfig:
         }
 
     def scale_factor(self) -> float:
-        """By what diffusion multiplies the latents, where the checkpoint does not say it."""
+        """The scaling factor of the latents, for checkpoints that do not store it."""
         return self._number("scale_factor", 1.0)
 
     def _section(self, name: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class OriginalConfig:
     def _number(self, key: str, default: float) -> float:
         value = self._section("model.params").get(key, default)
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a word
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
         except (TypeError, ValueError):
             raise LoadError(f"{self.path}: {key}={value!r} is not a number") from None
 

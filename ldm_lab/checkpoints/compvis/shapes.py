@@ -1,7 +1,7 @@
-"""The config of CompVis networks, read off the names and shapes of their tensors, for checkpoints without a YAML file.
+"""Infers the config of CompVis networks from names and shapes of tensors, for checkpoints without a YAML file.
 
-What comes out is written as in the original's files, so that it takes the same way as they do. Tensors determine all
-but two things: into how many heads an attention splits its channels, and which size the images have.
+The result has the format of CompVis's files, so that the same code reads both. Tensors determine everything except
+the number of heads of an attention and the image size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ldm_lab.utils.reading import MAX_LAYERS, MAX_LEVELS, LoadError
 
 State = dict[str, Tensor]
 
-# Of every published unconditional model.
+# Values of every published unconditional model.
 RESOLUTION = 256  # pixels
-HEAD_CHANNELS = 32  # of VQ models; the one of churches, alone in its normalisation by scale and shift, ...
+HEAD_CHANNELS = 32  # of VQ models; the churches model, the only one with scale-shift normalisation, ...
 HEADS = 8  # ... has a fixed number of heads instead
 
 
 def first_stage(state: State) -> dict[str, Any]:
-    """`target` and `params` of the autoencoder that these tensors (without prefix) are of.
+    """`target` and `params` of the autoencoder with these tensors (without prefix).
 
     Raises:
-        LoadError: they are of none.
+        LoadError: the tensors do not belong to an autoencoder.
     """
     encoder_in, decoder_out = _find(state, "encoder.conv_in.weight"), _find(state, "decoder.conv_out.weight")
     z_channels, embed_dim = _find(state, "post_quant_conv.weight").shape[:2]
@@ -54,19 +54,19 @@ def first_stage(state: State) -> dict[str, Any]:
 
 
 def unet(state: State, image_size: int) -> dict[str, Any]:
-    """`params` of the `UNetModel` that these tensors (without prefix) are of.
+    """`params` of the `UNetModel` with these tensors (without prefix).
 
     Args:
         state: `time_embed.*`, `input_blocks.*`, `middle_block.*`, `output_blocks.*`, `out.*`.
-        image_size: positions along one side of its latents.
+        image_size: positions along one side of the latents.
 
-    Raises:
-        LoadError: they are of none.
+        Raises:
+            LoadError: the tensors do not belong to a `UNetModel`.
     """
     conv_in = _find(state, "input_blocks.0.0.weight")
-    blocks = len(_count(state, "input_blocks.{}.0."))  # the first convolution and the layers, downsamplers among them
+    blocks = len(_count(state, "input_blocks.{}.0."))  # the first convolution and the layers, including downsamplers
     layers = _layers(state, blocks)
-    starts = range(1, blocks, layers + 1)  # of the levels
+    starts = range(1, blocks, layers + 1)  # first layer of each level
     width = "input_blocks.{}.0.out_layers.3.weight"
     convolutions = [_find(state, width.format(start)) for start in starts]
     embedding = _find(state, "input_blocks.1.0.emb_layers.1.weight")
@@ -86,9 +86,9 @@ def unet(state: State, image_size: int) -> dict[str, Any]:
 
 
 def _layers(state: State, blocks: int) -> int:
-    """Residual blocks of a level: with one more in the decoder, the last of which is followed by an upsampler.
+    """Residual blocks per level; the decoder has one more, and the last is followed by an upsampler.
 
-    An upsampler is a convolution or a residual block, in the place after the residual block and the attention.
+    An upsampler is a convolution or a residual block, after the residual block and the attention.
     """
     for index in range(blocks):
         places = itertools.product((1, 2), ("conv", "in_layers.0"))
@@ -98,7 +98,7 @@ def _layers(state: State, blocks: int) -> int:
 
 
 def _normalisation(state: State, scale_and_shift: bool) -> dict[str, Any]:
-    """How the embedding enters, and the heads, which the tensors do not tell."""
+    """Arguments of the time embedding's entry and of the heads, which the tensors do not determine."""
     widths = {len(value) // 3 for name, value in state.items() if name.endswith(".qkv.weight")}
     if scale_and_shift:
         return {"use_scale_shift_norm": True, "num_heads": math.gcd(HEADS, *widths)}
@@ -112,7 +112,7 @@ def _find(state: State, name: str) -> Tensor:
 
 
 def _count(state: State, pattern: str) -> range:
-    """For how many numbers, from 0 on, there are tensors that begin with `pattern`."""
+    """The consecutive numbers, from 0, for which there are tensors that begin with `pattern`."""
     numbers = range(MAX_LEVELS * MAX_LAYERS)
     present = itertools.takewhile(lambda n: any(name.startswith(pattern.format(n)) for name in state), numbers)
     return range(len(list(present)))

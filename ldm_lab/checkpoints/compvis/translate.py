@@ -1,4 +1,4 @@
-"""What the translations of all networks share: checked arguments, renamed tensors."""
+"""Shared parts of all translations: checks of arguments, and renaming of tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CONV = {"conv": "conv"}
 
 _MAXIMA = {"num_res_blocks": MAX_LAYERS, "n_embed": MAX_CODES}
 
-Module = tuple[str, str, dict[str, str]]  # their prefix, our prefix, and the names below, theirs -> ours
+Module = tuple[str, str, dict[str, str]]  # CompVis's prefix, our prefix, and names below it: CompVis's -> ours
 
 
 def check(owner: str, params: dict[str, Any], needed: tuple[str, ...], fixed: dict[str, tuple | None]) -> None:
-    """Raise `LoadError` where an argument of `owner` is missing, unknown, or none of the values that `fixed` allows."""
+    """Raise `LoadError` if an argument of `owner` is missing, unknown, or not a value that `fixed` allows."""
     for key in needed:
         if key not in params:
             raise LoadError(f"{owner}: the key {key!r} is missing")
@@ -30,9 +30,9 @@ def check(owner: str, params: dict[str, Any], needed: tuple[str, ...], fixed: di
 
 
 def check_sizes(owner: str, params: dict[str, Any], numbers: Iterable[str], lists: Iterable[str] = ()) -> None:
-    """Raise `LoadError` where one of `numbers` is no positive integer, or one of `lists` no list of such, or too large.
+    """Raise `LoadError` unless `numbers` are positive integers, and `lists` lists of such, within the limits.
 
-    Names of tensors follow from them, so that they are bounded before a network is.
+    Tensor names follow from these arguments, so they need a bound before any network is built.
     """
     for key in numbers:
         maximum = _MAXIMA.get(key, MAX_WIDTH)
@@ -46,7 +46,7 @@ def check_sizes(owner: str, params: dict[str, Any], numbers: Iterable[str], list
 
 
 def check_first(owner: str, key: str, multipliers: Sequence[int]) -> None:
-    """Raise `LoadError` where the first convolution is not as wide as the first level: ours have one width for both."""
+    """Raise `LoadError` if the first convolution is not as wide as the first level, as in our networks it is."""
     if not multipliers or multipliers[0] != 1:
         raise LoadError(f"{owner}: {key}={list(multipliers)!r} is not supported; a list that begins with 1 is")
 
@@ -56,7 +56,7 @@ def _is_size(value: Any, maximum: int) -> bool:  # noqa: ANN401
 
 
 def rename(state: dict[str, Tensor], modules: Iterable[Module], network: str) -> dict[str, Tensor]:
-    """Every tensor of `state` under its new name; which of ours are missing is found when they are loaded."""
+    """Every tensor of `state` under its new name; loading the weights finds missing tensors."""
     names = {
         _join(theirs, part, kind): _join(ours, our_part, kind)
         for theirs, ours, parts in modules
@@ -73,5 +73,5 @@ def _join(*parts: str) -> str:
 
 
 def linear(value: Tensor) -> Tensor:
-    """Their attention projects with 1x1 convolutions, ours with linear layers: `(C, C, 1[, 1]) -> (C, C)`."""
+    """Weight of a 1x1 convolution (CompVis's attention) -> of a linear layer (ours): `(C, C, 1[, 1]) -> (C, C)`."""
     return value.flatten(1) if value.ndim > 1 else value

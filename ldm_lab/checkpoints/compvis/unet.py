@@ -1,4 +1,4 @@
-"""The UNet of CompVis: `UNetModel`."""
+"""Translates CompVis's UNet, `UNetModel`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm_lab.checkpoints.compvis.translate import CONV, ITSELF, Module, check, check_first, check_sizes, linear, rename
 from ldm_lab.utils.reading import LoadError
 
-# Names below a module, theirs -> ours.
+# Names below a module: CompVis's -> ours.
 _RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -20,15 +20,15 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _ATTENTION = {"norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0"}
-# A convolution, or with `resblock_updown` a residual block.
+# A convolution, or a residual block with `resblock_updown`.
 _DOWNSAMPLER = {"op": "conv", **_RESNET}
 _UPSAMPLER = {**CONV, **_RESNET}
 
 _SIZES = ("image_size", "in_channels", "out_channels", "model_channels", "num_res_blocks")
 _NEEDED = (*_SIZES, "attention_resolutions")
-_GROUPS = 32  # of every normalisation there
+_GROUPS = 32  # groups of every normalisation in CompVis's UNet
 
-# Arguments that our architecture covers with these values only, or with all values or none (None).
+# Arguments that our architecture supports only with these values; None: with any value, or absent.
 _FIXED = {
     "channel_mult": None,
     "dropout": None,
@@ -52,10 +52,10 @@ _FIXED = {
 
 
 def unet_config(params: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of our `UNet2DModel` for those of CompVis's `UNetModel` (`unet_config.params`).
+    """Arguments of our `UNet2DModel` from those of CompVis's `UNetModel` (`unet_config.params`).
 
     Raises:
-        LoadError: an argument is missing, unknown, or asks for what ours cannot express.
+        LoadError: an argument is missing, unknown, or has a value that our network does not support.
     """
     check("unet_config", params, _NEEDED, _FIXED)
     check_sizes("unet_config", params, _SIZES, lists=("attention_resolutions", "channel_mult"))
@@ -63,7 +63,7 @@ def unet_config(params: dict[str, Any]) -> dict[str, Any]:
     check_first("unet_config", "channel_mult", multipliers)
     by_resnet = params.get("resblock_updown", False)
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
-    # "Resolutions" of attention are factors of downsampling there, not sizes.
+    # CompVis's `attention_resolutions` are downsampling factors, not sizes.
     attended = [2**level in params["attention_resolutions"] for level in range(len(multipliers))]
     config = {
         "sample_size": params["image_size"],
@@ -79,13 +79,13 @@ def unet_config(params: dict[str, Any]) -> dict[str, Any]:
     if by_resnet:
         config |= {"downsample_type": "resnet", "upsample_type": "resnet"}
     if params.get("use_scale_shift_norm", False):
-        # Else the middle attention would have no normalisation, in the namesake as in ours.
+        # Without this, the middle attention has no normalisation, in diffusers as in our class.
         config |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": _GROUPS}
     return config
 
 
 def _heads(params: dict[str, Any]) -> dict[str, int | None]:
-    """The heads of all attentions; -1 stands for "not given", and their size decides where both are."""
+    """The heads of all attentions; -1 means "not given"; if both number and size are given, the size decides."""
     size, number = params.get("num_head_channels", -1), params.get("num_heads", -1)
     if size != -1:
         return {"attention_head_dim": size}
@@ -101,7 +101,7 @@ def unet_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Te
 
     Args:
         state: `time_embed.*`, `input_blocks.*`, `middle_block.*`, `output_blocks.*`, `out.*`.
-        config: what `unet_config` returned.
+        config: the result of `unet_config`.
 
     Raises:
         LoadError: a tensor has no counterpart in a UNet of this config.
@@ -117,7 +117,7 @@ def unet_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Te
 
 
 def _split_heads(qkv: Tensor, config: dict[str, Any]) -> Iterator[Tensor]:
-    """One tensor `(heads * 3 * dim_head, ...)`, in this order -> query, key and value, `(C, C)` or `(C,)` each."""
+    """A tensor `(heads * 3 * dim_head, ...)`, in this order -> query, key and value, `(C, C)` or `(C,)` each."""
     channels = len(qkv) // 3
     key = "attention_head_dim" if config["attention_head_dim"] else "num_attention_heads"
     if channels % config[key]:
@@ -136,7 +136,7 @@ def _modules(config: dict[str, Any]) -> Iterator[Module]:
     yield "middle_block.2", "mid_block.resnets.1", _RESNET
     yield "out.0", "conv_norm_out", ITSELF
     yield "out.2", "conv_out", ITSELF
-    # Theirs numbers all layers of one direction in one row, a downsampler being a layer of its own ...
+    # CompVis numbers all layers of one direction in sequence; a downsampler is a layer of its own ...
     layers = config["layers_per_block"]
     for level in range(len(config["block_out_channels"])):
         first = 1 + level * (layers + 1)
@@ -144,7 +144,7 @@ def _modules(config: dict[str, Any]) -> Iterator[Module]:
             yield f"input_blocks.{first + layer}.0", f"down_blocks.{level}.resnets.{layer}", _RESNET
             yield f"input_blocks.{first + layer}.1", f"down_blocks.{level}.attentions.{layer}", _ATTENTION
         yield f"input_blocks.{first + layers}.0", f"down_blocks.{level}.downsamplers.0", _DOWNSAMPLER
-    # ... while an upsampler is the last part of a layer, after its attention if there is one.
+    # ... but an upsampler is the last part of a layer, after its attention if it has one.
     for level, kind in enumerate(config["up_block_types"]):
         first = level * (layers + 1)
         for layer in range(layers + 1):

@@ -1,1 +1,1 @@
-"""What `python -m ldm_lab benchmark` measures, and against what."""
+"""Benchmarks of `python -m ldm_lab benchmark`, alone or against diffusers and torchvision."""

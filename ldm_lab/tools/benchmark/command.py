@@ -32,7 +32,7 @@ LAYOUTS = {"innermost": torch.channels_last, "outermost": torch.contiguous_forma
 
 
 def main(argv: list[str]) -> None:
-    """Print one table. Raises `UserError` for flags that cannot be."""
+    """Print one table. Raises `UserError` for invalid flags."""
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         print(f"skipped: --device {options.device}, but there is no GPU that this torch can use")
         return
     if options.device.type == "cuda":
-        float32.allow("high")  # as training and sampling have it
+        float32.allow("high")  # as in training and sampling
     with tempfile.TemporaryDirectory() as folder:
         made = contestants(options, Path(folder))
         timings = measure(made, options.rounds, options.device, options.compile)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `UserError` naming the flag."""
+    """Parse and check the flags. Raises `UserError`, which names the flag."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab benchmark", description=__doc__, formatter_class=text)
     parser.add_argument("kind", choices=KINDS, help="what is timed")
@@ -91,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def contestants(options: argparse.Namespace, folder: Path) -> list[Contestant]:
-    """Those of one comparison, ours first (of `import`: what all are measured by). `folder` is for files of its own."""
+    """Contestants of one comparison, ours first (for `import`: the baseline first). `folder` is for files."""
     against = options.against is not None
     if options.kind not in MODELS:
         from ldm_lab.tools.benchmark import loading
@@ -117,13 +117,13 @@ def contestants(options: argparse.Namespace, folder: Path) -> list[Contestant]:
 
 
 def report(options: argparse.Namespace, made: list[Contestant], timings: list[Timing]) -> dict[str, Any]:
-    """All that was found, as plain data: the machine, a row each, and our ratio to every other."""
+    """The results as plain data: the machine, a row per contestant, and our ratio to each other contestant."""
     dtypes = dict.fromkeys(one.dtype for one in made if one.dtype)
     peaks = {dtype: matmul_peak(options.device, dtype) for dtype in dtypes}
     flags = {key: str(value) for key, value in vars(options).items() if value is not None}
     rows = [row(one, timing, peaks.get(one.dtype, 0.0)) for one, timing in zip(made, timings, strict=True)]
     ratios = {}
-    if options.kind != "growth":  # which has as many rows as sizes, not as contestants
+    if options.kind != "growth":  # growth has rows of sizes, not of contestants
         for one, timing in zip(made[1:], timings[1:], strict=True):
             ratios[one.name] = compare(timings[0], timing, made[0].images or 1, one.images or 1)
     found = {"flags": flags, "machine": machine(options.device), "rows": rows, "ratios": ratios}
@@ -137,17 +137,17 @@ def name(dtype: torch.dtype) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What times depend on beside the code."""
+    """Facts on the machine that times depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     found = {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     found |= {"python": platform.python_version(), "torch": torch.__version__, "ldm_lab": __version__}
     if hasattr(os, "getloadavg"):
-        found["load"] = round(os.getloadavg()[0], 1)  # of other programs, too
+        found["load"] = round(os.getloadavg()[0], 1)  # includes other programs
     return found
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table."""
+    """Print the table."""
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     for dtype, peak in result["matmul_flops"].items():
         print(f"matrix products in {dtype}: {peak / 1e9:,.1f} GFLOP/s")

@@ -1,4 +1,4 @@
-"""Timing side by side: contestants take turns in one process, so that what disturbs one disturbs all."""
+"""Interleaved timing: contestants take turns in one process, so that disturbances affect all of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldm_lab.training.planning import memory
 from ldm_lab.utils import float32
 
 aten = torch.ops.aten
-# PyTorch's counter knows the attention of GPUs alone.
+# PyTorch's FLOP counter only knows attention on GPUs.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -31,15 +31,15 @@ CPU_ATTENTION = {
 
 @dataclass
 class Contestant:
-    """Something to time.
+    """A function to time.
 
     Attributes:
-        name: in the table.
-        run: does it once; what it returns is compared with the others' where it is a tensor.
-        images: of one run; 0: it has none.
-        dtype: in which it computes; None: it does not.
-        compile: compiles its networks, where that is asked for.
-        rest: seconds of each run that went neither into forward nor into backward, where `run` notes them.
+        name: name in the table.
+        run: one run; a returned tensor is compared with the other contestants' tensors.
+        images: images per run; 0: not applicable.
+        dtype: dtype of the computation; None: not applicable.
+        compile: compiles the networks, on request.
+        rest: seconds of each run outside of forward and backward, if `run` records them.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Contestant:
 
 @dataclass
 class Timing:
-    """What a contestant took.
+    """Measurements of a contestant.
 
     Attributes:
-        seconds: of each run, by the clock.
-        cpu_seconds: of each run, by this process on all its cores: less than the clock's where others compute.
-        flops: floating-point operations of one run, two to a multiply-add, of products and convolutions.
-        peak: bytes in use at most, by this process on a CPU (the other contestants' networks included).
-        grown: bytes that the first run took beside what was in use before it.
-        output: of the last run; on CUDA of one more, without TF32.
+        seconds: wall time of each run.
+        cpu_seconds: CPU time of each run, of this process on all cores; less than wall time if others compute.
+        flops: floating-point operations per run in products and convolutions; a multiply-add counts as two.
+        peak: peak bytes in use; on a CPU by this process (with the other contestants' networks).
+        grown: bytes that the first run added to the memory in use.
+        output: output of the last run; on CUDA of a further run without TF32.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -72,18 +72,18 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds."""
         return statistics.median(self.seconds)
 
 
 def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device, compiled: bool) -> list[Timing]:
-    """Time all of them, in turn, `rounds` times, after a first run that counts operations and is not timed.
+    """Time all contestants in turn, `rounds` times, after an untimed first run that counts operations.
 
     Args:
-        contestants: what is timed.
-        rounds: runs of each.
-        device: on which.
-        compiled: whether the networks of each are compiled before they are timed.
+        contestants: the contestants.
+        rounds: timed runs of each contestant.
+        device: device of the computation.
+        compiled: whether to compile the networks before timing.
     """
     timings = [Timing() for _ in contestants]
     for contestant, timing in zip(contestants, timings, strict=True):
@@ -99,7 +99,7 @@ def measure(contestants: Sequence[Contestant], rounds: int, device: torch.device
         for contestant, timing in zip(contestants, timings, strict=True):
             _run_once(contestant, timing, device)
     for contestant, timing in zip(contestants, timings, strict=True):
-        if device.type == "cuda" and timing.output is not None:  # TF32 is for the clock, not for the comparison
+        if device.type == "cuda" and timing.output is not None:  # compare outputs without TF32
             with float32.exact():
                 timing.output = contestant.run()
     return timings
@@ -116,8 +116,8 @@ def _run_once(contestant: Contestant, timing: Timing, device: torch.device) -> N
 
 
 def _grown(contestant: Contestant, device: torch.device) -> int:
-    """Bytes that a run takes; not of one that is timed, as what lies free in the process is given back first."""
-    with contextlib.suppress(OSError, AttributeError):  # where the C library is another
+    """Bytes that a run adds; an untimed run, as it first returns the process's free memory to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
     memory.reset_peak(device)
     before = memory.peak(device)
@@ -127,30 +127,30 @@ def _grown(contestant: Contestant, device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was asked of a GPU: the host runs ahead."""
+    """Wait for a GPU, as its kernels run asynchronously."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def is_emulated(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device computes numbers of this type by way of others: a CPU without instructions for bfloat16."""
+    """Whether the device emulates this dtype, as a CPU without bfloat16 instructions does."""
     return device.type == "cpu" and dtype is torch.bfloat16 and not has_bfloat16()
 
 
 @functools.cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the product of two square matrices, large where the device is fast: the best of five."""
+    """FLOP/s of a product of two square matrices (larger on fast devices): the best of five."""
     side = 8192 if device.type == "cuda" else 256 if is_emulated(device, dtype) else 2048
     a = torch.randn(side, side, device=device, dtype=dtype)
     product = Contestant("matmul", lambda: a @ a)
     timing = Timing()
-    for _ in range(6):  # the first warms up
+    for _ in range(6):  # the first is a warm-up
         _run_once(product, timing, device)
     return 2 * side**3 / min(timing.seconds)
 
 
 def row(contestant: Contestant, timing: Timing, peak: float) -> dict[str, Any]:
-    """A line of the table; `peak` is the machine's FLOP/s."""
+    """A table row; `peak` is the machine's FLOP/s."""
     rate = timing.flops / timing.median
     found = {
         "name": contestant.name,
@@ -172,9 +172,9 @@ def row(contestant: Contestant, timing: Timing, peak: float) -> dict[str, Any]:
 
 
 def compare(own: Timing, peer: Timing, own_images: int = 1, peer_images: int = 1) -> dict[str, Any]:
-    """How much faster `own` is an image: the ratio of medians, quartiles of the rounds' ratios, the outputs' distance.
+    """Speed-up of `own` per image: ratio of medians, quartiles of the rounds' ratios, distance of the outputs.
 
-    Distances are of the tensors' largest difference, absolute and as a part of the peer's largest value.
+    The distance is the maximum difference of the tensors, absolute and relative to the peer's maximum value.
     """
     each = [theirs / mine * own_images / peer_images for mine, theirs in zip(own.seconds, peer.seconds, strict=True)]
     low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3

@@ -1,4 +1,4 @@
-"""How cost grows: with the batch, the steps of sampling, the size of an image and that of a data set."""
+"""Scaling benchmarks: batch size, sampling steps, image size and data set size."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 STEPS = (10, 20, 50, 100, 200)
 SIDES = (64, 128, 256, 512, 1024)  # pixels
 IMAGES = (10**3, 10**4, 10**5, 10**6)
-TILE = 64  # positions of latents: what `enable_tiling` takes
-LINKS = 10_000  # to one file, and in one folder: file systems allow so many
+TILE = 64  # side of a tile in latent positions, for `enable_tiling`
+LINKS = 10_000  # hard links per file and files per folder, which file systems allow
 
 
 def contestants(subject: Subject) -> list[Contestant]:
-    """One of each size."""
+    """A contestant of each size."""
     return [*_batches(subject), *_steps(subject), *_sides(subject), *_data_sets(subject.folder)]
 
 
@@ -45,7 +45,7 @@ def _steps(subject: Subject) -> Iterator[Contestant]:
 
 
 def _sides(subject: Subject) -> Iterator[Contestant]:
-    """One image, decoded at once and, where it is larger than a tile, in tiles."""
+    """Decoding of one image at once and, if it is larger than a tile, in tiles."""
     pipe, vqvae = subject.pipe, subject.pipe.vqvae
     for side in SIDES:
         latents = torch.randn(1, *latent_shape(vqvae, (side, side)), device=subject.device)
@@ -68,7 +68,7 @@ def _decode_in_tiles(pipe: LDMPipeline, latents: Tensor) -> None:
 
 
 def _data_sets(folder: Path) -> Iterator[Contestant]:
-    """From nothing to the first image of a folder of pictures, and to the last latents of a cache."""
+    """Time to the first image of a folder, and to the last latents of a cache, from scratch."""
     for count in IMAGES:
         pictures = folder / f"pictures_{count}"
         link_pictures(pictures, count)
@@ -86,13 +86,13 @@ def _open_folder(folder: Path) -> None:
 
 def _open_cache(cache: LatentCache, images: FolderImages) -> None:
     latents = CachedLatents(cache, images)
-    for shard in () if cache.missing() else cache.shards:  # a training looks at all of them first
+    for shard in () if cache.missing() else cache.shards:  # training opens all shards first
         latents.shard(shard)
     latents[cache.count - 1]
 
 
 def link_pictures(folder: Path, count: int) -> None:
-    """A folder of folders of small pictures, most of which are links."""
+    """Make a nested folder of small pictures, most of them hard links."""
     for first in range(0, count, LINKS):
         part = folder / f"{first // LINKS:04}"
         part.mkdir(parents=True)
@@ -103,7 +103,7 @@ def link_pictures(folder: Path, count: int) -> None:
 
 
 def link_shards(cache: LatentCache) -> None:
-    """All shards of a cache, of zeros; most of them are links."""
+    """Make all shards of a cache, of zeros, most of them hard links."""
     cache.open_folder()
     for shard in {0, cache.shards[-1]}:
         cache.write(shard, torch.zeros(len(cache.indices(shard)), *cache.shape), {})

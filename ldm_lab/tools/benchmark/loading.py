@@ -1,4 +1,4 @@
-"""What is measured of a machine's readiness: images per second from files, and seconds until a command answers."""
+"""Benchmarks of data loading (images per second from files) and of command start-up (seconds)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ldm_lab.config.files import CONFIGS
 from ldm_lab.data.images import FolderImages
 from ldm_lab.tools.benchmark.contest import Contestant
 
-DRAWN, SIDE = 32, 1024  # JPEGs to read where no folder is given, and their side in pixels
+DRAWN, SIDE = 32, 1024  # number and side in pixels of the JPEGs to read by default
 
 
 def draw_pictures(folder: Path) -> None:
-    """JPEGs of quality 90 with edges, gradients and grain, about as hard to decode as photographs."""
+    """Write JPEGs of quality 90 with edges, gradients and grain, about as slow to decode as photographs."""
     for index in range(DRAWN):
         generator = np.random.default_rng(index)
         small = generator.integers(0, 256, (SIDE // 32, SIDE // 32, 3), dtype=np.uint8)
@@ -35,10 +35,10 @@ def loaders(root: Path, size: int, batch_size: int, workers: int, against: bool)
 
     Args:
         root: a folder of images.
-        size: side of the crops, pixels.
-        batch_size: images of a batch.
-        workers: processes of each loader.
-        against: whether torchvision's takes part.
+        size: side of the crops in pixels.
+        batch_size: images per batch.
+        workers: processes per loader.
+        against: whether torchvision takes part.
     """
     images = FolderImages(root, "train", size)
     options = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
@@ -48,12 +48,12 @@ def loaders(root: Path, size: int, batch_size: int, workers: int, against: bool)
 
         steps = [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]
         steps.append(transforms.Normalize(0.5, 0.5))
-        # It wants a folder of classes: that above.
-        theirs = datasets.ImageFolder(
+        # ImageFolder expects a folder of class folders: the parent.
+        folder = datasets.ImageFolder(
             root.parent, transforms.Compose(steps), is_valid_file=lambda path: Path(path).parent == root,
             allow_empty=True,
         )  # fmt: skip
-        contestants.append(_epoch("torchvision", DataLoader(theirs, **options), len(theirs)))
+        contestants.append(_epoch("torchvision", DataLoader(folder, **options), len(folder)))
     return contestants
 
 
@@ -66,11 +66,11 @@ def _epoch(name: str, loader: DataLoader, images: int) -> Contestant:
 
 
 def commands(against: bool) -> Iterator[Contestant]:
-    """Processes from their start to their end, `import torch` first."""
+    """Whole processes, from start to end, `import torch` first."""
     yield _process("import torch", ["-c", "import torch"])
     yield _process("ldm_lab.LDMPipeline", ["-c", "import ldm_lab; ldm_lab.LDMPipeline"])
     for script in ("train.py", "sample.py"):
-        if (path := CONFIGS.with_name(script)).is_file():  # not there where the package alone is installed
+        if (path := CONFIGS.with_name(script)).is_file():  # missing in an installed package
             yield _process(f"{script} --help", [str(path), "--help"])
     if against and importlib.util.find_spec("diffusers"):
         yield _process("diffusers.LDMPipeline", ["-c", "import diffusers; diffusers.LDMPipeline"])

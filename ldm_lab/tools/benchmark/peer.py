@@ -1,4 +1,4 @@
-"""The same model in diffusers, for comparison: the extra `[benchmark]`."""
+"""Builds the same model in diffusers for comparison; needs the extra `[benchmark]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm_lab.utils.errors import UserError
 
 
 def library() -> ModuleType:
-    """diffusers. Raises `UserError` where it is not installed."""
+    """The module diffusers. Raises `UserError` if it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -21,7 +21,7 @@ def library() -> ModuleType:
 
 
 def network(own: PretrainedModel) -> Any:  # noqa: ANN401
-    """The namesake of a network, with its weights, on its device and in its type, in evaluation mode.
+    """The diffusers network of the same name, weights, device and dtype, in evaluation mode.
 
     Raises:
         UserError: diffusers has no such network.
@@ -29,17 +29,17 @@ def network(own: PretrainedModel) -> Any:  # noqa: ANN401
     kind = getattr(library(), own.class_name(), None)
     if kind is None:
         raise UserError(f"--against diffusers: it has no {own.class_name()}")
-    theirs = kind.from_config(dict(own.config))
-    theirs.load_state_dict({key: value.contiguous() for key, value in own.exported_state_dict().items()})
-    return theirs.to(device=own.device, dtype=own.dtype).eval()
+    twin = kind.from_config(dict(own.config))
+    twin.load_state_dict({key: value.contiguous() for key, value in own.exported_state_dict().items()})
+    return twin.to(device=own.device, dtype=own.dtype).eval()
 
 
 def pipeline(own: LDMPipeline) -> Any:  # noqa: ANN401
-    """The namesake of a pipeline, with its networks and DDIM."""
+    """The diffusers pipeline of the same networks, with DDIM."""
     diffusers = library()
     scheduler = diffusers.DDIMScheduler.from_config(dict(own.scheduler.config))
-    theirs = diffusers.LDMPipeline(vqvae=network(own.vqvae), unet=network(own.unet), scheduler=scheduler)
-    theirs.set_progress_bar_config(disable=True)
-    # What autocast leaves in bfloat16 it cannot make an array of.
-    theirs.vqvae.decoder.register_forward_hook(lambda _, inputs, output: output.float())
-    return theirs
+    twin = diffusers.LDMPipeline(vqvae=network(own.vqvae), unet=network(own.unet), scheduler=scheduler)
+    twin.set_progress_bar_config(disable=True)
+    # numpy has no bfloat16, which autocast returns.
+    twin.vqvae.decoder.register_forward_hook(lambda _, inputs, output: output.float())
+    return twin

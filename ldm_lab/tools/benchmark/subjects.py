@@ -1,4 +1,4 @@
-"""What is measured of a model: each function makes the contestants of one comparison, ours first."""
+"""Benchmarks of a model: each function makes the contestants of one comparison, ours first."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from ldm_lab.utils.images import save_pngs, to_pil
 
 @dataclass
 class Subject:
-    """A model as it is measured.
+    """A model with the settings of its benchmarks.
 
     Attributes:
-        pipe: its networks and scheduler, ours.
-        config: of stage 2.
-        batch_size: images of one run.
-        steps: of sampling.
-        dtype: float32, or bfloat16: of sampling's and encoding's networks, of training under autocast.
-        peer_dtype: of diffusers: float32, or bfloat16 under autocast.
+        pipe: our networks and scheduler.
+        config: config of stage 2.
+        batch_size: images per run.
+        steps: sampling steps.
+        dtype: float32 or bfloat16: dtype of the networks in sampling and encoding, of autocast in training.
+        peer_dtype: dtype for diffusers: float32, or bfloat16 by autocast.
         against: whether diffusers takes part.
-        folder: for files.
+        folder: folder for files.
     """
 
     pipe: LDMPipeline
@@ -52,23 +52,23 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the model."""
         return self.pipe.device
 
     def images(self) -> Tensor:
-        """`(B, 3, H, W)` in [-1, 1], of noise: no kernel is faster on pictures."""
+        """Noise images `(B, 3, H, W)` in [-1, 1]; content does not change the time of kernels."""
         return torch.rand(self.batch_size, 3, *parse_size(self.config.data.image_size), device=self.device) * 2 - 1
 
     def generator(self) -> torch.Generator:
-        """Of the starting noise, the same whenever it is asked for; on the CPU, the peer takes no other."""
+        """Generator of the starting noise, always the same; on the CPU, as diffusers requires."""
         return torch.Generator().manual_seed(0)
 
     def peer_context(self) -> torch.autocast:
-        """Around what diffusers computes."""
+        """Autocast context for diffusers."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.peer_dtype is torch.bfloat16)
 
     def noise(self) -> Tensor:
-        """Normal, as latents are, `(B, C, h, w)`."""
+        """Normal noise of the latents' shape, `(B, C, h, w)`."""
         shape = latent_shape(self.pipe.vqvae, parse_size(self.config.data.image_size))
         return torch.randn(self.batch_size, *shape, device=self.device)
 
@@ -76,7 +76,7 @@ class Subject:
 def load(
     experiment: str, overrides: list[str], ckpt: str | None, device: torch.device
 ) -> tuple[LDMPipeline, DictConfig]:
-    """The model of an experiment, with random weights or those of `ckpt`, and the config of its stage 2."""
+    """The model of an experiment, with random weights or the weights of `ckpt`, and the config of stage 2."""
     configs = Recipe.parse([f"experiment={experiment}", *overrides]).compose()
     config = configs[-1]
     if config.stage != "diffusion" or (len(configs) < 2 and not ckpt):
@@ -94,9 +94,9 @@ def load(
 
 
 def sample(subject: Subject) -> list[Contestant]:
-    """The whole pipeline: from noise to PNG files; pixels in [0, 1] are compared."""
+    """The whole pipeline, from noise to PNG files; compares pixels in [0, 1]."""
     pipe = subject.pipe
-    theirs = peer.pipeline(pipe) if subject.against else None
+    peer_pipe = peer.pipeline(pipe) if subject.against else None
     pipe.to(dtype=subject.dtype).set_progress_bar_config(disable=True)
 
     def own() -> Tensor:
@@ -106,8 +106,8 @@ def sample(subject: Subject) -> list[Contestant]:
 
     def other() -> Tensor:
         with subject.peer_context():
-            images = theirs(**settings, generator=subject.generator(), output_type="np").images  # (B, H, W, 3)
-        for index, image in enumerate(theirs.numpy_to_pil(images)):
+            images = peer_pipe(**settings, generator=subject.generator(), output_type="np").images  # (B, H, W, 3)
+        for index, image in enumerate(peer_pipe.numpy_to_pil(images)):
             image.save(subject.folder / f"peer_{index}.png")
         return torch.from_numpy(images).permute(0, 3, 1, 2)  # -> (B, 3, H, W)
 
@@ -116,39 +116,39 @@ def sample(subject: Subject) -> list[Contestant]:
 
 
 def encode(subject: Subject) -> list[Contestant]:
-    """Images to latents (their moments where they are drawn)."""
+    """Images to latents (to moments for a KL first stage)."""
     vqvae, images = subject.pipe.vqvae, subject.images()
-    theirs = peer.network(vqvae) if subject.against else None
+    network = peer.network(vqvae) if subject.against else None
     vqvae.to(dtype=subject.dtype)
     own = torch.no_grad()(lambda: vqvae.moments(images.to(subject.dtype)))
-    other = _peers(subject, lambda: _encoded(theirs, images))
+    other = _peers(subject, lambda: _encoded(network, images))
     return _pair(subject, own, other, partial(compile_for_inference, vqvae.encoder))
 
 
 def forward(subject: Subject) -> list[Contestant]:
     """One call of the UNet."""
     unet, noise, timestep = subject.pipe.unet, subject.noise(), torch.tensor(500, device=subject.device)
-    theirs = peer.network(unet) if subject.against else None
+    network = peer.network(unet) if subject.against else None
     unet.to(dtype=subject.dtype)
     own = torch.no_grad()(lambda: unet(noise.to(subject.dtype), timestep).sample)
-    other = _peers(subject, lambda: theirs(noise, timestep).sample)
+    other = _peers(subject, lambda: network(noise, timestep).sample)
     return _pair(subject, own, other, partial(compile_for_inference, unet))
 
 
 def decode(subject: Subject) -> list[Contestant]:
     """Latents to images."""
     vqvae, noise = subject.pipe.vqvae, subject.noise()
-    theirs = peer.network(vqvae) if subject.against else None
+    network = peer.network(vqvae) if subject.against else None
     vqvae.to(dtype=subject.dtype)
     own = torch.no_grad()(lambda: vqvae.decode(noise.to(subject.dtype)).sample)
-    other = _peers(subject, lambda: theirs.decode(noise).sample)
+    other = _peers(subject, lambda: network.decode(noise).sample)
     return _pair(subject, own, other, partial(compile_for_inference, vqvae.decoder))
 
 
 def train(subject: Subject) -> list[Contestant]:
-    """A step of stage 2 without its loader: ours on cached latents, diffusers' with an encode in it.
+    """A training step of stage 2 without the loader: ours on cached latents, diffusers' with encoding.
 
-    Forward, backward, clipping, the optimizer's step and the moving average; all with the experiment's settings.
+    Forward, backward, clipping, optimizer step and EMA, all with the experiment's settings.
     """
     steps = [
         Step(subject, subject.pipe.unet, lambda network: build(subject.config.model.ema, "model.ema", network=network))
@@ -172,12 +172,12 @@ def train(subject: Subject) -> list[Contestant]:
 
 
 class Step:
-    """One step of training.
+    """One training step.
 
     Args:
-        subject: what is trained.
-        network: its UNet, ours or the peer's.
-        make_average: makes what follows its weights.
+        subject: the model.
+        network: its UNet, ours or diffusers'.
+        make_average: makes the EMA of the network.
     """
 
     def __init__(self, subject: Subject, network: nn.Module, make_average: Callable[[nn.Module], Any]) -> None:
@@ -193,7 +193,7 @@ class Step:
         self.rest: list[float] = []
 
     def __call__(self) -> None:
-        """Take it."""
+        """Run the step."""
         latents = self.encode() if self.encode else self.latents
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             loss = self.objective(lambda x, t: self.network(x, t).sample, latents, self.noise, self.timesteps).mean()
@@ -201,7 +201,7 @@ class Step:
         synchronize(self.device)
         start = time.perf_counter()
         if isinstance(self.average, EMA):
-            gradient_norms(self.network)  # which training looks at in every step
+            gradient_norms(self.network)  # training computes them in every step
         if self.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
@@ -215,7 +215,7 @@ class Step:
 
 
 def _peers(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What diffusers' networks compute without gradients."""
+    """Wrap a call of diffusers' networks in `no_grad` and autocast."""
 
     @torch.no_grad()
     def computed() -> Tensor:
@@ -226,13 +226,13 @@ def _peers(subject: Subject, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _encoded(vqvae: nn.Module, images: Tensor) -> Tensor:
-    """What diffusers' first stage of either kind encodes: latents, or moments."""
+    """Encoding by diffusers' first stage: latents, or moments of a KL first stage."""
     found = vqvae.encode(images)
     return found.latents if hasattr(found, "latents") else found.latent_dist.parameters
 
 
 def _pair(subject: Subject, own: Callable, other: Callable, compile_own: Callable[[], object]) -> list[Contestant]:
-    """Ours, and diffusers' where it takes part."""
+    """Our contestant, and diffusers' if it takes part."""
     first = Contestant(f"ldm_lab {_short(subject.dtype)}", own, subject.batch_size, subject.dtype, compile_own)
     second = Contestant(f"diffusers {_short(subject.peer_dtype)}", other, subject.batch_size, subject.peer_dtype)
     return [first, second][: 1 + subject.against]

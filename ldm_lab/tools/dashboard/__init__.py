@@ -1,1 +1,1 @@
-"""W&B dashboards as code: what stands where, and its form for `wandb-workspaces`."""
+"""W&B dashboards as code: their layout, and its translation for `wandb-workspaces`."""

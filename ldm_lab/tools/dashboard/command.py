@@ -26,7 +26,7 @@ from ldm_lab.utils.writing import write_json
 
 
 def main(argv: list[str]) -> None:
-    """Build, and save or write. Raises `UserError` for flags that cannot be; `LoadError`: a folder is no run."""
+    """Build and save dashboards. Raises `UserError` for invalid flags, `LoadError` if a folder is no run."""
     options = parse(argv)
     runs = [read_run(folder) for folder in options.runs]
     baseline = read_run(options.baseline) if options.baseline else None
@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
     report = views.report(pages, entity, options.project)
     if not options.output and not why:
         try:
-            for one in (report, *workspaces):  # the report makes the project where there is none
+            for one in (report, *workspaces):  # the report creates a missing project
                 print(f"saved: {one.save().url}")
             return
-        except Exception as error:  # whatever is wrong with W&B
+        except Exception as error:  # any error of W&B
             why = f"W&B cannot be reached ({one_line(error)})"
     path = unused(options.output or Path(f"dashboard_{options.project}.json"))
     write_json(path, views.specification(workspaces, report))
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags."""
+    """Parse the flags."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab dashboard", description=__doc__, formatter_class=text)
     parser.add_argument("--project", required=True, help="the W&B project (logger.wandb.project)")
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def page(views: Any, stage: str, runs: Sequence[RunRecord], baseline: RunRecord | None) -> Any:  # noqa: ANN401
-    """What is shown of a stage."""
+    """The page of a stage."""
     records = [run.stages[stage] for run in runs if stage in run.stages]
     names = logged(records) if records else None
     evaluated = [name for name in metrics.main(stage, evaluated=True) if name in (names or ())]
@@ -77,7 +77,7 @@ def page(views: Any, stage: str, runs: Sequence[RunRecord], baseline: RunRecord 
 
 
 def tools() -> Any:  # noqa: ANN401
-    """What speaks with `wandb-workspaces`. Raises `UserError` where that is not installed."""
+    """The module `views`. Raises `UserError` if `wandb-workspaces` is not installed."""
     try:
         return importlib.import_module("ldm_lab.tools.dashboard.views")
     except ModuleNotFoundError as error:
@@ -85,7 +85,7 @@ def tools() -> Any:  # noqa: ANN401
 
 
 def away() -> str | None:
-    """Why nothing can be saved online; None: it can be tried."""
+    """Why saving online is impossible; None: it may work."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     import wandb
@@ -97,7 +97,7 @@ def away() -> str | None:
 
 
 def default_entity() -> str:
-    """Of the user; empty where W&B does not say, which saving will then tell."""
+    """The user's default W&B entity; empty if unknown, as saving then raises the error."""
     import wandb
 
     with contextlib.suppress(Exception):

@@ -1,4 +1,4 @@
-"""What a dashboard shows of a stage: sections of panels, as plain data."""
+"""Layout of a stage's dashboard: sections of panels, as plain data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PICTURES = "pictures/"  # before the names of pictures
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in one frame, or a grid of pictures, step by run.
+    """A plot of curves, or a grid of pictures, step by run.
 
     Attributes:
-        title: above it.
+        title: title of the panel.
         keys: metrics, or one picture with its prefix.
-        x: the metric that curves are drawn over.
-        logarithmic: whether the values are.
+        x: metric on the x axis.
+        logarithmic: whether the y axis is logarithmic.
     """
 
     title: str
@@ -30,20 +30,20 @@ class Panel:
 
     @property
     def is_picture(self) -> bool:
-        """Whether it shows pictures."""
+        """Whether the panel shows pictures."""
         return self.keys[0].startswith(PICTURES)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Panels that belong together."""
+    """A titled group of panels."""
 
     name: str
     panels: tuple[Panel, ...]
 
 
 def picture(title: str, name: str) -> Panel:
-    """One kind of picture."""
+    """A panel of one kind of picture."""
     return Panel(title, (f"{PICTURES}{name}",))
 
 
@@ -104,7 +104,7 @@ def _panels(stage: str, group: str) -> tuple[Panel, ...]:
 
 
 def names(sections: Sequence[Section]) -> set[str]:
-    """All metrics and pictures that are shown, and the axes they are drawn over."""
+    """All metrics and pictures in these sections, and their x axes."""
     panels = [panel for section in sections for panel in section.panels]
     return {key for panel in panels for key in panel.keys} | {panel.x for panel in panels if not panel.is_picture}
 
@@ -114,11 +114,11 @@ def sections(stage: str, logged: Collection[str] | None = None) -> list[Section]
 
     Args:
         stage: "autoencoder" or "diffusion".
-        logged: metrics and pictures, with their prefix, of the runs that are compared: what they have not is left out,
-            and what no section foresees has one of its own at the end. None: what any run may have.
+        logged: metrics and pictures, with prefix, of the compared runs: others are omitted, and unknown metrics get a
+            section at the end. None: everything that a default run logs.
 
-    Returns:
-        Sections without an empty panel, none of them empty.
+        Returns:
+            Sections without empty panels and empty sections.
     """
     usual = foreseen(stage)
     if logged is None:
@@ -135,5 +135,5 @@ def sections(stage: str, logged: Collection[str] | None = None) -> list[Section]
 
 
 def known(axis: str, logged: Collection[str]) -> bool:
-    """Whether the runs have an axis."""
+    """Whether the runs have logged the metric of an x axis."""
     return axis == AXIS or axis in logged

@@ -1,4 +1,4 @@
-"""What the runs that a dashboard is for have logged, and in which settings they differ."""
+"""Logged metrics and differing settings of the runs on a dashboard."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ldm_lab.tools.dashboard.layout import PICTURES
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import flatten
 
-APART = ("name", "paths.", "logger.", "callbacks.", "plugins", "resume", "data.root", "data.cache_dir")  # no settings
+APART = ("name", "paths.", "logger.", "callbacks.", "plugins", "resume", "data.root", "data.cache_dir")  # not settings
 USUAL = ("model.optimizer.lr", "data.global_batch_size", "max_images", "seed")
-MOST = 10  # coordinates side by side
+MOST = 10  # maximum number of parallel coordinates
 
 
 def logged(records: Sequence[StageRecord]) -> set[str]:
-    """Metrics and pictures, with their prefix, of one stage of some runs."""
+    """Logged metrics and pictures, with prefix, of one stage of some runs."""
     metrics = {name for record in records for name in record.curves}
     return metrics | {f"{PICTURES}{name}" for record in records for name in record.pictures}
 
 
 def differing(records: Sequence[StageRecord]) -> list[str]:
-    """The settings in which runs differ, the first of them; where none does, those that people change."""
+    """The first settings in which runs differ; without differences, the settings that users often change."""
     settings = [flatten(record.config) for record in records]
     keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(APART))
     found = [key for key in keys if len({str(one.get(key)) for one in settings}) > 1]
@@ -31,7 +31,7 @@ def differing(records: Sequence[StageRecord]) -> list[str]:
 
 
 def wandb_id(record: StageRecord) -> str:
-    """The id of a stage's W&B run. Raises `UserError` where it has none."""
+    """The id of a stage's W&B run. Raises `UserError` if it has none."""
     found = tracking.run_id(record.folder)
     if found is None:
         missing = f"{tracking.RUN_ID} is missing"
@@ -40,7 +40,7 @@ def wandb_id(record: StageRecord) -> str:
 
 
 def unused(path: Path) -> Path:
-    """`path`, where there is nothing yet. Raises `UserError`."""
+    """Return `path`; raises `UserError` if it exists."""
     if path.exists():
         raise UserError(f"--output {path}: is there already; name another file")
     return path

@@ -1,4 +1,4 @@
-"""A layout in the form of `wandb-workspaces`: a saved workspace for each stage, and a report of both."""
+"""Translates a layout for `wandb-workspaces`: a saved workspace for each stage, and a report of both."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from wandb_workspaces import expr
 from ldm_lab.runs.record import AXIS
 from ldm_lab.tools.dashboard.layout import Panel, Section
 
-MOST_RUNS = 20  # in a frame
+MOST_RUNS = 20  # in a plot
 
 
 @dataclass(frozen=True)
 class Page:
-    """What is shown of one stage.
+    """The dashboard content of one stage.
 
     Attributes:
-        stage: "autoencoder" or "diffusion": runs of other stages are left out, as their losses are another thing.
-        sections: of panels.
+        stage: "autoencoder" or "diffusion"; runs of the other stage are filtered out, as their losses differ.
+        sections: sections of panels.
         columns: settings of the parallel coordinates.
-        result: metric at their end, as the summary has it.
-        groups: names of runs; none: all there are.
-        baseline: id of the W&B run that others are compared with; None: none.
+        result: summary metric at the end of the parallel coordinates.
+        groups: names of runs; empty: all runs.
+        baseline: id of the W&B run to compare with; None: no baseline.
     """
 
     stage: str
@@ -38,13 +38,13 @@ class Page:
 
     @property
     def filters(self) -> list[expr.FilterExpr]:
-        """Which runs."""
+        """Filters that select the runs."""
         groups = [expr.Metric("Group").isin(list(self.groups))] if self.groups else []
         return [expr.Metric("JobType") == self.stage, *groups]
 
 
 def panel(found: Panel) -> Any:  # noqa: ANN401
-    """One panel of a layout."""
+    """The W&B panel of a layout's panel."""
     if found.is_picture:
         return wr.MediaBrowser(title=found.title, media_keys=list(found.keys), grid_x_axis="step", grid_y_axis="run")
     return wr.LinePlot(
@@ -53,7 +53,7 @@ def panel(found: Panel) -> Any:  # noqa: ANN401
 
 
 def comparison(page: Page) -> list[Any]:
-    """Settings that differ, run by run, and where they lead."""
+    """Panels that compare the differing settings of runs with their results."""
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(key), display_name=key) for key in page.columns]
     result = wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric(page.result), display_name=page.result)
     return [
@@ -63,7 +63,7 @@ def comparison(page: Page) -> list[Any]:
 
 
 def workspace(page: Page, entity: str, project: str) -> ws.Workspace:
-    """A saved view of one stage."""
+    """The saved workspace of one stage."""
     sections = [
         ws.Section(name=section.name, panels=[panel(one) for one in section.panels], is_open=True)
         for section in page.sections
@@ -78,10 +78,10 @@ def workspace(page: Page, entity: str, project: str) -> ws.Workspace:
 
 
 def report(pages: Sequence[Page], entity: str, project: str) -> wr.Report:
-    """All of it on one page, each stage with its own runs."""
+    """A report of all stages, each with its own runs."""
     blocks: list[Any] = []
     for page in pages:
-        runs = wr.Runset(name=page.stage, filters=page.filters)  # of the report's own project
+        runs = wr.Runset(name=page.stage, filters=page.filters)  # in the report's project
         blocks.append(wr.H1(text=page.stage.capitalize()))
         for section in page.sections:
             panels = [panel(one) for one in section.panels]
@@ -94,7 +94,7 @@ def report(pages: Sequence[Page], entity: str, project: str) -> wr.Report:
 
 
 def specification(views: Sequence[ws.Workspace], written: wr.Report) -> dict[str, Any]:
-    """All that would be saved, as plain data."""
+    """The specification of all views, as plain data."""
     return {
         "format": 1,
         "workspaces": [view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True) for view in views],

@@ -1,1 +1,1 @@
-"""How good a model is: from its name to samples, features, figures and a file that says of what they are."""
+"""Evaluates a model: samples, features, metrics, and a result file that records what was measured."""

@@ -1,4 +1,4 @@
-"""A first stage alone: what it makes of held-out images, before anyone trains on its latents."""
+"""Evaluates a first stage alone by its reconstructions of held-out images."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from ldm_lab.utils.reading import LoadError, first_bytes, kind_of
 def reconstructions(
     autoencoder: FirstStage, extractor: Extractor, lpips: LPIPS | None, images: Pixels, trainer: Trainer, draws: int
 ) -> tuple[Scores, Reference]:
-    """Figures of reconstructions against their originals.
+    """Metrics of reconstructions against their originals.
 
-    The Fréchet distance is that between both sets (`rfid` for Inception), PSNR, SSIM and LPIPS are means over images.
+    The Fréchet distance is between both sets (`rfid` for Inception); PSNR, SSIM and LPIPS are means over images.
 
     Args:
-        autoencoder: what is judged; latents that are drawn are taken at their mode.
+        autoencoder: the first stage; a KL first stage uses the mode of its latents.
         extractor: for the Fréchet distance.
-        lpips: the perceptual distance; `None` leaves it out.
-        images: held-out ones.
-        trainer: shares the work among its devices.
+        lpips: the perceptual distance; `None` skips it.
+        images: held-out images.
+        trainer: distributes the work over its devices.
         draws: replicates of the bootstrap.
 
     Returns:
-        The figures, and the originals that they are against.
+        The metrics, and the originals as reference.
     """
     size = extractor.dimension
 
@@ -47,7 +47,7 @@ def reconstructions(
         """`(B, 3, H, W)`, uint8 -> features of originals and reconstructions, PSNR, SSIM, LPIPS: `(B, 2D + 3)`."""
         target = originals.float() / 127.5 - 1
         copies = autoencoder.decode(autoencoder.latents(target)).sample.float()
-        copies8 = (to_unit(copies) * 255).round().to(torch.uint8)  # as they would be seen
+        copies8 = (to_unit(copies) * 255).round().to(torch.uint8)  # 8 bits, as displayed
         pairs = list(zip(copies.split(1), target.split(1), strict=True))
         each = [torch.stack([measure(*pair) for pair in pairs]) for measure in (psnr, ssim)]  # (B,) each
         each.append(target.new_zeros(len(target)) if lpips is None else lpips(copies.clamp(-1, 1), target))
@@ -65,7 +65,7 @@ def reconstructions(
 
 
 def perceptual(weights: str | None) -> LPIPS | None:
-    """LPIPS; `None`, and a line that says so, where its weights cannot be had. Raises `LoadError` for a file of others.
+    """LPIPS; `None` with a warning if its weights are not available. Raises `LoadError` for a file of other weights.
 
     Args:
         weights: file of torchvision's VGG16; None: from torch's hub.

@@ -21,7 +21,7 @@ FEATURES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the tool."""
+    """The tool's argument parser."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab evaluate", description=__doc__, formatter_class=text)
     add = parser.add_argument
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `UserError` naming the flag."""
+    """Parse and check the flags. Raises `UserError`, which names the flag."""
     options = parser().parse_args(argv)
     lowest = {"num_samples": 2, "steps": 1, "seed": 0, "batch_size": 1, "num_reference": 2, "bootstrap": 0}
     for name, low in {**lowest, "devices": 1, "num_workers": 0, "max_pixels": 1}.items():
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate, print and write. Raises `UserError` for flags that cannot be."""
+    """Evaluate, print and write. Raises `UserError` for invalid flags."""
     options = parse(argv)
 
     from ldm_lab.tools.evaluate import evaluate as tools

@@ -1,4 +1,4 @@
-"""The samples of a model: those that `sample.py` draws, in the folder where it keeps them."""
+"""Samples of a model for evaluation, in the same folder as the samples of `sample.py`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KEPT = ("sampler", "steps", "eta", "seed")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn.
+    """Settings of sampling.
 
     Attributes:
-        num_samples: how many.
+        num_samples: number of samples.
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
-        steps: evaluations of the UNet.
-        eta: of DDIM.
+        steps: UNet evaluations per sample.
+        eta: eta of DDIM.
         seed: sample i is drawn from (seed, i).
         batch_size: images at a time on each device.
     """
@@ -42,7 +42,7 @@ class Sampling:
     batch_size: int
 
     def settings(self) -> dict[str, Any]:
-        """What samples depend on beside the model."""
+        """The settings that determine samples."""
         return {name: getattr(self, name) for name in KEPT}
 
 
@@ -55,20 +55,20 @@ def draw(
     first: bool,
     output: Path | None = None,
 ) -> FilePixels:
-    """The samples, drawn as far as they are missing.
+    """Draw the missing samples; returns all samples.
 
     Args:
         pipe: the model; its scheduler is replaced.
-        state: which it is.
-        source: what the user calls it.
-        how: they are drawn.
-        trainer: shares the work among its devices.
+        state: state of the model.
+        source: the user's name for the model.
+        how: settings of sampling.
+        trainer: distributes the work over its devices.
         first: whether this process may write.
-        output: below it they go where nothing can be written beside the model.
+        output: parent of the samples' folder if the model's folder is not writable.
 
     Raises:
-        UserError: there is no such sampler, or the folder holds samples of something else.
-        SaveError: there is no place for them.
+        UserError: there is no such sampler, or the folder holds other samples.
+        SaveError: no folder is writable.
     """
     pipe.scheduler = samplers.choose(how.sampler, pipe.scheduler, how.eta)
     settings = generate.SampleSettings(**how.settings(), precision=trainer.precision)
@@ -86,7 +86,7 @@ def draw(
 
 
 def _folder(usual: Path, num_samples: int, output: Path | None) -> Path:
-    """The usual place of samples, unless some are missing there and it cannot be written."""
+    """The usual folder of samples, unless samples are missing there and it is not writable."""
     try:
         if generate.missing(usual, num_samples):
             require_writable(usual, "--output")
@@ -98,7 +98,7 @@ def _folder(usual: Path, num_samples: int, output: Path | None) -> Path:
 
 
 def images_seen(state: State) -> int | None:
-    """Training images of a state; of the result of a run, those of the whole run; `None` for what is no run."""
+    """Training images of a state; for a run's result those of the whole run; `None` if it is not from a run."""
     if state.images_seen is not None:
         return state.images_seen
     try:

@@ -1,4 +1,4 @@
-"""What `python -m ldm_lab evaluate` does, for samples, images, snapshots and first stages."""
+"""Runs `python -m ldm_lab evaluate` for samples, images, snapshots and first stages."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from ldm_lab.utils.writing import SaveError, require_writable
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """The user's request.
 
     Attributes:
         source: a model, or images.
-        data: what they are compared with; None: the training images of the run.
-        sampling: how samples are drawn.
-        features: kind of features, one of `ldm_lab.tools.evaluate.evaluator.FEATURES`.
-        weights: of these; None: from torch's hub.
-        lpips_weights: of LPIPS; None: from torch's hub.
-        image_size: (height, width) to which images are resized; None takes them as they are.
-        most: real images to compare with, at most.
+        data: reference images or statistics; None: the training images of the run.
+        sampling: settings of sampling.
+        features: kind of features, one of `ldm_lab.metrics.features.FEATURES`.
+        weights: file of the features' weights; None: from torch's hub.
+        lpips_weights: file of LPIPS's weights; None: from torch's hub.
+        image_size: (height, width) to resize images to; None: no resizing.
+        most: maximum number of real images to compare with.
         draws: replicates of the bootstrap.
-        cache_dir: where what is computed once is kept.
-        data_cache: where drawn images lie; None leaves it to the run's config.
+        cache_dir: folder of cached extractors and features.
+        data_cache: folder of drawn images; None: as in the run's config.
         output: folder for the result; None: `eval/` of the run, or a folder beside the images.
-        save_reference: a file that statistics of the real images are written to.
+        save_reference: file to write the statistics of the real images to.
         accelerator: of `lightning.Trainer`.
-        devices: the same.
-        num_workers: loader processes on each device.
+        devices: of `lightning.Trainer`.
+        num_workers: loader processes per device.
         plugins: packages whose classes a model or a config may name.
-        max_pixels: of an image file; None leaves it to Pillow.
+        max_pixels: maximum pixels of an image file; None: Pillow's limit.
     """
 
     source: str
@@ -76,7 +76,7 @@ class Request:
     max_pixels: int | None = None
 
     def trainer(self) -> Trainer:
-        """Shares the work among the devices."""
+        """A Lightning trainer that distributes the work over devices."""
         quiet()
         return Trainer(
             accelerator=self.accelerator,
@@ -90,14 +90,14 @@ class Request:
         )
 
     def evaluator(self, target: Target, trainer: Trainer) -> Evaluator:
-        """What measures."""
+        """The evaluator of this request."""
         return Evaluator(target, trainer, self.features, self.weights, self.cache_dir, self.draws, self.num_workers)
 
     def target(self, size: Sequence[int], run: Path | None = None) -> Target:
-        """What images of `size` are compared with; those of a run, where nothing is named, with what it trained on.
+        """The target for images of `size`: `data`, or by default the training images of the run.
 
         Raises:
-            UserError: nobody says with what, or it has another size.
+            UserError: there is no target, or its images have another size.
         """
         if self.data:
             found = sources.named_data(self.data, size, self.said_of(run), self.most, self.max_pixels)
@@ -113,21 +113,21 @@ class Request:
         return found
 
     def said_of(self, run: Path | None) -> Target | None:
-        """The data of a run where they are there: what is named beside them does not need them."""
+        """The data of a run if they still exist; `--data` works without them."""
         with contextlib.suppress(UserError):
             return self.run_data(run)
         return None
 
     def run_data(self, run: Path | None) -> Target | None:
-        """What a run was trained on; `None` where there is none. Raises `UserError` where that is gone."""
+        """The data that a run was trained on; `None` without a run. Raises `UserError` if the data are gone."""
         return run and sources.run_data(run, self.plugins, self.data_cache, self.most)
 
 
 def evaluate(request: Request) -> Scores:
-    """Samples of a model, or images; returns the figures.
+    """Evaluate samples of a model, or images; returns the metrics.
 
     Raises:
-        UserError: something cannot be had, or does not fit; one line says what.
+        UserError: something is missing or does not fit; the one-line message names it.
     """
     trainer, state = request.trainer(), sources.state_of(request.source)
     with watched():
@@ -142,12 +142,12 @@ def evaluate(request: Request) -> Scores:
 def evaluate_state(
     request: Request, state: State, trainer: Trainer, evaluator: Evaluator | None = None
 ) -> tuple[Scores, Evaluator]:
-    """Draw samples of a state and measure them; the evaluator can be used again for another state of the run."""
+    """Sample a model state and evaluate the samples; the returned evaluator serves other states of the run too."""
     pipe = LDMPipeline.from_pretrained(state.path, plugins=request.plugins)
     if evaluator is None:
         evaluator = request.evaluator(request.target(image_size(pipe), state.source), trainer)
         prepare(evaluator.target)
-        # Before anything is drawn. A model was trained on images of its run as they are.
+        # Before sampling. By default JPEG compression matches, as the reference is the model's training images.
         evaluator.check(request.sampling.num_samples, jpeg=0.0 if request.data else None)
     samples = drawn.draw(pipe, state, request.source, request.sampling, trainer, is_first_process(), request.output)
     how = {"images_seen": drawn.images_seen(state), "sampling": request.sampling.settings()}
@@ -155,7 +155,7 @@ def evaluate_state(
 
 
 def prepare(target: Target) -> None:
-    """Draw what data sets draw once; the first process does, and the others come when it is there."""
+    """Let data sets write their files, on the first process, before the other processes start."""
     for images in (target.images, target.held_out):
         if hasattr(images, "data") and is_first_process():
             images.data.prepare()
@@ -169,11 +169,11 @@ def finish(
     state: State | None = None,
     **how: Any,  # noqa: ANN401
 ) -> Scores:
-    """Measure, write and print."""
+    """Compute the metrics, write and print them."""
     folder = request.output or sources.home(request.source, state)
     if is_first_process():
         require_writable(folder, "--output")
-    found = evaluator.features(images)  # first of all: it starts the other processes
+    found = evaluator.features(images)  # first, as it starts the other processes
     real = evaluator.reference
     content = results.describe(request.source, kind, images.fingerprint(), len(images), real, request.draws, **how)
     name = results.file_name(content)
@@ -184,7 +184,7 @@ def finish(
     report(request, content, scores, beside)
     print(f"  {path}", flush=True)
     if state is not None:
-        with contextlib.suppress(SaveError):  # a model may lie where nothing can be written
+        with contextlib.suppress(SaveError):  # the model's folder may not be writable
             card.refresh(state.source)
         values = {f"eval/{name}": score.value for name, score in scores.items()}
         used, made = ("samples", images.fingerprint()), ("evaluation", name.rpartition("_")[2])
@@ -203,10 +203,10 @@ def report(request: Request, content: dict[str, Any], scores: Scores, beside: di
 
 
 def evaluate_snapshots(request: Request, export: Path | None = None) -> dict[int, Scores]:
-    """Every snapshot of a run and its newest state; the best by Fréchet distance is named, and exported if asked for.
+    """Evaluate all snapshots of a run and its newest state; print, and on request export, the best by Fréchet distance.
 
     Raises:
-        UserError: the run has none, or `export` holds something.
+        UserError: the run has no snapshots, or the folder `export` is not empty.
     """
     if export and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise UserError(f"--export-best {export}: must not exist, or be an empty folder")
@@ -238,7 +238,7 @@ def evaluate_snapshots(request: Request, export: Path | None = None) -> dict[int
 
 
 def evaluate_autoencoder(request: Request) -> Scores:
-    """A first stage alone, on the held-out images of its run, or on those that `--data` names."""
+    """Evaluate a first stage on the held-out images of its run, or on the images of `--data`."""
     path = hub.local(request.source)
     model = load_autoencoder(path, request.plugins)
     if request.data and Path(request.data).suffix == ".npz":

@@ -1,4 +1,4 @@
-"""Images in, figures out: one extractor, one reference, any number of sets of images that are measured against it."""
+"""Computes metrics of sets of images, with one feature extractor, against one reference set."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ldm_lab.utils.writing import require_writable
 
 @dataclass
 class Evaluator:
-    """Measures images against a target.
+    """Computes metrics of images against a target.
 
     Attributes:
-        target: what they are compared with.
-        trainer: shares the work among its devices.
-        kind: of features, one of `ldm_lab.metrics.features.FEATURES`.
-        weights: file of the weights of pretrained ones; None: from torch's hub.
-        cache_dir: where what is computed once is kept.
+        target: the real images to compare with.
+        trainer: distributes the work over its devices.
+        kind: kind of features, one of `ldm_lab.metrics.features.FEATURES`.
+        weights: file of pretrained weights; None: from torch's hub.
+        cache_dir: folder of cached extractors and features.
         draws: replicates of the bootstrap.
         num_workers: loader processes.
     """
@@ -49,11 +49,11 @@ class Evaluator:
 
     @cached_property
     def extractor(self) -> Extractor:
-        """Makes features.
+        """The feature extractor.
 
         Raises:
-            UserError: it cannot be had.
-            LoadError: a file holds something else.
+            UserError: the extractor is not available.
+            LoadError: a file has the wrong content.
         """
         kinds.check(self.kind, self.weights)
         if self.kind != kinds.OWN or self.target.known is not None:
@@ -70,7 +70,7 @@ class Evaluator:
 
     @cached_property
     def reference(self) -> Reference:
-        """What images are compared with. Raises `LoadError` for statistics of something else."""
+        """The reference set. Raises `LoadError` for statistics of another extractor or transform."""
         target = self.target
         own_statistics = reference.load(target.statistics, self.extractor, target.transform) if self._given else None
         if target.images is None:
@@ -80,41 +80,41 @@ class Evaluator:
 
     @property
     def _given(self) -> bool:
-        """Whether statistics from a file count; those beside images are Inception's."""
+        """Whether to use statistics from a file; statistics that come with images are Inception's."""
         return self.target.statistics is not None and (self.target.images is None or self.kind == "inception")
 
     @cached_property
     def held_out(self) -> Tensor | None:
-        """Features of held-out images `(H, D)`, where there are some."""
+        """Features of held-out images `(H, D)`; None without held-out images."""
         return None if self.target.held_out is None else self._kept(self.target.held_out).features
 
     def _kept(self, images: Pixels) -> Reference:
-        """Features of real images, from the cache or computed now."""
-        said = reference.header(images, self.extractor)
-        path = self.cache_dir / "references" / f"{digest([json.dumps({**said, 'source': ''}, sort_keys=True)])}.npz"
+        """Features of real images, from the cache or computed now and cached."""
+        header = reference.header(images, self.extractor)
+        path = self.cache_dir / "references" / f"{digest([json.dumps({**header, 'source': ''}, sort_keys=True)])}.npz"
         if self.trainer.strategy.broadcast(path.is_file()):
-            return Reference(said, reference.load(path, self.extractor, images.transform()).features)
+            return Reference(header, reference.load(path, self.extractor, images.transform()).features)
         if self.trainer.is_global_zero:
             require_writable(path.parent, "--cache")
-        made = Reference(said, self.features(images))
+        made = Reference(header, self.features(images))
         if self.trainer.is_global_zero:
             made.save(path)
         return made
 
     def features(self, images: Pixels) -> Tensor:
-        """Those of every image: `(N, D)`."""
+        """Features of every image: `(N, D)`."""
         return features(self.trainer, self.extractor, images, self.num_workers)
 
     def measure(self, found: Tensor, images: Pixels, sheet: Path) -> tuple[Scores, dict[str, Any]]:
-        """All figures of some images; on the first device, the others have helped.
+        """All metrics of some images, on the first rank; other ranks return empty results.
 
         Args:
-            found: their features.
-            images: generated ones.
-            sheet: where a picture of those nearest to training images goes.
+            found: features of the images.
+            images: generated images.
+            sheet: file for the picture of the images nearest to training images.
 
         Returns:
-            The figures, and those of held-out images where there are some: what real images score.
+            The metrics, and the metrics of held-out images, if any, as the score of real images.
         """
         real, held_out, device = self.reference, self.held_out, exact_device(self.trainer)
         if not self.trainer.is_global_zero:
@@ -123,7 +123,7 @@ class Evaluator:
         scores, beside = compare(found, real, distance, self.draws), {}
         if held_out is not None and real.features is not None:
             held_out = held_out.to(device)
-            equal = held_out[: len(found)]  # as many, where there are so many: figures depend on it
+            equal = held_out[: len(found)]  # equally many, if possible, as metrics depend on the number
             floor = compare(equal, real, distance, 0)
             beside = {"count": len(equal), "metrics": {name: {"value": one.value} for name, one in floor.items()}}
             copies, neighbours = memorised(found, real.features.to(device), held_out, self.draws)
@@ -132,24 +132,24 @@ class Evaluator:
         return scores, beside
 
     def check(self, count: int, jpeg: float | None = None) -> None:
-        """Say where figures will be wrong: images are too few, or were compressed unlike the real ones.
+        """Warn of wrong metrics: too few images, or JPEG compression that differs from the real images.
 
         Args:
-            count: how many images.
+            count: number of images.
             jpeg: see `Pixels.jpeg`.
 
         Raises:
-            UserError: they are less than two.
+            UserError: there are fewer than two images.
         """
         fewest = count if self.target.images is None else min(count, len(self.target.images))
-        require_two(fewest)  # before an extractor is trained
+        require_two(fewest)  # before training an extractor
         real = None if self.target.images is None else self.target.images.jpeg()
-        for said in (caution(fewest, self.extractor.dimension), unlike(jpeg, real)):
-            if said and self.trainer.is_global_zero:
-                print(said, flush=True)
+        for warning in (caution(fewest, self.extractor.dimension), unlike(jpeg, real)):
+            if warning and self.trainer.is_global_zero:
+                print(warning, flush=True)
 
 
 def exact_device(trainer: Trainer) -> torch.device:
-    """Where float64 is computed: some accelerators have none."""
+    """The device for float64: the GPU with CUDA, else the CPU, as some accelerators have no float64."""
     device = trainer.strategy.root_device
     return device if device.type == "cuda" else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What is left of an evaluation: a file in `eval/`, and a table on the screen."""
+"""Results of an evaluation: a JSON file in `eval/`, and a printed table."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def describe(
     draws: int,
     **more: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
-    """All that figures follow from.
+    """Everything that determines the metrics, as plain data.
 
     Args:
-        source: as typed.
+        source: the source as typed.
         kind: "samples", "images" or "reconstructions".
-        images: fingerprint of what is evaluated.
-        count: how many.
-        reference: what they are compared with.
+        images: fingerprint of the evaluated images.
+        count: number of evaluated images.
+        reference: the reference set.
         draws: replicates of the bootstrap.
-        more: `images_seen` and `sampling`, where they are known.
+        more: `images_seen` and `sampling`, if known.
     """
-    said = reference.header
+    header = reference.header
     return {
         "format": FORMAT,
         "source": source,
@@ -50,15 +50,15 @@ def describe(
         "images_seen": more.get("images_seen"),
         "num_samples": count,
         "sampling": more.get("sampling"),
-        "extractor": said["extractor"],
-        "reference": {key: said[key] for key in ("source", "fingerprint", "count", "transform")},
+        "extractor": header["extractor"],
+        "reference": {key: header[key] for key in ("source", "fingerprint", "count", "transform")},
         "bootstrap": draws,
         "versions": {"ldm_lab": __version__, "torch": torch.__version__},
     }
 
 
 def file_name(content: Mapping[str, Any]) -> str:
-    """The name of an evaluation, without its ending: the same settings have the same, others another."""
+    """File name of an evaluation, without extension; equal exactly for equal settings."""
     sampling = content["sampling"]
     how = ["{sampler}_{steps}_eta{eta:g}_seed{seed}".format(**sampling)] if sampling else []
     at = [f"at{content['images_seen']}"] if content["images_seen"] is not None else []
@@ -69,7 +69,7 @@ def file_name(content: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, content: dict[str, Any], scores: Scores, **beside: Any) -> Path:  # noqa: ANN401
-    """Write an evaluation; one of the same settings is replaced, no other ever."""
+    """Write an evaluation; replaces only an evaluation of the same settings."""
     metrics = {name: as_json(one) for name, one in scores.items()}
     path = folder / f"{file_name(content)}.json"
     write_json(path, {**content, "metrics": metrics, **beside})
@@ -77,12 +77,12 @@ def write(folder: Path, content: dict[str, Any], scores: Scores, **beside: Any) 
 
 
 def as_json(estimate: Estimate) -> dict[str, float]:
-    """Value, and low and high where there are such."""
+    """The value, and the ends of its interval if it has one."""
     return {key: value for key, value in estimate._asdict().items() if value is not None}
 
 
 def table(scores: Scores, held_out: Mapping[str, Any]) -> str:
-    """A line for each figure, beside what held-out images score."""
+    """A line for each metric, with the score of held-out images."""
     width = max(map(len, scores))
     real = held_out.get("metrics", {})
     head = f"{held_out['count']:,} held-out" if real else ""

@@ -1,4 +1,4 @@
-"""Something computed of every image, shared among the devices: `(N, K)`, whatever their number."""
+"""Distributed computation of a row `(K,)` per image, with results independent of the number of devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Compute = Callable[[Tensor], Tensor]  # images (B, 3, H, W), uint8 -> (B, K)
 
 
 class Chunks(Dataset):
-    """`chunks[c]`: the places `(n,)` of `CHUNK` images, and these, `(n, 3, H, W)`; the last one may be smaller."""
+    """`chunks[c]`: the indices `(n,)` of `CHUNK` images, and the images `(n, 3, H, W)`; the last may be smaller."""
 
     def __init__(self, images: Pixels) -> None:
         self.images = images
@@ -33,12 +33,12 @@ class Chunks(Dataset):
 class Rows(LightningModule):
     """Computes the rows of this device's chunks.
 
-    Chunks are the same for any number of devices: what is computed of a chunk does not depend on that number.
+    Chunks are the same for any number of devices, so the rows of a chunk do not depend on that number.
 
     Args:
-        networks: what `compute` uses; they go to the device.
-        images: all of them.
-        compute: the rows of a chunk.
+        networks: networks that `compute` uses; Lightning moves them to the device.
+        images: all images.
+        compute: computes the rows of a chunk.
         width: K.
         num_workers: loader processes.
     """
@@ -47,17 +47,17 @@ class Rows(LightningModule):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer chunks than devices
         self.networks, self.images, self.compute, self.num_workers = networks, images, compute, num_workers
-        self.found = torch.zeros(len(images), width)  # float32, on the CPU; zero where another device computes
+        self.found = torch.zeros(len(images), width)  # float32, on the CPU; zero for rows of other devices
 
     def predict_dataloader(self) -> Loader:
         """The chunks of this device."""
         chunks = Chunks(self.images)
-        mine = range(self.trainer.global_rank, len(chunks), self.trainer.world_size)
-        collate = Collate(default_convert)  # a chunk is a batch
-        return Loader(Subset(chunks, mine), batch_size=None, num_workers=self.num_workers, collate_fn=collate)
+        numbers = range(self.trainer.global_rank, len(chunks), self.trainer.world_size)
+        collate = Collate(default_convert)  # a chunk is already a batch
+        return Loader(Subset(chunks, numbers), batch_size=None, num_workers=self.num_workers, collate_fn=collate)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """One chunk."""
+        """Compute the rows of one chunk."""
         places, images = batch
         with exactly(images.device):
             self.found[places.cpu()] = self.compute(images).float().cpu()
@@ -66,7 +66,7 @@ class Rows(LightningModule):
 def rows(
     trainer: Trainer, networks: nn.Module, images: Pixels, compute: Compute, width: int, num_workers: int = 0
 ) -> Tensor:
-    """What `compute` gives of every image, in their order: `(N, K)`, float32, on every device's host."""
+    """The rows of all images, in order: `(N, K)`, float32, on the CPU of every rank."""
     module = Rows(networks, images, compute, width, num_workers)
     with enough_shared_memory():
         trainer.predict(module, return_predictions=False)

@@ -1,4 +1,4 @@
-"""Figures from features."""
+"""Computes metrics from features."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ldm_lab.metrics.reference import Reference
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png
 
-COPY_QUANTILE = 0.01  # of held-out images: what lies nearer to a training image than so many of them is a near-copy
-PAIRS = 16  # on the sheet of neighbours
+COPY_QUANTILE = 0.01  # quantile of held-out images' distances below which a sample is a near-copy
+PAIRS = 16  # pairs on the sheet of neighbours
 Scores = dict[str, Estimate]
 
 
 def compare(features: Tensor, reference: Reference, distance: str, draws: int, seed: int = 0) -> Scores:
-    """All figures of a set of images against real ones.
+    """All metrics of a set of images against real images.
 
     Args:
         features: `(N, D)`.
-        reference: the real ones.
-        distance: what the Fréchet distance is called.
+        reference: the real images.
+        distance: name of the Fréchet distance.
         draws: replicates of the bootstrap.
-        seed: of these.
+        seed: seed of the bootstrap.
 
     Raises:
         UserError: fewer than two images.
@@ -44,13 +44,13 @@ def compare(features: Tensor, reference: Reference, distance: str, draws: int, s
 
 
 def require_two(images: int) -> None:
-    """Raise `UserError` for fewer images than have a distribution."""
+    """Raise `UserError` for fewer than two images, which have no covariance."""
     if images < 2:
         raise UserError(f"{images} image(s): a distribution needs two at the very least, and a good figure thousands")
 
 
 def caution(images: int, dimension: int) -> str | None:
-    """What to say of too few images for so many features."""
+    """A warning if there are too few images for the number of features."""
     if images >= dimension:
         return None
     return (
@@ -60,7 +60,7 @@ def caution(images: int, dimension: int) -> str | None:
 
 
 def unlike(jpeg: float | None, real: float | None) -> str | None:
-    """What to say where one set of images was compressed as JPEG and the other was not: see `Pixels.jpeg`.
+    """A warning if one set of images was JPEG-compressed and the other was not: see `Pixels.jpeg`.
 
     Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", section 4.
     """
@@ -74,21 +74,21 @@ def unlike(jpeg: float | None, real: float | None) -> str | None:
 
 
 def memorised(samples: Tensor, train: Tensor, held_out: Tensor, draws: int, seed: int = 0) -> tuple[Scores, Tensor]:
-    """How near samples lie to training images, as held-out images measure it.
+    """Memorisation: distances of samples to their nearest training images, relative to those of held-out images.
 
-    `near_copies` is the share of samples nearer to their nearest training image than `COPY_QUANTILE` of the held-out
-    images are to theirs: about that quantile where nothing is memorised. `neighbour_distance` is the median distance of
-    samples over that of held-out images: about 1, and 0 for copies.
+    `near_copies` is the fraction of samples whose distance is below the `COPY_QUANTILE` of held-out images' distances;
+    without memorisation it is about that quantile. `neighbour_distance` is the ratio of the median distances of samples
+    and of held-out images: about 1, and 0 for copies.
 
     Args:
         samples: features `(N, D)`.
-        train: `(M, D)`.
-        held_out: `(H, D)`.
+        train: features `(M, D)`.
+        held_out: features `(H, D)`.
         draws: replicates of the bootstrap.
-        seed: of these.
+        seed: seed of the bootstrap.
 
     Returns:
-        The figures, and of each sample distance and place of its nearest training image, `(N, 2)`.
+        The metrics, and for each sample the distance and index of its nearest training image, `(N, 2)`.
     """
     distances, neighbours = distribution.nearest(samples, train)
     usual = distribution.nearest(held_out, train)[0]
@@ -101,13 +101,13 @@ def memorised(samples: Tensor, train: Tensor, held_out: Tensor, draws: int, seed
 
 
 def neighbour_sheet(found: Tensor, samples: Pixels, train: Pixels, path: Path) -> None:
-    """Write the samples that lie nearest to training images, each beside its neighbour, the nearest first.
+    """Write the samples nearest to training images, each beside its neighbour, the nearest first.
 
     Args:
-        found: of each sample, distance and place of its nearest training image: `(N, 2)`.
+        found: for each sample the distance and index of its nearest training image: `(N, 2)`.
         samples: the samples.
         train: the training images.
-        path: of the PNG file.
+        path: path of the PNG file.
     """
     order = found[:, 0].argsort()[:PAIRS].tolist()
     pairs = [tile for sample in order for tile in (samples[sample], train[int(found[sample, 1])])]

@@ -1,4 +1,4 @@
-"""What the user names: a model to draw samples from, images that are there, and the images to compare them with."""
+"""Resolves the user's sources: a model to sample from, existing images, and the reference images."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ldm_lab.utils.reading import LoadError, read_yaml
 
 CONFIG = "config.yaml"
 SETS = (AvatarImages, FolderImages, DrawnImages, drawn_or_folder)
-KNOWN = {f"{kind.__module__}.{kind.__name__}": kind for kind in SETS}  # all that a config may make us call
+KNOWN = {f"{kind.__module__}.{kind.__name__}": kind for kind in SETS}  # the only classes that a config may call
 
 
 @dataclass(frozen=True)
 class Target:
-    """What images are compared with.
+    """The real images to compare with.
 
     Attributes:
-        images: real ones; `None` where a file has their statistics alone.
-        statistics: that file.
-        held_out: real ones that were not trained on; `None` where nobody held any out.
-        known: real ones that an extractor may learn from.
-        transform: what must be said of statistics.
+        images: real images; `None` if there are only their statistics.
+        statistics: file of statistics.
+        held_out: real images outside of the training set; `None` without held-out images.
+        known: real images that an extractor may train on.
+        transform: the transform that the header of the statistics must have.
     """
 
     images: Pixels | None = None
@@ -48,10 +48,10 @@ class Target:
 
 
 def state_of(source: str) -> locate.State | None:
-    """The state of a model that `source` names; `None` where it names images (a folder, an archive, an `.npz`).
+    """The model that `source` names; `None` if it names images (a folder, an archive, an `.npz`).
 
     Raises:
-        LoadError: there is nothing of that name.
+        LoadError: the source does not exist.
     """
     path = Path(source)
     if path.suffix == ".npz" or (path.is_file() and path.suffix in ARCHIVES):
@@ -62,16 +62,16 @@ def state_of(source: str) -> locate.State | None:
 
 
 def images_of(source: str, size: Sequence[int] | None = None, max_pixels: int | None = None) -> Pixels:
-    """Images that are there.
+    """Existing images to evaluate.
 
     Args:
-        source: an `.npz`, a folder or archive, or a folder that `sample.py` has written.
-        size: (height, width) that they are resized and cropped to, as the loader does; None takes them as they are.
-        max_pixels: of an image file; None leaves it to Pillow.
+        source: an `.npz`, a folder or archive, or an output folder of `sample.py`.
+        size: (height, width) to resize and crop to, as the data loader does; None: no resizing.
+        max_pixels: maximum pixels of an image file; None: Pillow's limit.
 
     Raises:
-        UserError: they are not all of one size.
-        LoadError: there are none.
+        UserError: the images differ in size.
+        LoadError: there are no images.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -84,10 +84,10 @@ def images_of(source: str, size: Sequence[int] | None = None, max_pixels: int | 
 
 
 class AsTheyAre(WholeFolder):
-    """Images that must be of one size: resizing generated ones in silence would make their figures wrong."""
+    """Images that must have one size, as silently resizing generated images would make metrics wrong."""
 
     def read(self, index: int) -> Any:  # noqa: ANN401
-        """Image `index`. Raises `UserError` where it is of another size."""
+        """Image `index`. Raises `UserError` if it has another size."""
         image = super().read(index)
         if (image.height, image.width) != self.image_size:
             height, width = self.image_size
@@ -98,12 +98,12 @@ class AsTheyAre(WholeFolder):
         return image
 
     def transform(self) -> dict[str, Any]:
-        """None was made."""
+        """The images are not transformed."""
         return {"image_size": list(self.image_size)}
 
 
 def home(source: str, state: locate.State | None) -> Path:
-    """Where evaluations of it go: into `eval/` of a model's folder; for a file, or images, of a folder beside it."""
+    """Folder of evaluations: `eval/` in a model's folder; for a file or images, in a folder beside it."""
     path = state.source if state else Path(source)
     return path / "eval" if state and path.is_dir() else path.with_name(f"{path.stem}_eval")
 
@@ -111,17 +111,17 @@ def home(source: str, state: locate.State | None) -> Path:
 def run_data(
     source: Path, plugins: Sequence[str] = (), cache_dir: str | None = None, most: int | None = None
 ) -> Target | None:
-    """The data of a run, as its stages trained on them; `None` for what has no `config.yaml` of a stage.
+    """The data that a run was trained on; `None` if the source has no stage's `config.yaml`.
 
     Args:
         source: folder of a run or a stage, or a checkpoint in one.
-        plugins: packages whose data sets it may name.
-        cache_dir: where drawn images lie; None leaves it to the run's config.
-        most: images to compare with, at most.
+        plugins: packages whose data sets the config may name.
+        cache_dir: folder of drawn images; None: as in the run's config.
+        most: maximum number of images to compare with.
 
     Raises:
-        LoadError: the config names a data set that is not known here.
-        UserError: the images are not there any more.
+        LoadError: the config names an unknown data set.
+        UserError: the images do not exist any more.
     """
     folders = [*(source / stage for stage in reversed(STAGES)), source, *source.parents[:2]]
     path = next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)
@@ -129,13 +129,13 @@ def run_data(
     if not isinstance(module, dict):
         return None
     train, val = (_built(path, module.get(name), plugins, cache_dir) for name in ("train_set", "val_set"))
-    said = f"training images of {path.parent}"
-    known = DataPixels(train, said)
-    return Target(DataPixels(train, said, most), None, DataPixels(val, "held-out images"), known, known.transform())
+    label = f"training images of {path.parent}"
+    known = DataPixels(train, label)
+    return Target(DataPixels(train, label, most), None, DataPixels(val, "held-out images"), known, known.transform())
 
 
 def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None) -> ImageDataset:  # noqa: ANN401
-    """The data set of a config's node; a config is data, and may call `KNOWN` and what plugins hold alone."""
+    """Build the data set of a config node; a config may only call `KNOWN` and classes of plugins."""
     settings = dict(node) if isinstance(node, dict) else {}
     target = str(settings.pop("_target_", None))
     module, _, name = target.rpartition(".")
@@ -154,17 +154,17 @@ def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None)
 def named_data(
     name: str, size: Sequence[int], of_run: Target | None, most: int | None = None, max_pixels: int | None = None
 ) -> Target:
-    """What `--data` names: statistics, images in an `.npz`, or all images of a folder or archive.
+    """The target of `--data`: statistics, images in an `.npz`, or all images of a folder or archive.
 
     Args:
-        name: as typed.
-        size: (height, width) of the images that are compared with it.
-        of_run: the data of the run that these are of, if they are.
-        most: images to compare with, at most.
-        max_pixels: of an image file; None leaves it to Pillow.
+        name: the name as typed.
+        size: (height, width) of the evaluated images.
+        of_run: data of the evaluated run, if any.
+        most: maximum number of images to compare with.
+        max_pixels: maximum pixels of an image file; None: Pillow's limit.
 
     Raises:
-        LoadError: it cannot be used.
+        LoadError: the data cannot be used.
     """
     path = Path(name)
     if path.suffix != ".npz":
@@ -176,5 +176,5 @@ def named_data(
         images = ArrayPixels(path, most)
         statistics = path if {"mu", "sigma"} <= set(names(path)) else None
         return Target(images, statistics, known=images)
-    said = of_run.transform if of_run else {"image_size": list(size)}
-    return Target(None, path, known=of_run and of_run.known, transform=said)
+    transform = of_run.transform if of_run else {"image_size": list(size)}
+    return Target(None, path, known=of_run and of_run.known, transform=transform)

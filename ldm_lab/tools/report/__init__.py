@@ -1,1 +1,1 @@
-"""What runs have recorded, side by side on one page that opens from disk."""
+"""HTML report that compares runs."""

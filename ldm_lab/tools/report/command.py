@@ -20,17 +20,17 @@ MEGABYTE = 1e6
 
 
 def main(argv: list[str]) -> None:
-    """Write the page. Raises `UserError` for what is no run, has no metrics, or would be overwritten."""
+    """Write the page. Raises `UserError` for a folder that is no run, a run without metrics, or an existing file."""
     options = parse(argv)
     text = page(read(options.runs), Budget(options.pictures, options.width, options.quality))
     with replacing(options.output) as temporary:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # a folder's name may be no text
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # folder names may not be valid text
     size = options.output.stat().st_size / MEGABYTE
     print(f"{options.output}: {len(options.runs)} run(s), {size:.1f} MB; open it in a browser")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags, checked. Raises `UserError` naming the flag."""
+    """Parse and check the flags. Raises `UserError`, which names the flag."""
     text = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m ldm_lab report", description=__doc__, formatter_class=text)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, or that of one stage")
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read(folders: list[Path]) -> list[RunRecord]:
-    """The records of the runs. Raises `UserError` for a run that is named twice, `LoadError` for what is none."""
+    """The records of the runs. Raises `UserError` for a repeated run, `LoadError` for a folder that is no run."""
     runs = [read_run(folder) for folder in folders]
     places = [run.folder.resolve() for run in runs]
     for folder, place in zip(folders, places, strict=True):

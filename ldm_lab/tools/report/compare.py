@@ -1,4 +1,4 @@
-"""What the numbers of several runs say: which run is better, by how much, and whether that can be told."""
+"""Compares metrics of several runs: which run is better, by how much, and whether it is significant."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Comparison:
     """One metric of all runs.
 
     Attributes:
-        metric: with its prefix.
-        stage: in whose `metrics.csv` it is; None: in evaluations.
+        metric: name with its prefix.
+        stage: stage of the `metrics.csv` that has the metric; None: from evaluations.
         better: "lower" or "higher".
-        values: of each run, None where it has none.
-        compares: whether there are two numbers that may be compared.
-        best: place of the run that is better; None: none is.
+        values: value of each run; None if missing.
+        compares: whether at least two values are comparable.
+        best: index of the better run; None: no run is better.
         says: the result in words.
-        amount: by how much the best one is better.
+        amount: by how much the best run is better.
     """
 
     metric: str
@@ -44,12 +44,12 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Metric, and of which stage."""
+        """Stage and metric."""
         return f"{self.stage} {self.metric}" if self.stage else self.metric
 
 
 def compare(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Comparison]:
-    """The metrics that matter: evaluations, then stage 2, then stage 1. `names` is what to call the runs."""
+    """Compare the main metrics: evaluations, then stage 2, then stage 1. `names` are the names of the runs."""
     found = [_of_evaluations(metric, runs, names) for metric in _evaluated_metrics(runs)]
     for stage in (DIFFUSION, AUTOENCODER):
         records = [run.stages.get(stage) for run in runs]
@@ -63,7 +63,7 @@ def compare(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Comparison]
 
 
 def verdict(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
-    """Which run is better and by how much, in a sentence or two."""
+    """One or two sentences on which run is better and by how much."""
     if len(names) < 2:
         return "One run; give another to compare it with."
     comparable = [comparison for comparison in comparisons if comparison.compares]
@@ -83,7 +83,7 @@ def verdict(comparisons: Sequence[Comparison], names: Sequence[str]) -> str:
 
 
 def _of_stages(stage: str, metric: str, records: Sequence[StageRecord | None], names: Sequence[str]) -> Comparison:
-    """Of `metrics.csv`, at the last number of images at which all that have the metric were measured."""
+    """Compare a metric of `metrics.csv` at the last number of images that all runs with the metric have."""
     having = [record for record in records if record and metric in record.curves]
     common = set.intersection(*({images for images, _ in record.curves[metric]} for record in having))
     at = max(common, default=None)
@@ -137,7 +137,7 @@ def _judged(
 
 
 def difference(metric: str, best: Value, second: Value) -> tuple[str, bool]:
-    """How far one value is from another, in words, and whether that can be told from chance."""
+    """The difference of two values in words, and whether it is significant."""
     distance = abs(best.value - second.value)
     part = distance / abs(second.value) if best.value * second.value > 0 else math.inf
     known = metrics.find(metric)

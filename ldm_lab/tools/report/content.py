@@ -1,4 +1,4 @@
-"""What a page shows of some runs, as plain data: strings, numbers, lists, pictures as `data:` URIs."""
+"""Content of a report page, as plain data: strings, numbers, lists, pictures as `data:` URIs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEED = ("perf/images_per_second", HOURS, "perf/memory_gb")
 
 
 def content(runs: Sequence[RunRecord], budget: Budget) -> Plain:
-    """All that the page shows.
+    """The complete content of the page.
 
     Raises:
         LoadError: a run has no metrics, or something in it cannot be read.
@@ -53,13 +53,13 @@ def content(runs: Sequence[RunRecord], budget: Budget) -> Plain:
 
 
 def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """A name for each run: its own, or its folder where two are called alike."""
+    """A name for each run: the run's name, or its folder if names repeat."""
     count = Counter(run.name for run in runs)
     return [run.name if count[run.name] == 1 else str(run.folder) for run in runs]
 
 
 def warnings(runs: Sequence[RunRecord]) -> list[str]:
-    """What forbids to compare some of the numbers, a line a stage."""
+    """One line for each stage whose held-out metrics are not comparable."""
     found = []
     for stage in STAGES:
         records = [run.stages[stage] for run in runs if stage in run.stages]
@@ -82,7 +82,7 @@ def _run(run: RunRecord, name: str) -> Plain:
 
 
 def _number(value: float) -> float | str:
-    """JSON knows no NaN."""
+    """Numbers that are not finite become strings, as JSON has no NaN."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -102,7 +102,7 @@ def _comparison(found: Comparison) -> Plain:
 
 
 def _records(runs: Sequence[RunRecord]) -> Iterable[tuple[str, list[StageRecord | None]]]:
-    """The stages, the last one first, and of each run its record of it."""
+    """The stages, last stage first, with each run's record of the stage."""
     for stage in reversed(STAGES):
         records = [run.stages.get(stage) for run in runs]
         if any(records):
@@ -110,7 +110,7 @@ def _records(runs: Sequence[RunRecord]) -> Iterable[tuple[str, list[StageRecord 
 
 
 def _logged(records: Iterable[StageRecord | None]) -> list[str]:
-    """Metrics, what tells most first."""
+    """Logged metrics, most informative first."""
     metrics = {metric for record in records if record for metric in record.curves}
     return sorted(metrics, key=lambda name: (next((n for n, p in enumerate(FIRST) if name.startswith(p)), 99), name))
 
@@ -131,7 +131,7 @@ def _curves(runs: Sequence[RunRecord]) -> Iterable[Plain]:
 
 
 def _by_timestep(records: Sequence[StageRecord | None]) -> Iterable[Plain]:
-    """The newest losses by tenths of the timesteps, as one curve for each run."""
+    """The newest losses by tenth of the timesteps, as one curve for each run."""
     curves = [
         {metric: record.curves[metric] for metric in TENTHS if metric in record.curves} if record else {}
         for record in records
@@ -146,7 +146,7 @@ def _points(curve: Curve) -> list[list[Any]]:
 
 
 def _pictures(runs: Sequence[RunRecord], budget: Budget) -> Iterable[Plain]:
-    """By kind, those that tell most first."""
+    """Pictures by kind, most informative first."""
     known = dict(_records(runs))
     kinds = {(kind, stage) for stage in known for record in known[stage] if record for kind in record.pictures}
     for kind, stage in sorted(kinds, key=lambda found: (_place(found[0]), found)):
@@ -164,7 +164,7 @@ def _place(kind: str) -> int:
 
 
 def _note(kind: str, records: Sequence[StageRecord | None]) -> str:
-    """What pictures have in common that are drawn from a seed."""
+    """A note on the seeds of sample pictures."""
     seeds = [find(record.config, "callbacks.sample_grid.seed") for record in records if record]
     if not kind.startswith("samples") or len(seeds) < 2 or None in seeds:
         return ""
@@ -186,7 +186,7 @@ def _metrics(runs: Sequence[RunRecord]) -> Iterable[Plain]:
 
 
 def _evaluations(runs: Sequence[RunRecord]) -> Iterable[Plain]:
-    """The newest of each series, and the best."""
+    """The newest and the best evaluation of each series."""
     for one in series(runs):
         for name in one.metrics:
             values = [[evaluated(evaluation, name) for evaluation in found] for found in one.of(name)]
@@ -200,7 +200,7 @@ def _evaluations(runs: Sequence[RunRecord]) -> Iterable[Plain]:
 def _row(
     stage: str, metric: str, better: str | None, alike: bool, final: list[Plain | None], best: list[Plain | None]
 ) -> Plain:
-    """A metric of all runs; which is better may be said where they are `alike` measured."""
+    """A table row of a metric of all runs; only `alike` (comparable) values are marked as better."""
     main = better is not None and metric not in TENTHS
     return {
         "stage": stage,
@@ -213,7 +213,7 @@ def _row(
 
 
 def _settings(runs: Sequence[RunRecord]) -> Iterable[Plain]:
-    """Those that differ; a stage that a run lacks differs in none."""
+    """The settings that differ between runs; runs without the stage are ignored."""
     for stage, records in _records(runs):
         flat = [flatten(record.config) if record else None for record in records]
         having = [settings for settings in flat if settings is not None]
@@ -240,6 +240,6 @@ def _speed(runs: Sequence[RunRecord]) -> Iterable[Plain]:
 
 
 def _median(record: StageRecord) -> Value | None:
-    """Of the rows of throughput, the one in the middle."""
+    """The row of median throughput."""
     curve = sorted(record.curves.get(SPEED[0], []), key=lambda point: point[1])
     return measured(record, SPEED[0], curve[len(curve) // 2][0]) if curve else None

@@ -1,4 +1,4 @@
-"""The evaluations of several runs, those by the same rules beside each other."""
+"""Groups the evaluations of several runs by measurement."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ldm_lab.utils.nested import find
 
 @dataclass(frozen=True)
 class Series:
-    """One measurement, of models of several runs.
+    """One kind of measurement across several runs.
 
     Attributes:
-        title: what it is, in words.
-        runs: for each run its evaluations, the oldest model first; empty where it has none.
+        title: description of the measurement.
+        runs: for each run its evaluations, the oldest model first; may be empty.
     """
 
     title: str
@@ -29,7 +29,7 @@ class Series:
         return sorted({name for found in self.runs for evaluation in found for name in evaluation.metrics}, key=_place)
 
     def of(self, name: str) -> list[list[Evaluation]]:
-        """Those that have a metric."""
+        """For each run, the evaluations that have a metric."""
         return [[evaluation for evaluation in found if name in evaluation.metrics] for found in self.runs]
 
     def curves(self, name: str) -> list[Curve]:
@@ -42,7 +42,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def series(runs: Sequence[RunRecord]) -> list[Series]:
-    """All evaluations, by what they measure and how samples were drawn."""
+    """All evaluations, grouped by measurement and sampling settings."""
     rules = {}
     for run in runs:
         for evaluation in run.evaluations:

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, which opens from disk and can load nothing from elsewhere."""
+"""Builds the report page: one self-contained HTML file that cannot load anything from elsewhere."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SCRIPTS = ("elements.js", "chart.js", "pictures.js", "page.js")
 def page(runs: Sequence[RunRecord], budget: Budget) -> str:
     """HTML that shows the runs side by side.
 
-    What runs are called and hold is untrusted: it enters as JSON in which no tag can begin or end, the scripts put it
-    into the page as text, and the page's policy runs no other script than these and loads nothing.
+    Names and content of runs are untrusted: they enter as JSON that cannot open or close a tag, the scripts insert them
+    as text, and the page's content security policy allows only these scripts and no loading.
 
     Raises:
         LoadError: a run has no metrics, or something in it cannot be read.
@@ -41,11 +41,11 @@ def page(runs: Sequence[RunRecord], budget: Budget) -> str:
 
 
 def as_json(value: object) -> str:
-    """JSON that may stand in a `script` element: nothing in it is a tag, a comment or a reference."""
+    """JSON that is safe in a `script` element: without tags, comments and character references."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _hash(text: str) -> str:
-    """As a policy names what it lets run."""
+    """Hash of a script or style for the content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"

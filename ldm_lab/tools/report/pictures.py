@@ -1,4 +1,4 @@
-"""Pictures as part of a page: so many of each kind, no larger than a page needs."""
+"""Embeds pictures into a page: a limited number of each kind, scaled down."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ldm_lab.runs.record import read_picture
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of the pictures a page holds.
+    """Limits of the pictures on a page.
 
     Attributes:
-        steps: pictures of each kind from each run, evenly over the training, the first and the last among them.
-        width: pixels; wider ones are scaled down.
-        quality: of WebP, 1 to 100. A PNG that is smaller stays as it is.
+        steps: pictures of each kind per run, evenly spaced over training, the first and the last included.
+        width: maximum width in pixels; wider pictures are scaled down.
+        quality: WebP quality, 1 to 100. A smaller PNG is kept.
     """
 
     steps: int = 12
@@ -29,7 +29,7 @@ class Budget:
 
 
 def chosen(steps: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the sorted `steps`, evenly; the last one before the first one where there is room for one."""
+    """At most `most` of the sorted `steps`, evenly spaced; with `most` = 1, the last step."""
     if len(steps) <= most:
         return list(steps)
     if most < 2:
@@ -41,7 +41,7 @@ def inlined(path: Path, budget: Budget) -> str:
     """A picture as a `data:` URI, PNG or WebP, whichever is smaller.
 
     Raises:
-        LoadError: the file is no picture (see `read_picture`).
+        LoadError: the file is not a picture (see `read_picture`).
     """
     image = read_picture(path)
     width, height = image.size

@@ -1,4 +1,4 @@
-"""When numbers of several runs are the same measurement, and the first reason why they are not."""
+"""Decides whether metrics of several runs are comparable, and gives the first reason if they are not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldm_lab.utils.nested import find, flatten
 
 Settings = dict[str, Any]
 
-# Settings without which a held-out loss is another quantity. Noise of another seed is no other quantity.
+# Settings that define a held-out loss; the seed of its noise does not.
 DEFINING = {
     ("diffusion", "val/loss"): (
         "model.objective.loss", "model.objective.weighting", "model.scheduler", "model.scaling_factor",
@@ -20,11 +20,11 @@ DEFINING = {
     ("autoencoder", "val/loss"): ("model.loss.pixel", "model.loss.perceptual", "model.loss.perceptual_weight"),
 }  # fmt: skip
 ONLY_SAMPLING = ("clip_sample", "clip_sample_range", "timestep_spacing", "steps_offset", "set_alpha_to_one")
-ONLY_TRAINING = ("flip", "random_crop", "seed")  # held-out images are cropped in the middle
+ONLY_TRAINING = ("flip", "random_crop", "seed")  # held-out images have centre crops
 
 
 def other_images(records: Sequence[StageRecord]) -> str | None:
-    """Why what was measured on held-out images does not compare; None: they are the same."""
+    """Why metrics on held-out images are not comparable; None: the images are the same."""
     marks = [record.images.get("val") for record in records]
     known = all(marks)
     if known and len(set(marks)) > 1:
@@ -43,13 +43,13 @@ def _of_held_out_images(record: StageRecord, with_root: bool) -> Settings:
 
 
 def other_quantity(records: Sequence[StageRecord], metric: str) -> str | None:
-    """Why a metric of stages is not the same quantity; None: it is."""
+    """Why a metric is not the same quantity in these stages; None: it is."""
     return first_difference([_defining(record, metric) for record in records], "another quantity")
 
 
 def _defining(record: StageRecord, metric: str) -> Settings:
     found: Settings = {}
-    loss = "val/loss" if metric.startswith("val/loss") else metric  # of training images, by tenths of the timesteps
+    loss = "val/loss" if metric.startswith("val/loss") else metric  # also on training images, and by timestep
     for key in DEFINING.get((record.stage, loss), ()):
         part = flatten(find(record.config, key), f"{key}.")
         found |= {name: value for name, value in part.items() if name.rpartition(".")[2] not in ONLY_SAMPLING}
@@ -57,7 +57,7 @@ def _defining(record: StageRecord, metric: str) -> Settings:
 
 
 def first_difference(settings: Sequence[Settings], what: str) -> str | None:
-    """`what`, with the first key whose values are not all alike; None: all are."""
+    """`what`, with the first key whose values differ; None: all values are equal."""
     for key in dict.fromkeys(key for setting in settings for key in setting):
         values = list(dict.fromkeys(str(setting.get(key)) for setting in settings))
         if len(values) > 1:
@@ -66,25 +66,25 @@ def first_difference(settings: Sequence[Settings], what: str) -> str | None:
 
 
 def does_not_compare(records: Sequence[StageRecord], metric: str) -> str | None:
-    """Why a metric of stages is not the same measurement; None: it is."""
+    """Why a metric of these stages is not comparable; None: it is."""
     return other_images(records) or other_quantity(records, metric)
 
 
 def measured_differently(evaluations: Sequence[Evaluation]) -> str | None:
-    """Why evaluations are not the same measurement; None: they are."""
+    """Why evaluations are not comparable; None: they are."""
     return first_difference([_measurement(evaluation) for evaluation in evaluations], "measured differently")
 
 
 def alike(having: Sequence[Sequence[Evaluation]]) -> tuple[list[Evaluation], str | None, str]:
-    """Evaluations of some runs that are the same measurement, where possible of samples drawn alike.
+    """Choose comparable evaluations of some runs, preferably with the same sampling settings.
 
-    The newest at the same number of images, else the newest of each.
+    Chooses the newest at an equal number of images, else the newest of each run.
 
     Args:
-        having: for each run one or more.
+        having: for each run one or more evaluations.
 
     Returns:
-        One for each run; why they do not compare, or None; what else is to be said of them.
+        An evaluation for each run; the reason why they are not comparable, or None; a note on them.
     """
     newest_first = [sorted(candidates, key=seen, reverse=True) for candidates in having]
     rules: tuple[tuple[Callable[[Evaluation], Settings], str], ...]
@@ -102,7 +102,7 @@ def alike(having: Sequence[Sequence[Evaluation]]) -> tuple[list[Evaluation], str
 
 
 def seen(evaluation: Evaluation) -> int:
-    """Training images of the model; 0 where that is not known."""
+    """Training images of the model; 0 if unknown."""
     images = evaluation.content.get("images_seen")
     return images if isinstance(images, int) else 0
 
@@ -113,5 +113,5 @@ def _measurement(evaluation: Evaluation) -> Settings:
 
 
 def measurement_and_sampling(evaluation: Evaluation) -> Settings:
-    """What two evaluations have in common that differ in their model alone."""
+    """The settings of an evaluation apart from its model."""
     return _measurement(evaluation) | flatten(evaluation.content.get("sampling"), "sampling.")

@@ -1,4 +1,4 @@
-"""Single numbers of runs, each with the file and the row that it is from."""
+"""Single values of runs, each with its file and row."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ldm_lab.runs.record import Curve, Evaluation, StageRecord
 
 @dataclass(frozen=True)
 class Value:
-    """A number and where it is to be found.
+    """A number and its origin.
 
     Attributes:
-        value: may be NaN.
-        file: that holds it.
-        images_seen: the row of `metrics.csv`, or what an evaluation says of its model; None: it says nothing.
-        low: lower end of its interval, where one is known.
-        high: upper end.
+        value: the number; may be NaN.
+        file: file that holds the number.
+        images_seen: row of `metrics.csv`, or training images of the evaluated model; None: unknown.
+        low: lower end of its interval, if known.
+        high: upper end of its interval, if known.
     """
 
     value: float
@@ -31,20 +31,20 @@ class Value:
 
 
 def measured(record: StageRecord, metric: str, images_seen: int | None = None) -> Value:
-    """What `metrics.csv` says at a number of images, or in the last row that has the metric."""
+    """The value in `metrics.csv` at a number of images, or in the last row with the metric."""
     curve = record.curves[metric]
     images_seen = curve[-1][0] if images_seen is None else images_seen
     return Value(dict(curve)[images_seen], record.folder / "metrics.csv", images_seen)
 
 
 def best(record: StageRecord, metric: str) -> Value | None:
-    """The best value on the way; None where none is better than another."""
+    """The best value of a curve; None if the metric has no better direction."""
     file = record.folder / "metrics.csv"
     return best_of([Value(value, file, images) for images, value in record.curves[metric]], direction(metric))
 
 
 def best_of(values: Iterable[Value], better: str | None) -> Value | None:
-    """The first of the best; None where there is none."""
+    """The first of the best finite values; None without finite values or direction."""
     finite = [value for value in values if math.isfinite(value.value)]
     if not better or not finite:
         return None
@@ -53,14 +53,14 @@ def best_of(values: Iterable[Value], better: str | None) -> Value | None:
 
 
 def evaluated(evaluation: Evaluation, name: str) -> Value:
-    """What an evaluation says of `name`, such as `fid`."""
+    """An evaluation's value of the metric `name`, such as `fid`."""
     found, seen = evaluation.metrics[name], evaluation.content.get("images_seen")
     low, high = (found.get(end) if isinstance(found.get(end), (int, float)) else None for end in ("low", "high"))
     return Value(float(found["value"]), evaluation.path, seen if isinstance(seen, int) else None, low, high)
 
 
 def thinned(curve: Curve, most: int) -> Curve:
-    """At most so many points of a curve: of each part the lowest and the highest, so that no spike is lost."""
+    """A curve with at most `most` points: keeps minimum and maximum of each part, so that no spike is lost."""
     if len(curve) <= most:
         return curve
     parts, kept = max(1, most // 2 - 1), [curve[0], curve[-1]]

@@ -1,1 +1,1 @@
-"""One callback a file; all are counted in images."""
+"""Lightning callbacks, one per file; all intervals are in training images."""

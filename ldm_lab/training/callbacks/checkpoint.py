@@ -1,4 +1,4 @@
-"""Saving the state of training."""
+"""Saves training checkpoints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ldm_lab.utils.limits import Count
 class Checkpoint(Callback):
     """Write `last.ckpt` every so many images and at the end; the one before stays as `previous.ckpt`.
 
-    Training goes on while a file is written. Where that fails it stops at the next step with one line: hours that
-    nothing keeps are worse.
+    Training goes on while a file is written. If writing fails, training stops at the next step with a one-line error:
+    hours of training that no file keeps would be worse.
 
     Args:
         folder: `checkpoints/` of the stage.
@@ -32,32 +32,32 @@ class Checkpoint(Callback):
 
     @property
     def last(self) -> Path:
-        """The newest state."""
+        """Path of the newest checkpoint."""
         return self.folder / checkpoint.LAST
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Begin to count."""
+        """Start the interval at the number of images seen so far."""
         self.every.start(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: Any) -> None:  # noqa: ANN401
-        """Save when due, and before a validation, which `Interrupt` may break off; the last step has one."""
+        """Save when due, and before each validation, as `Interrupt` may break it off; the last step validates."""
         trainer.strategy.checkpoint_io.check()
         if self.every.due(trainer, module) or self.validate.due(trainer, module):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Begin to write now; every rank must call it. Until the new file is whole the old one keeps its name."""
-        trainer._logger_connector.update_train_step_metrics()  # of this step; Lightning's own turn comes too late
+        """Start writing now; every rank must call this. The old file keeps its name until the new file is complete."""
+        trainer._logger_connector.update_train_step_metrics()  # this step's; Lightning itself updates them too late
         for logger in run_loggers(trainer):
-            logger.flush()  # a resumed run measures nothing again that was measured before this state
+            logger.flush()  # a resumed run logs no row again from before this checkpoint
         trainer.save_checkpoint(self.last)
 
     def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
-        """What was said to be saved is."""
+        """Wait until the last checkpoint is on disk."""
         trainer.strategy.checkpoint_io.wait()
 
     def on_exception(self, trainer: Trainer, module: StageModule, exception: BaseException) -> None:
-        """Finish the file, but not where the user will not wait."""
+        """Finish writing the checkpoint; after Ctrl-C abandon the write, as the user will not wait."""
         if isinstance(exception, KeyboardInterrupt):
             trainer.strategy.checkpoint_io.abandon()
         else:

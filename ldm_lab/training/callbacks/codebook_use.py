@@ -1,4 +1,4 @@
-"""How much of the codebook is alive."""
+"""Logs codebook usage and warns of codebook collapse."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ldm_lab.training.callbacks.episode import Episode
 from ldm_lab.training.callbacks.pictures import show
 from ldm_lab.utils.limits import Count, NonNegative
 
-HEIGHT, DECADES = 128, 2  # of the histogram, in pixels; and in powers of ten above and below its middle
+HEIGHT, DECADES = 128, 2  # height of the histogram in pixels; powers of ten above and below its middle
 BAR, MIDDLE = (-0.45, 0.0, 0.4), (-0.2, -0.2, -0.2)  # red, green, blue in [-1, 1]
 
 
 class CodebookUse(Callback):
-    """Logs, over the whole held-out set, which codes are used: `codebook/used_fraction` and `codebook/perplexity`.
+    """Logs codebook usage over the whole held-out set: `codebook/used_fraction` and `codebook/perplexity`.
 
-    And as a picture, `codebook` (see `histogram`).
+    Also logs the picture `codebook` (see `histogram`).
 
-    Perplexity is exp(entropy) of the codes' frequencies: the number of codes that would be used as
-    evenly as possible to the same effect. Where that stays low the codebook has collapsed, which is said once:
-    `collapse/codebook` is 1 as long as it lasts, else 0. An autoencoder without a codebook has nothing to log.
+    Perplexity is exp(entropy) of the code frequencies: the number of equally frequent codes with the same entropy. If
+    the perplexity stays low, the codebook has collapsed. The callback warns once per collapse and logs
+    `collapse/codebook`: 1 while the collapse lasts, else 0. An autoencoder without a codebook logs nothing.
 
     Args:
         folder: `samples/` of the stage.
-        collapsed_below: perplexity, as a part of all codes, under which the codebook has collapsed; two are the least.
-        patience: so many validations in a row, from when the codes were drawn; it is over at twice the perplexity.
-        bars: of the histogram, at most; each is the mean of a group of codes.
+        collapsed_below: the codebook has collapsed below this perplexity, as a fraction of all codes; at least 2 codes.
+        patience: validations in a row, once codes are initialised; a collapse ends at twice that perplexity.
+        bars: maximum number of bars in the histogram; each shows the mean of a group of codes.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class CodebookUse(Callback):
         self.episode = Episode(patience)
 
     def state_dict(self) -> dict[str, Any]:
-        """The episode."""
+        """State of the collapse detector."""
         return self.episode.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the collapse detector."""
         self.episode.load_state_dict(state)
 
     def on_validation_start(self, trainer: Trainer, module: FirstStageModule) -> None:
-        """Count from zero."""
+        """Reset the counts and hook into the quantizer."""
         self._hooks = []
         if isinstance(module, AutoencoderModule):
             self._counts = torch.zeros(module.autoencoder.config.num_vq_embeddings, device=module.device)
@@ -62,12 +62,12 @@ class CodebookUse(Callback):
         self._counts += code_counts(output.info.indices, len(self._counts))
 
     def on_validation_end(self, trainer: Trainer, module: FirstStageModule) -> None:
-        """Stop counting."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def on_validation_epoch_end(self, trainer: Trainer, module: FirstStageModule) -> None:
-        """Add the ranks' counts up and log."""
+        """Sum the counts over ranks and log."""
         if not self._hooks:
             return
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum")
@@ -91,14 +91,14 @@ class CodebookUse(Callback):
 
 
 def histogram(counts: Tensor, bars: int) -> Tensor:
-    """How evenly codes are used: a bar for each, from the most used to the least.
+    """Bar chart of code usage, from the most used code to the least used.
 
-    The scale is logarithmic and always the same: a code that is used as often as the mean of all reaches the grey line
-    in the middle, one that is used a hundred times as often the top; one that is never used has no bar.
+    The log scale is fixed: a code of mean frequency reaches the grey line in the middle, a code of a hundred times the
+    mean frequency reaches the top, and an unused code has no bar.
 
     Args:
         counts: how often each code was used, `(n,)`, not all 0.
-        bars: at most so many; where there are more codes, each is of the mean of a group.
+        bars: maximum number of bars; with more codes, each bar shows the mean of a group of codes.
 
     Returns:
         `(3, H, W)` in [-1, 1].

@@ -1,4 +1,4 @@
-"""How samples come about."""
+"""Shows the denoising process of a few samples."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ldm_lab.utils.limits import Count, Whole
 
 
 class DenoisingStrip(Callback):
-    """Every so many images and at the end, a row for each of some samples: what each step takes for the clean image.
+    """Shows, every so many images and at the end, the predicted clean image at each step, one row per sample.
 
-    They are the first samples of the grid, where seed, sampler and steps are the same.
+    The samples are the first samples of `SampleGrid` if seed, sampler and steps are the same.
 
     Args:
         folder: `samples/` of the stage.
         every_images: interval in training images.
-        images: how many samples.
-        frames: steps that are shown, evenly spread, the last among them.
-        steps: evaluations of the UNet for a sample.
+        images: number of samples.
+        frames: number of steps shown, evenly spaced, the last step included.
+        steps: UNet evaluations per sample.
         seed: sample i is drawn from (seed, i).
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
 
@@ -52,29 +52,29 @@ class DenoisingStrip(Callback):
         self.images, self.frames, self.steps, self.seed, self.sampler = images, frames, steps, seed, sampler
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Begin to count."""
+        """Start the interval at the number of images seen so far."""
         self.every.start(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
-        """Draw when due, and at the last step."""
+        """Sample when due, and at the last step."""
         if self.every.due(trainer, module) or trainer.global_step >= trainer.max_steps:
             self.draw(trainer, module)
 
     @torch.no_grad()
     def draw(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Draw, each rank its share."""
+        """Sample and show the rows; each rank samples its share."""
         pipe = module.pipeline()
         pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
         shown = {round(place) for place in torch.linspace(0, self.steps - 1, min(self.frames, self.steps)).tolist()}
 
         def strips(indices: Sequence[int]) -> Tensor:
-            own = generators(self.seed, indices)
-            latents = pipe.noise(len(indices), own)  # (n, C, h, w)
+            rngs = generators(self.seed, indices)
+            latents = pipe.noise(len(indices), rngs)  # (n, C, h, w)
             pipe.scheduler.set_timesteps(self.steps)
             with precision_of(trainer):
                 frames = [
                     pipe.decode(output.pred_original_sample)
-                    for step, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, own))
+                    for step, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, rngs))
                     if step in shown
                 ]
             return torch.stack(frames, dim=1)  # F x (n, 3, H, W) -> (n, F, 3, H, W)

@@ -1,4 +1,4 @@
-"""Whether the discriminator still has something to say."""
+"""Warns when the discriminator has collapsed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ TERMS = ("discriminator", "logits_real", "logits_fake")
 
 
 class DiscriminatorHealth(Callback):
-    """Says when the discriminator has collapsed: `collapse/discriminator` is 1 as long as that lasts, else 0.
+    """Warns when the discriminator has collapsed; `collapse/discriminator` is 1 while the collapse lasts, else 0.
 
-    Looked at are the means of its loss and its logits over the steps between two validations. Either it *wins*: its
-    hinge loss is nearly 0, and with it its gradient; or it is *blind*: real images and reconstructions get the same
-    logits. In good training the loss lies between about 0.3 and 1, and the logits apart. A first stage without
-    discriminator has nothing to log, nor has one whose discriminator has not begun.
+    The callback averages the discriminator's loss and logits over the steps between two validations. The discriminator
+    *wins* if its hinge loss, and so its gradient, is nearly 0. It is *blind* if real images and reconstructions get the
+    same logits. In good training the loss is between about 0.3 and 1, and the logits differ. Without a discriminator,
+    or before the discriminator starts, there is nothing to log.
 
     Args:
-        loss_below: mean hinge loss under which it wins.
-        gap_below: distance of the mean logits under which it is blind.
-        patience: so many validations in a row; it is over when loss and distance are twice as large.
+        loss_below: the discriminator wins below this mean hinge loss.
+        gap_below: the discriminator is blind if the mean logits differ by less.
+        patience: validations in a row; a collapse ends when loss and difference are twice these limits.
     """
 
     def __init__(self, loss_below: NonNegative = 0.01, gap_below: NonNegative = 1e-3, patience: Count = 3) -> None:
@@ -36,16 +36,16 @@ class DiscriminatorHealth(Callback):
         self._sums, self._steps = torch.zeros(len(TERMS)), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The episode and the sums."""
+        """State of the collapse detector, and the running sums."""
         return {"episode": self.episode.state_dict(), "sums": self._sums, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the collapse detector and the running sums."""
         if self.episode.load_state_dict(state["episode"]):
             self._sums, self._steps = state["sums"], state["steps"]
 
     def on_train_batch_end(self, trainer: Trainer, module: FirstStageModule, *_: object) -> None:
-        """Add a step up, on the device."""
+        """Add this step's terms to the sums, on the device."""
         size = trainer.datamodule.global_batch_size
         whole = module.images_seen % size == 0
         if not whole or module.loss.discriminator is None or module.step_left_out:
@@ -55,7 +55,7 @@ class DiscriminatorHealth(Callback):
             self._steps += 1
 
     def on_validation_epoch_end(self, trainer: Trainer, module: FirstStageModule) -> None:
-        """Judge; rank 0 speaks for all."""
+        """Check for a collapse and log; only rank 0 prints the warning."""
         if not self._steps:
             return
         loss, real, fake = trainer.strategy.broadcast(self._sums / self._steps).tolist()

@@ -1,4 +1,4 @@
-"""Encodes the training images before stage 2 begins, once for all runs."""
+"""Encodes the training images before stage 2 begins, into a cache that all runs share."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.writing import require_writable
 
-WAIT = 0.5  # seconds between two looks at what others encode
-Claims = deque[tuple[int, contextlib.ExitStack]]  # shards that this process has claimed, and what gives them back
+WAIT = 0.5  # seconds between two checks of the shards that other processes encode
+Claims = deque[tuple[int, contextlib.ExitStack]]  # claimed shards; closing the stack releases
 
 
 class Encode(Callback):
     """Gives stage 2 its training images as latents, with `data.latents=cached`.
 
-    What is missing in the cache is encoded shard by shard, by all ranks and by whatever other runs are there at the
-    same time; each goes on when all is there. The batches are those of validation; the precision is
-    `data.latents_precision`, whatever the trainer's is: what is cached is used by many runs.
+    All ranks, and all other runs at the same time, encode the missing shards of the cache. Each process goes on once
+    the cache is complete. Batches have the validation batch size. The precision is `data.latents_precision`, not the
+    trainer's, as many runs use the same cache.
     """
 
     def on_fit_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Encode.
+        """Encode the missing shards, then let stage 2 train on the cache.
 
         Raises:
             UserError: the disk has no room, a number does not fit the dtype, or an image cannot be decoded.
@@ -56,7 +56,7 @@ class Encode(Callback):
         encode = Encoder(module.autoencoder, cache, data.latents_precision)
         check_room(cache, data.cache_dir)
         cache.open_folder()
-        share = len(cache.shards) * trainer.global_rank // trainer.world_size  # each rank begins at another place
+        share = len(cache.shards) * trainer.global_rank // trainer.world_size  # each rank begins at a different shard
         missing = new = cache.missing()
         with Bar(cache, missing, shown=trainer.is_global_zero and bool(missing)) as bar:
             while missing := cache.missing():
@@ -65,7 +65,7 @@ class Encode(Callback):
                     time.sleep(WAIT)
                 bar.update()
         data.cached = CachedLatents(cache, data.train_set)
-        shards = [data.cached.shard(number) for number in cache.shards]  # all of them are checked
+        shards = [data.cached.shard(number) for number in cache.shards]  # opening checks every shard
         if trainer.is_global_zero:
             tqdm.write(f"{rounding(cache, shards, data.latents_precision)}: {cache.folder}")
         for logger in run_loggers(trainer):
@@ -73,7 +73,7 @@ class Encode(Callback):
 
 
 def tell(logger: RunLogger, cache: LatentCache, new: bool) -> None:
-    """Tell a logger what the stage is trained on, and whether that was made for it."""
+    """Log the latent cache as an artifact: as an output if this run encoded any of it, else as an input."""
     if new:
         logger.log_artifact("latents", cache.key, folder=str(cache.folder), **cache.meta)
     else:
@@ -81,7 +81,7 @@ def tell(logger: RunLogger, cache: LatentCache, new: bool) -> None:
 
 
 def check_room(cache: LatentCache, cache_dir: object) -> None:
-    """Raises `UserError` where the disk has no room for what is missing, or nothing may be written there."""
+    """Raises `UserError` if the disk has no room for the missing latents, or the folder is not writable."""
     needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
     if needed:
         require_writable(cache.folder, "paths.cache=")
@@ -94,7 +94,7 @@ def check_room(cache: LatentCache, cache_dir: object) -> None:
 
 
 def rounding(cache: LatentCache, shards: Sequence[Shard], precision: str) -> str:
-    """How far cached latents lie from those of float32, in words."""
+    """A sentence on the error of cached latents against latents encoded in float32."""
     errors = [shard.error for shard in shards if not math.isnan(shard.error.relative_rms)]
     if not errors:
         return f"{cache.dtype} rounds the latents by {max(shard.rounding for shard in shards):.2g} (relative RMS)"
@@ -109,22 +109,22 @@ class Encoder:
 
     Args:
         autoencoder: the first stage.
-        cache: what they are for.
-        precision: in which it encodes: "float32", with all bits, or "bfloat16", by autocast.
+        cache: the cache that the moments are written to.
+        precision: "float32" (full precision, no TF32) or "bfloat16" (autocast).
     """
 
-    MEASURED = 4  # shards on whose first batch bfloat16 is compared with float32
+    MEASURED = 4  # shards; the first batch of each is encoded in bfloat16 and in float32 to compare
 
     def __init__(self, autoencoder: FirstStage, cache: LatentCache, precision: str) -> None:
         self.autoencoder, self.cache, self.precision = autoencoder, cache, precision
         self.measured = set() if precision == "float32" else set(spread(self.MEASURED, len(cache.shards)))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Encode."""
+        """Encode a batch."""
         return self._encode(images, self.precision)
 
     def error(self, images: Tensor, moments: Tensor) -> Error:
-        """What lies between the moments of images as they are kept, and those of float32."""
+        """Error of the moments as the cache stores them, against moments encoded in float32."""
         exact = self._encode(images, "float32")
         kept = moments.to(DTYPES[self.cache.dtype]).float()
         error = Error(relative_rms(kept, exact))
@@ -148,7 +148,7 @@ class Encoder:
 
 
 def encode_free(cache: LatentCache, shards: list[int], data: ImageDataModule, encode: Encoder, bar: Bar) -> bool:
-    """Encode those of `shards` that no other process has claimed; whether there were any."""
+    """Encode the shards that no other process has claimed; returns whether there were any."""
     claims: Claims = deque()
     batches = claimed_batches(cache, shards, data.val_size(data.trainer.world_size), claims)
     with contextlib.ExitStack() as stack:
@@ -173,9 +173,9 @@ def encode_free(cache: LatentCache, shards: list[int], data: ImageDataModule, en
 
 
 def claimed_batches(cache: LatentCache, shards: list[int], batch_size: int, claims: Claims) -> Iterator[list[int]]:
-    """Images of the shards that this process can claim, batch by batch; a claim is added to `claims` when it begins.
+    """Yields batches of image indices of the shards that this process can claim, and adds each claim to `claims`.
 
-    A loader looks ahead of what is encoded, so that a process holds two claims for a while.
+    The loader prefetches, so a process holds two claims for a while.
     """
     for shard in shards:
         claim = contextlib.ExitStack()
@@ -188,12 +188,12 @@ def claimed_batches(cache: LatentCache, shards: list[int], batch_size: int, clai
 
 
 class Bar:
-    """Images that are encoded, by whomever.
+    """Progress bar of the images in the cache, whichever process encodes them.
 
     Args:
-        cache: what is filled.
+        cache: the cache that is being filled.
         missing: shards that are missing now.
-        shown: whether this process shows it.
+        shown: whether this process shows the bar.
     """
 
     def __init__(self, cache: LatentCache, missing: list[int], shown: bool) -> None:
@@ -210,7 +210,7 @@ class Bar:
         self._bar.close()
 
     def update(self, begun: int = 0) -> None:
-        """Show what is there, and `begun` images of a shard that is not yet."""
+        """Show the images of complete shards plus `begun` images of the current shard."""
         if self.shown:
             self._bar.update(max(0, self._there(self.cache.missing()) + begun - self._bar.n))
 

@@ -1,13 +1,13 @@
-"""When something has gone wrong for long enough to say so, and when it is over."""
+"""Detects that a metric has been bad for several validations in a row, and that it has recovered."""
 
 from __future__ import annotations
 
 
 class Episode:
-    """Begins with the `patience`-th bad value in a row, ends with a good one; what is neither lets it go on.
+    """A period of bad values: begins at the `patience`-th bad value in a row, ends at a good value.
 
     Attributes:
-        on: whether there is one.
+        on: whether an episode lasts now; a value that is neither good nor bad changes nothing.
         since: training images at the first of the bad values.
     """
 
@@ -16,7 +16,7 @@ class Episode:
         self.on, self.since, self.count, self.at = False, 0, 0, -1
 
     def note(self, images_seen: int, bad: bool, good: bool) -> bool:
-        """Take note of a value; returns whether an episode begins with it."""
+        """Record a value; returns whether an episode begins with it."""
         self.at = images_seen
         if bad:
             self.since = self.since if self.count else images_seen
@@ -28,11 +28,11 @@ class Episode:
         return begins
 
     def state_dict(self) -> dict[str, int]:
-        """All but the patience."""
+        """All attributes but the patience."""
         return {"on": int(self.on), "since": self.since, "count": self.count, "at": self.at}
 
     def load_state_dict(self, state: dict[str, int]) -> bool:
-        """Go on from there, unless that is older: a resumed run makes up for a validation before it loads its state.
+        """Restore a state, unless it is older than this one: a resumed run may validate before it loads its state.
 
         Returns:
             Whether the state was taken.

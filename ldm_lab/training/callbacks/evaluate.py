@@ -1,4 +1,4 @@
-"""How far samples are from the training images, while training goes on."""
+"""Computes generative metrics (`eval/<metric>`) during training."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from ldm_lab.utils.limits import Count, Whole
 class EvaluateSamples(Callback):
     """Logs `eval/<metric>` of samples of the averaged weights, always from the same noise, against training images.
 
-    With the first validation after every so many images, and the last one. Extractor and features of the training
-    images are made when training starts; each rank takes its share. Figures of a few hundred samples are for comparing
-    the states of a run, and of runs alike: `python -m ldm_lab evaluate` makes those to report.
+    Runs with the first validation after every so many images, and with the last validation. The first evaluation also
+    computes the features of the training images. Each rank takes its share. Metrics of a few hundred samples serve only
+    to compare states of a run, or similar runs: `python -m ldm_lab evaluate` computes metrics to report.
 
     Args:
         every_images: interval in training images; `None`: never.
-        cache_dir: where extractors are kept.
+        cache_dir: folder of the extractors' weights.
         features: one of `ldm_lab.metrics.features.FEATURES`.
-        weights: file of pretrained ones; None: from torch's hub.
-        num_samples: how many; more than `ldm_lab.metrics.distribution.NEAREST_DENSITY`.
-        num_reference: training images that they are compared with, at most.
+        weights: file of pretrained weights; None: from torch's hub.
+        num_samples: number of samples; more than `ldm_lab.metrics.distribution.NEAREST_DENSITY`.
+        num_reference: maximum number of training images to compare with.
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
-        steps: evaluations of the UNet for a sample.
+        steps: UNet evaluations per sample.
         seed: sample i is drawn from (seed, i), as in `sample.py`.
 
     Raises:
@@ -65,7 +65,7 @@ class EvaluateSamples(Callback):
         self.check()
 
     def check(self) -> None:
-        """Raise `UserError` for settings that cannot be."""
+        """Raise `UserError` for invalid settings."""
         samplers.named(self.sampler)
         features.check(*self.settings)
         if self.num_samples <= distribution.NEAREST_DENSITY:
@@ -73,14 +73,14 @@ class EvaluateSamples(Callback):
             raise UserError(f"num_samples={self.num_samples}: {least} are the least that have neighbours")
 
     def setup(self, trainer: Trainer, module: DiffusionModule, stage: str) -> None:
-        """Make the extractor, before any step: where it cannot be had, nothing is trained."""
+        """Load the extractor before the first step, so that a missing extractor stops the run early."""
         if self.enabled:
             known = DataPixels(trainer.datamodule.train_set, "training images")
             self.extractor = features.make(*self.settings, known, self.cache_dir, trainer.strategy.root_device)
             self.real: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Begin to count."""
+        """Start the interval at the number of images seen so far."""
         self.every.start(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
@@ -98,15 +98,15 @@ class EvaluateSamples(Callback):
         scores["kid"] = distribution.kid(generated, self.real, draws=0)
         scores[extractor.distance] = distribution.frechet(generated, distribution.gaussian(self.real), draws=0)
         for name, one in scores.items():
-            module.log(f"eval/{name}", one.value, batch_size=1)  # the same on all ranks, and on their hosts
+            module.log(f"eval/{name}", one.value, batch_size=1)  # all ranks have the same value, on the CPU
 
     def shared(self, trainer: Trainer, count: int, make: Callable[[range], Tensor]) -> Tensor:
-        """Features of `count` images `(count, D)`, on every rank's host; each has computed its share.
+        """Features of `count` images `(count, D)`, on the CPU of every rank; each rank computes its share.
 
         Args:
-            trainer: of the run.
-            count: how many.
-            make: places of n images -> these, `(n, 3, H, W)`, uint8.
+            trainer: the run's trainer.
+            count: number of images.
+            make: maps the indices of n images to the images `(n, 3, H, W)`, uint8.
         """
         device = trainer.strategy.root_device
         found = torch.zeros(count, self.extractor.dimension, device=device)
@@ -116,15 +116,15 @@ class EvaluateSamples(Callback):
         return trainer.strategy.reduce(found, reduce_op="sum").cpu()
 
     def drawing(self, trainer: Trainer, module: DiffusionModule) -> Callable[[range], Tensor]:
-        """What draws samples of these places: `(n, 3, H, W)`, uint8."""
+        """A function that maps n sample indices to samples `(n, 3, H, W)`, uint8."""
         pipe = module.pipeline()
         pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
 
         def draw(places: range) -> Tensor:
-            own = generators(self.seed, places)
+            rngs = generators(self.seed, places)
             with precision_of(trainer):
-                images = pipe(len(places), own, num_inference_steps=self.steps, output_type="pt").images
-            return (images * 255).round().to(torch.uint8)  # as they would be saved
+                images = pipe(len(places), rngs, num_inference_steps=self.steps, output_type="pt").images
+            return (images * 255).round().to(torch.uint8)  # as a PNG would store them
 
         return draw

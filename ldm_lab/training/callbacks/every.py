@@ -1,4 +1,4 @@
-"""When to act: every so many training images."""
+"""Schedules callbacks by the number of training images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm_lab.training.stage_module import StageModule
 class Every:
     """`due(trainer, module)` is true at the end of the step that crosses a multiple of `images`.
 
-    It is never true inside an accumulated batch: between steps of the optimizer the state is whole.
+    It is never true inside an accumulated batch, as a checkpoint holds no partly accumulated gradients.
     """
 
     def __init__(self, images: int) -> None:
@@ -18,11 +18,11 @@ class Every:
         self.last = 0
 
     def start(self, module: StageModule) -> None:
-        """Begin to count where the run stands."""
+        """Start the interval at the number of images seen so far."""
         self.last = module.images_seen
 
     def due(self, trainer: Trainer, module: StageModule) -> bool:
-        """Whether a multiple was crossed since the last time."""
+        """Whether the run has crossed a multiple since the last call."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return False
         crossed = self.crossed(module)
@@ -31,5 +31,5 @@ class Every:
         return crossed
 
     def crossed(self, module: StageModule) -> bool:
-        """The same at the end of a step, without taking note."""
+        """Like `due` at the end of a step, but without recording the call."""
         return module.images_seen // self.images > self.last // self.images

@@ -1,4 +1,4 @@
-"""The result of a stage, in the community's format."""
+"""Exports the result of a stage in the diffusers format."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ldm_lab.utils.hub import INDEX
 
 
 class Export(Callback):
-    """When all is done, write `final/`; a diffusion stage makes its run a pipeline folder too.
+    """Writes `final/` at the end of training; a diffusion stage also makes its run a pipeline folder.
 
-    It waits for `on_fit_end`, which Lightning also calls where a resumed run finds nothing left to train.
+    It acts in `on_fit_end`, which Lightning also calls if a resumed run has nothing left to train.
 
     Args:
         stage_folder: the stage's folder; its parent is the run's.
@@ -27,7 +27,7 @@ class Export(Callback):
         self.folder = Path(stage_folder)
 
     def on_fit_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Export on rank 0 if training came to its end."""
+        """Export on rank 0 if training is complete."""
         if trainer.global_step < trainer.max_steps or not trainer.is_global_zero:
             return
         if isinstance(module, DiffusionModule):
@@ -42,7 +42,7 @@ class Export(Callback):
 
 
 def publish(pipeline: Path, run: Path) -> None:
-    """Make `run` the same pipeline folder as `pipeline`; the index comes last."""
+    """Link or copy the files of the folder `pipeline` into `run`, `model_index.json` last."""
     files = sorted((p for p in pipeline.rglob("*") if p.is_file()), key=lambda p: p.name == INDEX)
     for source in files:
         place(source, run / source.relative_to(pipeline))

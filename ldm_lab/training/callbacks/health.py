@@ -1,4 +1,4 @@
-"""What `python -m ldm_lab doctor` asks, asked while it trains."""
+"""Runs the checks of `python -m ldm_lab doctor` during training."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ldm_lab.utils.shell import command
 
 
 class Health(Callback):
-    """Says in words, once, what looks broken; and shows the images that training begins with.
+    """Warns once about each training problem, and shows the first training images.
 
-    After each validation the checks of `runs.diagnosis` look at the newest metrics. One that finds something bad
-    `patience` times in a row is a warning; it may come again when all was well in between. Codebook and discriminator
-    are left to `CodebookUse` and `DiscriminatorHealth`, which see every code and every step.
+    After each validation the checks of `runs.diagnosis` read the newest metrics. A check that fails `patience` times in
+    a row prints a warning, and may warn again after it has passed in between. `CodebookUse` and `DiscriminatorHealth`
+    check codebook and discriminator instead, as they see every code and every step.
 
-    The picture `data` holds the first training images as the network gets them, cropped and flipped; where stage 2
-    trains on cached latents, as the first stage decodes these.
+    The picture `data` shows the first training images as the network gets them, cropped and flipped; with cached
+    latents, as the first stage decodes them.
 
     Args:
-        folder: of the stage.
-        images: on the picture, at most; those that rank 0 has in the first step.
+        folder: the stage's folder.
+        images: maximum number of images on the picture, taken from the first step on rank 0.
         patience: validations in a row.
     """
 
     ELSEWHERE = ("codebook", "discriminator")
-    KEPT = 64  # validations, for the checks that look back
+    KEPT = 64  # validations, for checks that compare with earlier ones
 
     def __init__(self, folder: str, images: Count = 36, patience: Count = 3) -> None:
         self.stage_folder, self.images, self.patience = Path(folder), images, patience
@@ -48,12 +48,12 @@ class Health(Callback):
         self._config: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics of the newest validations, and which warnings stand."""
+        """The metrics of the newest validations, and the active warnings."""
         episodes = {check: episode.state_dict() for check, episode in self.episodes.items()}
         return {"curves": {name: list(map(list, curve)) for name, curve in self.curves.items()}, "episodes": episodes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, and with what a resumed run has made up for before."""
+        """Restore the state, and keep the newer metrics of a validation that a resumed run has made up before."""
         for name, curve in state["curves"].items():
             self.curves[name] = sorted({**dict(map(tuple, curve)), **dict(self.curves.get(name, []))}.items())
         for check, episode in state["episodes"].items():
@@ -62,7 +62,7 @@ class Health(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: StageModule, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Keep the images of the very first step, and show them."""
+        """Collect the images of the first step and show them."""
         size = trainer.datamodule.global_batch_size
         if module.images_seen >= size or not trainer.is_global_zero:
             return
@@ -73,7 +73,7 @@ class Health(Callback):
             self._note(module, sheet(StageRecord(self.stage_folder, module.stage)), patience=1)
 
     def on_validation_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Take note of the metrics, and judge them."""
+        """Record the metrics and run the checks."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         for name, value in trainer.callback_metrics.items():
@@ -86,7 +86,7 @@ class Health(Callback):
                 self._note(module, finding, self.patience)
 
     def _note(self, module: StageModule, finding: Finding, patience: int) -> None:
-        """Take note of a finding; say it where it has been bad for so long."""
+        """Record a finding; print it after `patience` bad validations in a row."""
         episode = self.episodes.setdefault(finding.check, Episode(patience))
         if episode.note(module.images_seen, bad=finding.verdict == BAD, good=finding.verdict == OK):
             tqdm.write(
@@ -97,7 +97,7 @@ class Health(Callback):
 
 @torch.no_grad()
 def as_images(module: StageModule, batch: dict[str, Tensor]) -> Tensor:
-    """What a training batch shows, `(b, 3, H, W)` about in [-1, 1]; cached latents are decoded."""
+    """The images of a training batch, `(b, 3, H, W)`, about in [-1, 1]; cached latents are decoded."""
     if "image" in batch:
         return batch["image"]
     latents = module.autoencoder.from_moments(batch["moments"].float())  # (b, C, h, w)

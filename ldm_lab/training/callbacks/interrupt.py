@@ -1,4 +1,4 @@
-"""A signal, or a callback that asks for an end: stop between two steps, with everything saved."""
+"""Stops training between two steps, with a checkpoint saved, on a signal or when a callback asks for it."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.signals import BROKEN_PIPE, Interrupted, heeded
 from ldm_lab.utils.terminal import cry
 
-NOT_REPEATED = (getattr(signal, "SIGHUP", None), BROKEN_PIPE)  # out of impatience: whoever asked is gone
+NOT_REPEATED = (getattr(signal, "SIGHUP", None), BROKEN_PIPE)  # the sender is gone: nobody is impatient
 
 
 class BrokenOff(Exception):  # noqa: N818  it is no error
-    """A validation ends here: the state was saved before it, and the next start makes up for it."""
+    """A validation was broken off: the checkpoint precedes it, and the next start runs the validation again."""
 
 
 class Interrupt(Callback):
-    """On the first signal finish the step, save and stop; on the second stop at once.
+    """On the first signal finishes the step, saves and stops; on the second signal stops at once.
 
-    With several ranks all must stop after the same step, whichever has got the signal, or the others wait for
-    ever: they compare notes every `EVERY` steps. A validation is not waited for, nor is it done after the last step.
+    All ranks must stop after the same step, whichever rank got the signal, or the rest would wait forever: the ranks
+    exchange their signals every `EVERY` steps. A signal breaks off a running validation and drops the final one.
 
-    The same where a callback, of whatever rank, sets `trainer.should_stop`, but that a validation comes to its end.
-    Lightning would stop in the middle of a step, and validate where no validation is due.
+    If a callback on any rank sets `trainer.should_stop`, training stops likewise, but a running validation completes.
+    Lightning alone would stop in the middle of a step, and validate when no validation is due.
 
     Attributes:
-        received: the signal, of this rank or (where they have compared notes) another; None: no signal.
+        received: the signal that this rank, or after an exchange any rank, has got; None: no signal.
     """
 
     EVERY = 8
-    # A launcher passes on what the whole group has got already, so that one request comes twice. Of Ctrl-C it is a
-    # person who repeats it.
+    # A launcher forwards a signal that the whole process group has got already, so one request arrives twice. Only
+    # Ctrl-C is repeated by a person.
     ONE_REQUEST = 5.0  # seconds
-    NO_SIGNAL = 0.5  # where ranks compare the numbers of signals: a callback asks
+    NO_SIGNAL = 0.5  # stands for a callback's request where ranks compare signal numbers
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -51,17 +51,17 @@ class Interrupt(Callback):
         self._before = {number: signal.getsignal(number) for number in heeded()}
 
     def setup(self, trainer: Trainer, module: StageModule, stage: str) -> None:
-        """Let Lightning stop where `_stop` allows it, and give each start the whole of `max_time`."""
+        """Let Lightning stop only where `_stop` allows it, and give each start the full `max_time`."""
         if stage != TrainerFn.FITTING:
             return
         loop = trainer.fit_loop.epoch_loop
         self._least, loop.min_steps = loop.min_steps or 0, sys.maxsize
         for callback in trainer.callbacks:
-            if isinstance(callback, Timer):  # who counts on would end the next start where the first has ended
+            if isinstance(callback, Timer):  # a restored Timer would stop the next start at once
                 callback.load_state_dict = lambda state: None
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Take over the signals while training runs."""
+        """Install the signal handlers."""
         self._speaks = trainer.is_global_zero
         for number in self._before:
             signal.signal(number, self._on_signal)
@@ -79,7 +79,7 @@ class Interrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Save and stop where somebody has asked for it; the last step ends the training anyway."""
+        """Save and stop if a signal or a callback asks for it; a callback need not ask at the last step."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return
         wish = self._asked(trainer, trainer.global_step)
@@ -94,12 +94,12 @@ class Interrupt(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, module: StageModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Break a validation off, for a signal."""
+        """Break off the validation if there is a signal."""
         if self._asked(trainer, batch_idx) > self.NO_SIGNAL:
             raise BrokenOff
 
     def on_validation_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Stop where a validation gave the reason to; the state was saved before it."""
+        """Stop if the validation gave a callback a reason to ask; the checkpoint was saved before the validation."""
         if trainer.state.fn == TrainerFn.FITTING and self._asked(trainer, count=0):
             self._stop(trainer)
 
@@ -108,9 +108,9 @@ class Interrupt(Callback):
         trainer.fit_loop.epoch_loop.min_steps, trainer.fit_loop.min_epochs = None, 0
 
     def _asked(self, trainer: Trainer, count: int) -> float:
-        """Who asks for an end, at a place that all ranks pass with the same `count`: see `agree`."""
+        """The request to stop, if any (see `agree`); all ranks must call this with the same `count`."""
         if trainer.world_size == 1:
-            return self._wish(trainer)  # and no wait for the device
+            return self._wish(trainer)  # without waiting for the device
         return 0.0 if count % self.EVERY else self.agree(trainer)
 
     def _wish(self, trainer: Trainer) -> float:
@@ -118,41 +118,41 @@ class Interrupt(Callback):
         return float(self.received or self.NO_SIGNAL * asked)
 
     def agree(self, trainer: Trainer) -> float:
-        """Let all ranks know of what any of them was asked; they wait for each other.
+        """Share a request to stop with all ranks; the ranks wait for each other.
 
         Returns:
-            The signal, the same on all ranks; `NO_SIGNAL`: a callback asks; 0: nobody does.
+            The signal, the same on all ranks; `NO_SIGNAL`: a callback asks to stop; 0: no request.
         """
         wish = torch.tensor(self._wish(trainer), device=trainer.strategy.root_device)
         wish = float(trainer.strategy.reduce(wish, reduce_op="max"))
-        self.received = self.received or int(wish) or None  # one may have come in while the others were waited for
+        self.received = self.received or int(wish) or None  # a signal may have arrived during the reduction
         return wish
 
     def reason(self, trainer: Trainer) -> str:
-        """Why a training has ended before its end, without a signal."""
+        """Why training has stopped early without a signal."""
         for callback in trainer.callbacks:
             if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-                said = callback.stopping_reason_message.removesuffix("Signaling Trainer to stop.")
-                return f"EarlyStopping: {' '.join(said.split()).rstrip('.')}"
+                message = callback.stopping_reason_message.removesuffix("Signaling Trainer to stop.")
+                return f"EarlyStopping: {' '.join(message.split()).rstrip('.')}"
             if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
                 return "the time of trainer.max_time is over"
         return "a callback has set trainer.should_stop"
 
     def teardown(self, trainer: Trainer, module: StageModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def on_exception(self, trainer: Trainer, module: StageModule, exception: BaseException) -> None:
-        """Give them back where Lightning does not come to `teardown`, nor leaves Ctrl-C as it was."""
+        """Restore the signal handlers, as Lightning skips `teardown` here and changes the handler of Ctrl-C."""
         self.teardown(trainer, module, "fit")
 
 
 def without_own_handlers(trainer: Trainer) -> None:
-    """Keep Lightning's hands off the signals, and from asking all ranks about them in every step.
+    """Disables Lightning's signal handlers, and its broadcast of SIGTERM to all ranks in every step.
 
-    Its handler of SIGTERM waits for the other ranks in the middle of a step, so that a signal to one of them is the
-    end of all progress; under Slurm its handler of SIGUSR1 saves where nobody looks for it.
+    Lightning's SIGTERM handler waits for the other ranks in the middle of a step, so a signal to one rank is a
+    deadlock. Under Slurm its SIGUSR1 handler saves a checkpoint that no run would look for.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

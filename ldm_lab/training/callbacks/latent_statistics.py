@@ -1,4 +1,4 @@
-"""Whether the latents have the scale that diffusion is made for."""
+"""Logs mean and standard deviation of the latents, which diffusion expects to be near 0 and 1."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ldm_lab.training.statistics import moments, of_all_ranks, pooled
 class LatentStatistics(Callback):
     """Logs mean and standard deviation of the scaled latents of held-out images: `val/latent_mean`, `val/latent_std`.
 
-    The noise that is added to them has 0 and 1, and where theirs are far from that, its levels mean something else.
-    They are taken over all entries of all latents, whatever the batch size and the number of ranks.
+    The added noise has mean 0 and standard deviation 1; latents far from these shift the signal-to-noise ratio of every
+    noise level. The statistics are over all entries of all latents, whatever the batch size and the number of ranks.
     """
 
     def on_validation_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Begin at zero."""
-        self.rows: list[Tensor] = []  # number, mean and variance of the entries of each batch, (3,)
+        """Clear the statistics."""
+        self.rows: list[Tensor] = []  # of each batch: number, mean and variance of the entries, (3,)
 
     def on_validation_batch_end(
         self,
@@ -29,12 +29,12 @@ class LatentStatistics(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Look at the latents of a batch, on the device."""
+        """Add the statistics of a batch, on the device."""
         if dataloader_idx == 0:
             self.rows.append(moments(outputs["latents"]))  # of (B, C, h, w)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Log over all ranks."""
+        """Combine the statistics of all ranks and log."""
         mean, std = pooled(of_all_ranks(trainer, self.rows))
         module.log("val/latent_mean", mean, batch_size=1, sync_dist=True)
         module.log("val/latent_std", std, batch_size=1, sync_dist=True)

@@ -1,4 +1,4 @@
-"""Where on the way from noise to image the network errs."""
+"""Logs the held-out loss by range of timesteps."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PARTS = 10  # of the range of time
 class LossByTimestep(Callback):
     """Logs the loss on held-out images by tenths of the timesteps: `val/loss_t0`, the least noise, to `val/loss_t9`.
 
-    Each is the mean over all images whose fixed timestep lies there, whatever the batch size and the number of ranks,
-    so that `val/loss` is their mean, weighted by those numbers. A tenth without an image is left out.
+    Each metric is the mean over all images whose fixed timestep is in that tenth, whatever the batch size and number of
+    ranks. `val/loss` is their mean, weighted by image counts. A tenth without an image is not logged.
     """
 
     def on_validation_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Begin at zero."""
-        self.rows: list[Tensor] = []  # of each batch, losses and images by parts, (2, PARTS)
+        """Clear the losses."""
+        self.rows: list[Tensor] = []  # of each batch: sum of losses and number of images per tenth, (2, PARTS)
 
     def on_validation_batch_end(
         self,
@@ -32,7 +32,7 @@ class LossByTimestep(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add the losses of a batch up, on the device."""
+        """Add the losses of a batch, on the device."""
         if dataloader_idx == 0:
             losses = outputs["losses"].float()  # (B,)
             parts = batch["timestep"] * PARTS // len(module.scheduler)  # (B,)

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite."""
+"""Handles NaN and infinity in losses and gradients."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ ADVICE = (
 
 
 @dataclass
-class Looked:
-    """What is known of a step.
+class ScannedStep:
+    """The images, losses and gradient norms of one optimizer step.
 
     Attributes:
-        batches: `index` and `position` of the images of its micro-batches, of this rank.
-        losses: of them, 0-dim.
-        names: of what was looked at.
-        norms: of the gradients, by network, before they are clipped; none under float16.
-        read: whether these are not finite; waits until it is known.
-        images_seen: at its end.
+        batches: `index` and `position` of the images of each micro-batch, on this rank.
+        losses: loss of each micro-batch, 0-dim.
+        names: the checked values.
+        norms: gradient norm of each network before clipping; empty under float16.
+        read: returns one flag for each of `names`, true if not finite; waits for the device.
+        images_seen: training images at the end of the step.
     """
 
     batches: list[dict[str, Tensor]] = field(default_factory=list)
@@ -51,20 +51,20 @@ class Looked:
 
 
 class NotFinite(Callback):
-    """Looks in every step whether losses and gradients are finite; what comes of others is never saved.
+    """Checks every step for NaN and infinity in losses and gradients, and never lets such a step be saved.
 
-    `trainer.on_nan=stop` ends the training, on all ranks, before anything is validated, shown or saved of the step.
-    With `skip` the optimizer's step is left out: weights, moments, averages, codebook and running statistics stay as
-    they are, while the stream of images, the learning rate and the numbers of steps go on; `train/skipped_steps`
-    counts. Too many in a row end the training too. Either way `folder/not_finite/<images seen>.json` lists the images.
+    `trainer.on_nan=stop` stops training on all ranks before the step is validated, shown or saved. `skip` skips the
+    optimizer's step: weights, Adam moments, EMA weights, codebook and running statistics stay unchanged; the data
+    stream, the learning rate and the step count go on; `train/skipped_steps` counts the skipped steps. Too many in a
+    row stop training too. In both modes `folder/not_finite/<images seen>.json` lists the images of the step.
 
-    It costs a pass over the gradients, and with several ranks the reduction of a few numbers. `stop` learns the result
-    at the end of the next step, when it is long there, or as soon as another callback acts; `skip` must know it before
-    the optimizer's step, so that the device runs dry for a moment in each. Under float16 the gradients are those of its
-    loss scaler, which leaves steps out itself: only the loss is looked at.
+    The check costs a pass over the gradients, and with several ranks an all-reduce of a few numbers. `stop` reads the
+    flag one step late, or as soon as another callback acts, so the step never waits for the device. `skip` must read
+    the flag before the optimizer's step, so the device idles for a moment in each step. Under float16 the gradients are
+    scaled, and the loss scaler skips steps itself: this callback checks only the loss.
 
-    The norm of the gradients is logged, as it is before clipping: `train/grad_norm`, and that of a discriminator, whose
-    game is another, `disc/grad_norm`.
+    It also logs the gradient norm before clipping: `train/grad_norm`, and `disc/grad_norm` for a discriminator, which
+    minimises its own loss.
 
     Args:
         folder: the stage's folder.
@@ -75,32 +75,32 @@ class NotFinite(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder) / "not_finite"
         self.skipped = self.in_a_row = 0
-        self._step = self._unread = Looked()
+        self._step = self._unread = ScannedStep()
         self._statistics: list[tuple[Tensor, Tensor]] = []
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
+        """The counts of skipped steps."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Count on."""
+        """Restore the counts."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def on_train_batch_start(self, trainer: Trainer, module: StageModule, batch: dict, batch_idx: int) -> None:
-        """Remember which images these are."""
+        """Record the images of a micro-batch."""
         if module.images_seen % trainer.datamodule.global_batch_size == 0:
-            self._step = Looked()
-            if trainer.on_nan == "skip":  # a forward changes these already
+            self._step = ScannedStep()
+            if trainer.on_nan == "skip":  # the forward pass already changes running statistics
                 normed = [part for part in module.modules() if isinstance(part, _NormBase)]
                 self._statistics = [(b, b.clone()) for part in normed for b in part.buffers()]
         self._step.batches.append({key: batch[key] for key in ("index", "position")})
 
     def on_before_backward(self, trainer: Trainer, module: StageModule, loss: Tensor) -> None:
-        """Remember the loss of a micro-batch."""
+        """Record the loss of a micro-batch."""
         self._step.losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, module: StageModule, optimizer: Optimizer) -> None:
-        """Look at the whole step, before its gradients are clipped; with `skip` take them away where need be."""
+        """Check the whole step before gradient clipping; with `skip`, drop gradients that are not finite."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._step.norms = {} if scaled else gradient_norms(module)
         norms = {f"gradient of {network}": norm for network, norm in self._step.norms.items()}
@@ -113,19 +113,19 @@ class NotFinite(Callback):
         module.step_left_out = trainer.on_nan == "skip" and any(self._step.read())
         if module.step_left_out:
             for parameter in module.parameters():
-                parameter.grad = None  # which optimizers pass over, with their moments
+                parameter.grad = None  # optimizers skip these parameters and their moments
             for statistic, before in self._statistics:
                 statistic.copy_(before)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Say what was found: in the step before, and in this one where others act at its end."""
+        """Report the step before; report this step too if another callback acts at its end."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return
         self._settle(trainer, module)
         self._step.images_seen, self._unread = module.images_seen, self._step
-        intervals = [getattr(callback, "every", None) for callback in trainer.callbacks]  # a user's own may be anything
+        intervals = [getattr(callback, "every", None) for callback in trainer.callbacks]  # any type in user callbacks
         others_act = any(every.crossed(module) for every in intervals if isinstance(every, Every))
         if trainer.on_nan == "skip" or others_act or trainer.global_step >= trainer.max_steps:
             self._settle(trainer, module)
@@ -134,12 +134,12 @@ class NotFinite(Callback):
         log_norms(module, self._step.norms)
 
     def on_save_checkpoint(self, trainer: Trainer, module: StageModule, checkpoint: dict[str, Any]) -> None:
-        """Say it at the latest when something is saved, as after a signal."""
+        """Report before a checkpoint is saved, as after a signal."""
         self._settle(trainer, module)
 
     def _settle(self, trainer: Trainer, module: StageModule) -> None:
-        """Count, and report what was not finite."""
-        step, self._unread = self._unread, Looked()
+        """Update the counts, and report a step that was not finite."""
+        step, self._unread = self._unread, ScannedStep()
         found = [name for name, flag in zip(step.names, step.read(), strict=True) if flag]
         if step.names:
             self.in_a_row = self.in_a_row + 1 if found else 0
@@ -147,11 +147,11 @@ class NotFinite(Callback):
         if found:
             self._report(trainer, module, step, found)
 
-    def _report(self, trainer: Trainer, module: StageModule, step: Looked, found: list[str]) -> None:
-        """List the images; end the training, or say that the step was left out.
+    def _report(self, trainer: Trainer, module: StageModule, step: ScannedStep, found: list[str]) -> None:
+        """Write the list of images; then stop training, or print that the step was skipped.
 
         Raises:
-            UserError: the training ends here. Launchers end all processes when one fails: the others end quietly.
+            UserError: training stops, on rank 0. The other ranks exit quietly, as a launcher ends all when one fails.
         """
         seen, size = step.images_seen, trainer.datamodule.global_batch_size
         path = self.folder / f"{seen:09d}.json"
@@ -169,8 +169,8 @@ class NotFinite(Callback):
             tqdm.write(f"skipped {line}")
 
 
-def images(trainer: Trainer, step: Looked) -> list[dict[str, Any]]:
-    """The micro-batches of this rank, as plain data; with files where the data set has them."""
+def images(trainer: Trainer, step: ScannedStep) -> list[dict[str, Any]]:
+    """The micro-batches of this rank as JSON data, with file names if the data set has files."""
     path = getattr(trainer.datamodule.train_set, "path", None)
     batches = []
     for batch, loss in zip(step.batches, step.losses, strict=True):
@@ -181,20 +181,20 @@ def images(trainer: Trainer, step: Looked) -> list[dict[str, Any]]:
 
 
 def gradient_norms(module: nn.Module) -> dict[str, Tensor]:
-    """Network -> the norm of its gradient, 0-dim: not finite where a value is not, or too large to be squared.
+    """Gradient norm of each network, 0-dim; not finite if a value is not finite or its square overflows.
 
-    The squares are what Adam keeps. A norm is also several times as fast as the largest absolute value.
+    Adam stores these squares. A norm is also several times as fast to compute as the largest absolute value.
     """
     networks: dict[str, list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
-            network = name.removeprefix("loss.").split(".")[0]  # the loss owns the discriminator
+            network = name.removeprefix("loss.").split(".")[0]  # the discriminator is a submodule of the loss
             networks.setdefault(network, []).append(parameter.grad)
     return {name: get_total_norm(gradients) for name, gradients in networks.items()}
 
 
 def log_norms(module: StageModule, norms: dict[str, Tensor]) -> None:
-    """Log them as they lie on the device: whoever writes a row of metrics reads them."""
+    """Log the norms without reading them from the device; the loggers read them when they write a row."""
     norms = dict(norms)
     if (discriminator := norms.pop("discriminator", None)) is not None:
         module.log("disc/grad_norm", discriminator, batch_size=1)
@@ -203,10 +203,10 @@ def log_norms(module: StageModule, norms: dict[str, Tensor]) -> None:
 
 
 def read_later(flags: Tensor) -> Callable[[], list[bool]]:
-    """Copy to the host meanwhile: what is returned waits for this copy, not for what the device is given after it."""
+    """Copy flags to the host asynchronously; the returned function waits for the copy, not for later device work."""
     if flags.device.type != "cuda":
         return flags.bool().tolist
-    copy, copied = flags.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy lies in pinned memory
+    copy, copied = flags.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy is in pinned memory
     copied.record()
 
     def read() -> list[bool]:
@@ -216,10 +216,10 @@ def read_later(flags: Tensor) -> Callable[[], list[bool]]:
     return read
 
 
-def gathered(trainer: Trainer, mine: list[Any]) -> list[Any]:
-    """The lists of all ranks in one, on each of them."""
+def gathered(trainer: Trainer, items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all ranks; every rank gets the result."""
     if trainer.world_size == 1:
-        return mine
+        return items
     lists: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(lists, mine)
-    return [item for items in lists for item in items]
+    torch.distributed.all_gather_object(lists, items)
+    return [item for of_rank in lists for item in of_rank]

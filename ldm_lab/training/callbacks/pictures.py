@@ -1,4 +1,4 @@
-"""Pictures of a run: PNG files in its folder, and every logger that shows images."""
+"""Writes the pictures of a run as PNG files and to every logger that shows images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
 
 
 def shared(trainer: Trainer, count: int, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """`count` images `(count, 3, H, W)`, or rows of them, on every rank; each has made its share. All must call it.
+    """Images `(count, 3, H, W)`, or rows of images, on every rank; each rank makes its share. All ranks must call it.
 
     Args:
-        trainer: of the run.
-        count: how many.
-        make: indices of n images -> these, `(n, 3, H, W)` or `(n, F, 3, H, W)`, none of which may depend on the others.
+        trainer: the run's trainer.
+        count: number of images.
+        make: maps n indices to `(n, 3, H, W)` or `(n, F, 3, H, W)`; no image may depend on the other indices.
     """
     each = -(-count // trainer.world_size)
-    mine = [min(trainer.global_rank * each + place, count - 1) for place in range(each)]  # the last ones more than once
-    images = make(mine).contiguous()
+    indices = [min(trainer.global_rank * each + place, count - 1) for place in range(each)]  # the last index pads
+    images = make(indices).contiguous()
     if trainer.world_size == 1:
         return images
     parts = [torch.empty_like(images) for _ in range(trainer.world_size)]
@@ -37,7 +37,7 @@ def show(
 ) -> None:
     """Write the grid of `(B, 3, H, W)` images in [-1, 1] as `folder/name_<images seen>.png` and log it as `name`.
 
-    On rank 0, while the others go on.
+    Only rank 0 writes and logs; the other ranks go on.
     """
     if not trainer.is_global_zero:
         return

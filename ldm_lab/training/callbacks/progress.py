@@ -1,4 +1,4 @@
-"""The progress bar: images, images per second, loss, time left."""
+"""Progress bar of training: images, images per second, loss, time left."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ldm_lab.training.stage_module import StageModule
 
 
 class Progress(Callback):
-    """One bar for training and a short one for each validation, on rank 0.
+    """Shows a bar for training and a short bar for each validation, on rank 0.
 
-    Where the output is a file, a line every half minute.
+    If the output is a file, it writes a line every half minute.
     """
 
     SHOW_LOSS_EVERY = 1.0  # seconds: reading the loss waits for the device
@@ -26,7 +26,7 @@ class Progress(Callback):
         self._shown = 0.0
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar at the number of images seen so far."""
         if trainer.is_global_zero:
             total = trainer.max_steps * trainer.datamodule.global_batch_size
             self._bar = tqdm(
@@ -37,7 +37,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: dict[str, Tensor], batch: dict, batch_idx: int
     ) -> None:
-        """Move on; the loss is read now and then."""
+        """Advance the bar; read the loss now and then."""
         if self._bar is None:
             return
         whole_step = module.images_seen % trainer.datamodule.global_batch_size == 0
@@ -52,18 +52,18 @@ class Progress(Callback):
             self._validation = tqdm(desc="validation", total=sum(trainer.num_val_batches), leave=False, unit="batch")
 
     def on_validation_batch_end(self, trainer: Trainer, module: StageModule, *_: object) -> None:
-        """Move on."""
+        """Advance the short bar."""
         if self._validation is not None:
             self._validation.update()
 
     def on_validation_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Close the short bar; the time it took is not training time."""
+        """Close the short bar; the time of the validation does not count as training time."""
         if self._validation is not None:
             self._validation.close()
             self._validation = None
 
     def on_exception(self, trainer: Trainer, module: StageModule, exception: BaseException) -> None:
-        """Close the bars, so that the message begins on a line of its own."""
+        """Close the bars, so that the error message begins on a new line."""
         self.on_validation_end(trainer, module)
         self.on_train_end(trainer, module)
 

@@ -1,4 +1,4 @@
-"""What the autoencoder makes of held-out images."""
+"""Shows reconstructions of held-out images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ldm_lab.utils.limits import Count
 
 
 class ReconstructionGrid(Callback):
-    """After each validation, a row of originals above a row of their reconstructions, always the same images.
+    """Shows, after each validation, a row of originals above a row of their reconstructions, always the same images.
 
     Args:
         folder: `samples/` of the stage.
-        images: how many.
+        images: number of images.
     """
 
     def __init__(self, folder: str, images: Count = 16) -> None:
@@ -27,7 +27,7 @@ class ReconstructionGrid(Callback):
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, module: FirstStageModule) -> None:
-        """Reconstruct, each rank its share."""
+        """Reconstruct and show; each rank reconstructs its share."""
         if trainer.sanity_checking:
             return
         originals = trainer.datamodule.preview(self.images).to(module.device)  # (B, 3, H, W)

@@ -1,4 +1,4 @@
-"""All processes start from the same state."""
+"""Checks that all processes resume from the same checkpoint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ldm_lab.utils.reading import LoadError
 
 
 class SameStart(Callback):
-    """Compare, before the first step, at how many images each process starts.
+    """Compares, before the first step, the number of images at which each process starts.
 
-    Each has chosen its checkpoint by what it finds in the run folder, before any of them knew of the others.
+    Each process has chosen its checkpoint from the files that it sees in the run folder, before any communication.
     """
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Raise `LoadError`, in all processes, where they differ: they see different files."""
+        """Raise `LoadError` in all processes if the numbers differ, as the processes then see different files."""
         if trainer.world_size == 1:
             return
         seen = torch.tensor([module.images_seen, -module.images_seen])

@@ -1,4 +1,4 @@
-"""What the diffusion model draws."""
+"""Shows samples of the diffusion model during training."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ldm_lab.utils.limits import Count, Whole
 
 
 class SampleGrid(Callback):
-    """Every so many images and at the end, samples of the averaged weights, always from the same noise.
+    """Shows, every so many images and at the end, samples of the averaged weights, always from the same noise.
 
-    Beside them, where that is asked for: samples of the weights that are not averaged, from that noise too, and the
-    training images that the first samples are most like.
+    On request it also shows samples of the raw weights from the same noise, and the nearest training images of the
+    first samples.
 
     Args:
         folder: `samples/` of the stage.
         every_images: interval in training images.
-        images: how many samples.
-        steps: evaluations of the UNet for a sample.
+        images: number of samples.
+        steps: UNet evaluations per sample.
         seed: sample i is drawn from (seed, i), as in `sample.py`.
         sampler: one of `ldm_lab.diffusion.samplers.SAMPLERS`.
-        raw: samples of weights that are not averaged; 0: none.
-        neighbours: finds the nearest training images; None: they are not looked for.
+        raw: number of samples of the raw (not averaged) weights; 0: none.
+        neighbours: finds the nearest training images; None: no search.
 
     Raises:
         UserError: there is no such sampler.
@@ -56,7 +56,7 @@ class SampleGrid(Callback):
         self.raw, self.neighbours = raw, neighbours
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Begin to count."""
+        """Start the interval at the number of images seen so far."""
         self.every.start(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
@@ -65,7 +65,7 @@ class SampleGrid(Callback):
             self.sample(trainer, module)
 
     def sample(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Draw and show all of it."""
+        """Sample, and show samples, neighbours and samples of the raw weights."""
         pipe = module.pipeline()
         samples = self._draw(trainer, pipe, self.images)
         show(trainer, module, self.folder, "samples", samples)
@@ -79,13 +79,13 @@ class SampleGrid(Callback):
             show(trainer, module, self.folder, "samples_raw", raw)
 
     def _draw(self, trainer: Trainer, pipe: LDMPipeline, count: int) -> Tensor:
-        """The first `count` samples, `(count, 3, H, W)` in [-1, 1]; each rank draws its share."""
+        """The first `count` samples, `(count, 3, H, W)` in [-1, 1]; each rank computes its share."""
         pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
 
         def draw(indices: Sequence[int]) -> Tensor:
-            own = generators(self.seed, indices)
+            rngs = generators(self.seed, indices)
             with precision_of(trainer):
-                return pipe(len(indices), own, num_inference_steps=self.steps, output_type="pt").images
+                return pipe(len(indices), rngs, num_inference_steps=self.steps, output_type="pt").images
 
         return shared(trainer, count, draw) * 2 - 1

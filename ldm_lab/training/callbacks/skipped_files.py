@@ -1,4 +1,4 @@
-"""Which files `data.on_error=skip` has passed over."""
+"""Reports the files that `data.on_error=skip` has skipped."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ldm_lab.utils.writing import replacing
 
 
 class SkippedFiles(Callback):
-    """Says at once that a file was passed over, and lists all of them in `skipped_files.txt`, a line each.
+    """Prints the first skipped file at once, and lists all skipped files in `skipped_files.txt`, one per line.
 
-    The list is brought up to date at each checkpoint, at each validation (with `data/skipped_files`, how many they
-    are) and at the end. A resumed run adds to it. With `on_error=raise` there is nothing to report, and nothing is.
+    The list is updated at each checkpoint, at each validation (which logs `data/skipped_files`, their number) and at
+    the end. A resumed run adds to the list. With `on_error=raise` no file is skipped, and nothing is reported.
 
     Args:
         folder: the stage's folder.
@@ -27,22 +27,22 @@ class SkippedFiles(Callback):
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "skipped_files.txt"
         self.lines: dict[str, None] = {}  # a set that keeps its order
-        self.skipping = False  # whether the data set is one that skips
+        self.skipping = False  # whether the data set skips files
         self.said = False
 
     def on_fit_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Take up the list of an earlier start."""
+        """Read the list of earlier starts."""
         if trainer.is_global_zero and self.path.is_file():
             self.lines = dict.fromkeys(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
 
     def on_train_batch_start(self, trainer: Trainer, module: StageModule, batch: dict, batch_idx: int) -> None:
-        """Look at what comes along with the images."""
+        """Collect the skipped files of a training batch."""
         self._look(trainer, batch)
 
     def on_validation_batch_start(
         self, trainer: Trainer, module: StageModule, batch: dict, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Held-out images likewise."""
+        """Collect the skipped files of a held-out batch."""
         self._look(trainer, batch)
 
     def _look(self, trainer: Trainer, batch: dict[str, Any]) -> None:
@@ -57,23 +57,23 @@ class SkippedFiles(Callback):
             tqdm.write(f"skipped: {next(iter(new))} (others are only listed, in {self.path})")
 
     def on_validation_epoch_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Bring the list up to date and log its length."""
+        """Write the list and log its length."""
         self._write(trainer)
         if self.skipping:
             module.log("data/skipped_files", float(len(self.lines)), batch_size=1, sync_dist=True)
 
     def on_save_checkpoint(self, trainer: Trainer, module: StageModule, state: dict[str, Any]) -> None:
-        """What was skipped before a checkpoint is not met again after it."""
+        """Write the list, as a resumed run does not meet these files again."""
         self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Say how many there were."""
+        """Write the list and print the number of skipped files."""
         self._write(trainer)
         if trainer.is_global_zero and self.lines:
             tqdm.write(f"{len(self.lines):,} file(s) could not be decoded and were skipped: {self.path}")
 
     def _write(self, trainer: Trainer) -> None:
-        """Put the ranks' lists together, and write them on rank 0."""
+        """Merge the lists of all ranks, and write the result on rank 0."""
         if not self.skipping:
             return
         if trainer.world_size > 1:

@@ -1,4 +1,4 @@
-"""One batch size for all devices."""
+"""Agrees on one batch size for all devices."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ldm_lab.training.stage_module import StageModule
 
 
 class SmallestBatchSize(Callback):
-    """Where every rank has found what fits its own device, let all of them take the smallest.
+    """Gives all ranks the smallest of the batch sizes that the ranks have found to fit their devices.
 
-    It acts when there is a process group and no loader yet.
+    It acts in `setup`: the process group exists, and no loader exists yet.
     """
 
     def setup(self, trainer: Trainer, module: StageModule, stage: str) -> None:
-        """Compare notes; accumulation follows."""
+        """Reduce the batch size over ranks, and set gradient accumulation to match."""
         data = trainer.datamodule
         if trainer.world_size == 1 or data.batch_size is None:
             return

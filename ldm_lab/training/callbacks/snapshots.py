@@ -1,4 +1,4 @@
-"""The model as it was on the way, small enough to keep."""
+"""Saves intermediate models for sampling, without the optimizer state."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from ldm_lab.utils.limits import Count
 
 
 class Snapshots(Callback):
-    """Every so many images, the model with averaged weights as a pipeline folder: `<folder>/<images seen>/`.
+    """Saves, every so many images, the model with averaged weights as a pipeline folder: `<folder>/<images seen>/`.
 
-    The weights are float32, the very values that validation sees: a checkpoint of the same step samples the same
-    images, and `init=` starts from nothing coarser. What does not change, the first stage above all, takes its place
-    on disk once, as one file under many names.
+    The weights are float32, exactly the values that validation uses: a checkpoint of the same step samples the same
+    images, and `init=` loses no precision. Files that do not change, above all the first stage, are stored once, as
+    hard links.
 
     Args:
         folder: `snapshots/` of the stage.
-        every_images: interval in training images; `None` takes none.
+        every_images: interval in training images; `None`: no snapshots.
     """
 
     def __init__(self, folder: str, every_images: Count | None) -> None:
         self.folder, self.every = Path(folder), Every(every_images or sys.maxsize)
 
     def on_train_start(self, trainer: Trainer, module: DiffusionModule) -> None:
-        """Begin to count."""
+        """Start the interval, and remove partial snapshots of a killed process."""
         self.every.start(module)
         if trainer.is_global_zero:
-            for stale in self.folder.glob(".*.tmp"):  # what a killed process was writing
+            for stale in self.folder.glob(".*.tmp"):
                 shutil.rmtree(stale)
 
     def on_train_batch_end(self, trainer: Trainer, module: DiffusionModule, *_: object) -> None:
-        """Write on rank 0 when due, while the others go on."""
+        """Write on rank 0 when due; the other ranks go on."""
         if self.every.due(trainer, module) and trainer.is_global_zero:
             self.take(module)
 
     def take(self, module: DiffusionModule) -> None:
-        """Write now. The folder appears whole; one of the same images, from before a resume, is replaced."""
+        """Write now. The folder appears complete, and replaces a folder of the same name from before a resume."""
         target = self.folder / f"{module.images_seen:09d}"
         new, old = (target.with_name(f".{target.name}.{which}.tmp") for which in ("new", "old"))
         module.pipeline().save_pretrained(new)
@@ -57,7 +57,7 @@ class Snapshots(Callback):
 
 
 def share(folder: Path, other: Path) -> None:
-    """Let files of `folder` that are equal to those of `other` be these very files (copies, where disks lack links)."""
+    """Replace files of `folder` that equal those of `other` by hard links (by copies if the disk has no links)."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         twin = other / path.relative_to(folder)
         if twin.is_file() and filecmp.cmp(twin, path, shallow=False):

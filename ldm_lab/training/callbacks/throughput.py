@@ -1,4 +1,4 @@
-"""How fast training goes."""
+"""Logs training throughput."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ldm_lab.training.stage_module import StageModule
 
 
 class Throughput(Callback):
-    """Logs `perf/images_per_second` over all ranks, validation left out."""
+    """Logs `perf/images_per_second` over all ranks, without the time of validation."""
 
     def __init__(self) -> None:
         self._started = 0.0
         self._images = 0
 
     def on_train_batch_start(self, trainer: Trainer, module: StageModule, batch: dict, batch_idx: int) -> None:
-        """Open a window at the start and after each interruption."""
+        """Start a window at the first step and after each validation."""
         if not self._started:
             self._started, self._images = time.perf_counter(), module.images_seen
 
@@ -28,5 +28,5 @@ class Throughput(Callback):
         module.log("perf/images_per_second", (module.images_seen - self._images) / seconds, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Close the window."""
+        """End the window."""
         self._started = 0.0

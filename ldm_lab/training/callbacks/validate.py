@@ -1,4 +1,4 @@
-"""When validation runs: counted in images, and at the end."""
+"""Schedules validation by the number of training images, and at the end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NEVER = sys.maxsize  # batches
 
 
 class Validate(Callback):
-    """Lightning counts batches between validations; this callback sets that interval to 1 where a validation is due.
+    """Schedules validations: Lightning counts batches, so this callback sets that interval to 1 when one is due.
 
     Args:
-        every_images: interval in training images; the last step is validated whatever it is.
+        every_images: interval in training images; the last step always has a validation.
     """
 
     def __init__(self, every_images: Count) -> None:
@@ -25,15 +25,15 @@ class Validate(Callback):
         self._decided: tuple[tuple[int, int], bool] = ((-1, -1), False)
 
     def on_train_start(self, trainer: Trainer, module: StageModule) -> None:
-        """Begin to count."""
+        """Start the interval at the number of images seen so far."""
         self.every.start(module)
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: object) -> None:
-        """Decide for the batch that has just ended: Lightning looks at the interval after this hook."""
+        """Set the interval for the batch that has just ended; Lightning reads it after this hook."""
         trainer.val_check_batch = 1 if self.due(trainer, module) else NEVER
 
     def due(self, trainer: Trainer, module: StageModule) -> bool:
-        """Whether a validation follows the batch that has just ended; the same for whoever asks, however often."""
+        """Whether a validation follows the batch that has just ended; repeated calls give the same answer."""
         place = (module.images_seen, trainer.global_step)
         if self._decided[0] != place:
             due = self.every.due(trainer, module) or trainer.global_step >= trainer.max_steps

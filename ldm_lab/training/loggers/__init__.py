@@ -1,1 +1,1 @@
-"""Where metrics and pictures go."""
+"""Loggers of metrics and pictures."""

@@ -1,4 +1,4 @@
-"""`metrics.csv`: one row per images seen, kept over resumes."""
+"""CSV logger: `metrics.csv`, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ldm_lab.utils.writing import replacing
 
 
 class MetricsCSV(RunLogger):
-    """Appends metrics to `folder/metrics.csv`, sorted by images seen, one row for each value of it.
+    """Writes metrics to `folder/metrics.csv`, one row for each number of images seen, sorted by that number.
 
-    Lightning's own CSV logger deletes the file of an earlier start; here a resumed run replaces only the
-    rows that it repeats.
+    Lightning's own CSV logger deletes the file of an earlier start; this logger replaces only the rows
+    that a resumed run repeats.
     """
 
     def __init__(self, folder: str) -> None:
@@ -31,18 +31,18 @@ class MetricsCSV(RunLogger):
 
     @property
     def name(self) -> str:
-        """Unused: the folder says it."""
+        """Unused, as the folder identifies the run."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """Unused: the folder says it."""
+        """Unused, as the folder identifies the run."""
         return ""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> dict[int, dict[str, Any]]:
-        """The rows by images seen, read from the file at first."""
+        """Images seen -> row, read from the file on first use."""
         if self._rows is None:
             self._rows = {}
             if self.path.is_file():
@@ -51,18 +51,18 @@ class MetricsCSV(RunLogger):
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        """Nothing: `config.yaml` holds them."""
+        """Do nothing, as `config.yaml` holds the hyperparameters."""
 
     @rank_zero_only
     def forget_after(self, images_seen: int) -> None:
-        """Drop the rows of what a resumed run is about to do again."""
+        """Drop the rows that a resumed run will log again."""
         rows = self.experiment
         for key in [key for key in rows if key > images_seen]:
             del rows[key]
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add to the row of these images seen."""
+        """Add metrics to the row of their number of images seen."""
         metrics = {key: value for key, value in metrics.items() if key != "epoch"}
         images_seen = metrics.pop(AXIS, None)
         if images_seen is None:
@@ -73,18 +73,18 @@ class MetricsCSV(RunLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the file; but in a long run, whose file is large, not after each row: at most 1/20 of the time."""
+        """Write the file, but spend at most 1/20 of the time on it, as a long run has a large file."""
         if time.monotonic() > self._next_save:
             self.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
+        """Write the remaining rows."""
         self.flush()
 
     @rank_zero_only
     def flush(self) -> None:
-        """Write the file now, whole or not at all."""
+        """Write the file now, atomically."""
         if not self._unsaved:
             return
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the loggers of this package can do beside logging metrics."""
+"""Base class of this package's loggers: pictures, facts and artifacts besides metrics."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
 
 
 class RunLogger(Logger):
-    """A logger that may show pictures and know what was made of what; each method does nothing unless overridden."""
+    """A logger that may also show pictures and record artifacts; each method does nothing unless overridden."""
 
     def log_picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         """Show a picture."""
 
     def log_facts(self, facts: dict[str, Any]) -> None:
-        """Note what the stage is made of, beside its config (see `ldm_lab.training.facts`)."""
+        """Record facts about the stage that are not in its config (see `ldm_lab.training.facts`)."""
 
     def log_artifact(self, kind: str, content: str, **facts: Any) -> None:  # noqa: ANN401
-        """Note that the stage has made something: an "autoencoder", "latents" ..., known by the hash of its content."""
+        """Record an output of the stage (an "autoencoder", "latents" ...), identified by the hash of its content."""
 
     def use_artifact(self, kind: str, content: str) -> None:
-        """Note that the stage is made of something, known by the hash of its content."""
+        """Record an input of the stage, identified by the hash of its content."""
 
     def forget_after(self, images_seen: int) -> None:
-        """Drop the rows that a resumed run is about to log again."""
+        """Drop the rows that a resumed run will log again."""
 
     def flush(self) -> None:
-        """Write the rows that are not written yet."""
+        """Write the pending rows."""
 
 
 def run_loggers(trainer: Trainer) -> list[RunLogger]:
-    """The loggers of a run that are of this kind; users may add others of Lightning's."""
+    """The `RunLogger`s among a trainer's loggers; users may add other Lightning loggers."""
     return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a stage, grouped by the run's name; never asks, never stops a training."""
+"""Weights & Biases logger: one W&B run per stage, grouped by the run's name; never prompts, never stops training."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-YOUNG = 300  # rows: more than there are in the 15 seconds after which W&B writes them; a killed process loses them
+YOUNG = 300  # rows: more than in the 15 seconds that W&B buffers and a killed process loses
 
 
 class WandbLogger(RunLogger):
-    """Logs over images seen. Online only where the user is logged in, else into `folder/wandb`.
+    """Logs to W&B over images seen: online if the user is logged in, else into `folder/wandb`.
 
-    Whatever goes wrong, training goes on and one warning says so: a start that fails online is repeated offline (see
-    `ldm_lab.runs.tracking.start`); where that fails too, or the service later, W&B is left alone.
+    On any W&B error training goes on with one warning. A start that fails online is retried offline (see
+    `ldm_lab.runs.tracking.start`); if the retry fails, or the service fails later, W&B is not used any more.
 
     Args:
-        folder: the stage's folder; keeps the run's id, so that a resumed stage continues its W&B run.
+        folder: the stage's folder; keeps the W&B run's id, so that a resumed stage continues its W&B run.
         project: the W&B project.
-        group: the run's name; the stages of one run lie together.
+        group: the run's name, which groups the stages of the run.
         job_type: the stage.
         offline: never go online.
-        artifacts: tell W&B what the stage has made, and of what (see `ldm_lab.runs.tracking.declare`).
-        summaries: "min" or "max" -> metrics, or patterns such as `eval/fd_*`, of which the run's summary holds that.
+        artifacts: declare the stage's outputs and inputs to W&B (see `ldm_lab.runs.tracking.declare`).
+        summaries: "min" or "max" -> metrics, or patterns such as `eval/fd_*`, whose summary is that extreme.
         **settings: further arguments of `wandb.init`, e.g. `entity` or `tags`.
     """
 
@@ -69,12 +69,12 @@ class WandbLogger(RunLogger):
 
     @property
     def name(self) -> str:
-        """The project."""
+        """The W&B project."""
         return self.settings["project"]
 
     @property
     def version(self) -> str:
-        """The run's id, made once and kept in the stage's folder; what is no plain id there makes place for one."""
+        """The W&B run's id, made once and kept in the stage's folder; a new id replaces an invalid one there."""
         if found := tracking.run_id(self.folder):
             return found
         new = uuid4().hex[:12]
@@ -85,11 +85,11 @@ class WandbLogger(RunLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: ANN401
-        """The W&B run, started when first needed; Lightning makes a dummy of `None`, where W&B is away."""
+        """The W&B run, started on first use; None if W&B has failed (Lightning then gives a dummy)."""
         if self._run is None and not self._away:
             try:
                 self._run = self._start()
-            except Exception as error:  # whatever is wrong with W&B, the training goes on
+            except Exception as error:  # training goes on after any error of W&B
                 self._leave(error)
         return self._run
 
@@ -98,7 +98,7 @@ class WandbLogger(RunLogger):
         return tracking.start(self.folder, self.offline, id=self.version, resume="allow", **self.settings)
 
     def _log(self, run: Any, row: dict[str, float]) -> None:  # noqa: ANN401
-        for name in row.keys() - self._defined:  # and not before: of several patterns that fit W&B itself takes any
+        for name in row.keys() - self._defined:  # W&B's own patterns are ambiguous if several match
             self._defined.add(name)
             for summary, patterns in self.summaries.items():
                 if any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -106,16 +106,16 @@ class WandbLogger(RunLogger):
         run.log(row)
 
     def _leave(self, error: Exception) -> None:
-        """Train on without W&B."""
+        """Warn and go on without W&B."""
         self._away, self._run = True, None
         log.warning("W&B is away (%s): training goes on, metrics.csv has everything", one_line(error))
         with contextlib.suppress(Exception, SystemExit):
             import wandb
 
-            wandb.teardown(1)  # or it tries once more when the process ends, and what it says then is no warning
+            wandb.teardown(1)  # else it retries at exit, with an error instead of a warning
 
     def _safely(self, act: Callable[[Any], Any]) -> None:
-        """Do something with the run, where there is one."""
+        """Call `act` with the W&B run, if there is one; after an error go on without W&B."""
         run = self.experiment
         if self._away:
             return
@@ -126,22 +126,22 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any], *_: Any, **__: Any) -> None:  # noqa: ANN401
-        """The stage's config."""
+        """Log the stage's config."""
         self._safely(lambda run: run.config.update(params, allow_val_change=True))
 
     @rank_zero_only
     def log_facts(self, facts: dict[str, Any]) -> None:
-        """What the stage is made of, beside its config (see `ldm_lab.training.facts`)."""
+        """Log facts about the stage that are not in its config (see `ldm_lab.training.facts`)."""
         self._safely(lambda run: run.config.update({"facts": facts}, allow_val_change=True))
 
     @rank_zero_only
     def log_artifact(self, kind: str, content: str, **facts: Any) -> None:  # noqa: ANN401
-        """What the stage has made, known by the hash of its content."""
+        """Declare an output of the stage, identified by the hash of its content."""
         self._safely(lambda run: self._declare(run, kind, content, facts))
 
     @rank_zero_only
     def use_artifact(self, kind: str, content: str) -> None:
-        """What the stage is made of."""
+        """Declare an input of the stage."""
         self._safely(lambda run: self._declare(run, kind, content, {}, used=True))
 
     def _declare(self, run: Any, kind: str, content: str, facts: dict[str, Any], used: bool = False) -> None:  # noqa: ANN401
@@ -149,13 +149,13 @@ class WandbLogger(RunLogger):
             return
         try:
             tracking.declare(run, self.folder, kind, content, facts, used)
-        except Exception as error:  # metrics are worth more: they go on
+        except Exception as error:  # only artifacts stop; metrics go on
             self.artifacts = False
             log.warning("W&B takes no artifacts (%s): what was made of what is not told", one_line(error))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Scalars, with `images_seen` among them as their axis."""
+        """Log scalars; `images_seen` among them is their x axis."""
         if AXIS not in metrics:
             return
         row = {key: value for key, value in metrics.items() if key != "epoch"}
@@ -168,12 +168,12 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Keep the rows that W&B may not have written yet."""
+        """Save the rows that W&B may not have written yet."""
         self._safely(lambda _: write_json(self._kept, {"rows": list(self._young)}))
 
     @rank_zero_only
     def forget_after(self, images_seen: int) -> None:
-        """Log again what may have been lost with a killed process; what comes after will be measured again."""
+        """Log rows again that a killed process may have lost; a resumed run measures later rows again."""
 
         def log_again(run: Any) -> None:  # noqa: ANN401
             rows = read_json(self._kept)["rows"] if self._kept.is_file() else []
@@ -185,7 +185,7 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def log_picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        """A picture, under one key, so that W&B shows it over images seen."""
+        """Log a picture under one key, so that W&B shows it over images seen."""
 
         def show(run: Any) -> None:  # noqa: ANN401
             import wandb
@@ -196,7 +196,7 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the run: the next stage opens its own."""
+        """Finish the W&B run; the next stage starts its own."""
         if self._run is not None:
             self._safely(lambda run: tracking.finish(run, exit_code=int(status == "failed")))
             self._run = None

@@ -1,1 +1,1 @@
-"""What a training would take: `plan=true`, `data.batch_size=auto`, the trial, the estimate."""
+"""Measures or estimates what training needs: `plan=true`, `data.batch_size=auto`, the trial, the estimate."""

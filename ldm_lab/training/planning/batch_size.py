@@ -1,4 +1,4 @@
-"""`data.batch_size=auto`: the most images that a device holds at a time."""
+"""Finds the largest batch size that fits a device: `data.batch_size=auto`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ldm_lab.utils.terminal import say
 
 
 def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) -> int:
-    """The largest batch size that fits this process's device and divides its share of the global batch; it is said.
+    """The largest batch size that fits this process's device and divides its share of the global batch; prints it.
 
-    Every rank looks at its own device, before there is a process group; `SmallestBatchSize` makes them agree.
+    Every rank tests its own device before there is a process group; `SmallestBatchSize` then takes the minimum.
 
     Args:
-        trial: of the stage.
-        budget: bytes of a device that may be taken.
+        trial: trial of the stage.
+        budget: device -> bytes that training may use.
 
     Raises:
         UserError: not even one image fits.
@@ -38,9 +38,9 @@ def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) ->
 
 
 def largest(share: int, needs: Callable[[int], float], allowed: float) -> int | None:
-    """The largest divisor of `share` with `needs(divisor) <= allowed`; `None` where not even 1 is one.
+    """The largest divisor of `share` with `needs(divisor) <= allowed`; `None` if even 1 needs more.
 
-    Tried are the whole, which often fits, and then few: a larger number needs more.
+    The search tries `share` first, which often fits, and then bisects, as `needs` grows with the divisor.
     """
     if needs(share) <= allowed:
         return share

@@ -1,4 +1,4 @@
-"""The memory of a training step, without the memory: the step is run on tensors that have a size and no content."""
+"""Estimates the memory of a training step by running it on fake tensors, which have a size and no content."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ldm_lab.training.stage_module import StageModule
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive; a storage counts once, however many tensors look at it.
+    """Counts the bytes of live tensors; a storage counts once, however many tensors share it.
 
     Attributes:
-        now: bytes alive, of the tensors that were made or seen inside this mode.
-        peak: the most there were.
+        now: bytes of the live tensors that were made or seen inside this mode.
+        peak: maximum of `now`.
     """
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        """Run one operation and count what it has made."""
+        """Run one operation and count its results."""
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # where Python asks for a value (a timestep, the steps of an optimizer): one is always possible
+            return 1  # for an operation that needs a value (a timestep, the optimizer's step count): 1 is always valid
         output = func(*args, **(kwargs or {}))
         for value in tree_leaves(output):
             if isinstance(value, Tensor):
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
     def see(self, tensor: Tensor) -> None:
-        """Count the storage of `tensor` until it dies."""
+        """Count the storage of `tensor` until it is freed."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
@@ -60,11 +60,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Estimate(NamedTuple):
-    """Bytes of a training.
+    """Bytes that training needs.
 
     Attributes:
-        held: from step to step: weights, averages, gradients, the state of the optimizer.
-        work: what a step makes on top of it, at its peak. What kernels use inside is not counted.
+        held: kept between steps: weights, EMA weights, gradients, optimizer state.
+        work: peak of a step on top of `held`. Workspaces inside of kernels are not counted.
     """
 
     held: int
@@ -78,20 +78,20 @@ def estimate(
     precision: str = "32-true",
     moments: Sequence[int] | None = None,
 ) -> Estimate:
-    """The bytes that tensors take while a stage is trained on a CPU.
+    """The bytes that tensors take while a stage trains on a CPU.
 
-    Two steps are run: the first makes the state of the optimizer.
+    It runs two steps, as the first step makes the optimizer state.
 
     Args:
-        module: a stage; it stays as it is.
+        module: a stage; it is not changed.
         image_size: (height, width) in pixels.
-        batch_size: images that are held at a time.
+        batch_size: images that the device holds at a time.
         precision: of `lightning.Trainer`.
-        moments: `(M, h, w)` of what is cached for each image; None: the stage sees images.
+        moments: `(M, h, w)` of each image's cached moments; None: the stage trains on images.
     """
     trainer, mode = NoTrainer(batch_size, image_size), FakeTensorMode(allow_non_fake_inputs=True)
     stage = _without_content(module, mode)
-    stage.trainer = trainer  # of which it keeps a weak reference alone
+    stage.trainer = trainer  # the stage keeps only a weak reference
     stage.log = stage.log_dict = lambda *_, **__: None
     stage.setup("fit")
     seen = torch.zeros(()).expand(batch_size, *(moments or (3, *image_size)))
@@ -107,12 +107,12 @@ def estimate(
                 loss = stage.training_step(batch, 0)
             loss.backward()
             optimizer.step()
-            del loss  # with it goes its graph; the gradients stay, as they do while batches are accumulated
+            del loss  # frees the graph; the gradients stay, as in gradient accumulation
     return Estimate(live.now, live.peak - live.now)
 
 
 class NoTrainer(SimpleNamespace):
-    """What a training step asks of its trainer."""
+    """The trainer attributes that a training step reads."""
 
     def __init__(self, batch_size: int, image_size: tuple[int, int]) -> None:
         data = SimpleNamespace(global_batch_size=batch_size, image_size=image_size)
@@ -120,6 +120,6 @@ class NoTrainer(SimpleNamespace):
 
 
 def _without_content(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of `module` whose tensors have shapes alone."""
+    """A copy of `module` with fake tensors."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): mode.from_tensor(tensor) for tensor in tensors})

@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much this process takes of it."""
+"""Free, total and peak memory of a device, and errors that say that memory is full."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from ldm_lab.data.sampler import divisors
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.errors import UserError, one_line
 
-UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}  # as GPUs are sold
+UNITS = {"GB": 2**30, "MB": 2**20, "kB": 2**10}  # binary units, as GPU vendors use
 
-# Of what is free: the rest is for fragments, and on a CPU for loaders and other programs.
+# Usable fraction of free memory: the rest is for fragmentation, and on a CPU for loaders and other programs.
 MARGIN_CUDA, MARGIN_CPU = 0.9, 0.8
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that a training may take: what is free, less a margin."""
+    """Bytes that training may use: the free memory less a margin."""
     return int((MARGIN_CUDA if device.type == "cuda" else MARGIN_CPU) * free(device))
 
 
 def free(device: torch.device) -> int:
-    """Bytes that are free: of a GPU, or of the machine's memory where a control group leaves as much."""
+    """Free bytes of a GPU, or of the machine's memory within the limit of its control group."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     machine = _kilobytes("/proc/meminfo", "MemAvailable")
-    # Where the system does not say (macOS), half of it all.
+    # If the system does not report free memory (macOS), half of the total.
     return min(machine or total(device) // 2, group_limit())
 
 
 def total(device: torch.device) -> int:
-    """Bytes that the device has."""
+    """Total bytes of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak` count from now on."""
+    """Restart the measurement of `peak`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):  # Linux alone can; elsewhere the peak is that of the whole process
+    with contextlib.suppress(OSError):  # only Linux can; elsewhere the peak covers the whole life of the process
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes in use since `reset_peak`: of a GPU by tensors, of a CPU by this process."""
+    """Peak bytes in use since `reset_peak`: on a GPU by tensors, on a CPU by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if found := _kilobytes("/proc/self/status", "VmHWM"):
         return found
-    import resource  # not there on Windows
+    import resource  # missing on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -76,7 +76,7 @@ def num_bytes(tree: Any) -> int:  # noqa: ANN401
 
 
 def tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401
-    """Those in nested data."""
+    """The tensors in nested data."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
@@ -87,14 +87,14 @@ def readable(size: float) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice, on whatever device."""
-    allocator = isinstance(error, RuntimeError) and "you tried to allocate" in str(error)  # of a CPU
+    """Whether an exception says that a device is out of memory."""
+    allocator = isinstance(error, RuntimeError) and "you tried to allocate" in str(error)  # the CPU allocator's message
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or allocator or is_oom_error(error)
 
 
 @contextlib.contextmanager
 def explained(module: StageModule, data: ImageDataModule, world_size: int) -> Iterator[None]:
-    """Around training. Raises `UserError`, which names the key to lower, where memory does not suffice."""
+    """Context of training: turns an out-of-memory error into a `UserError` that names the setting to lower."""
     try:
         yield
     except Exception as error:
@@ -105,9 +105,9 @@ def explained(module: StageModule, data: ImageDataModule, world_size: int) -> It
 
 
 def _what_to_lower(module: StageModule, data: ImageDataModule, world_size: int) -> str:
-    """The key, its value and a better one: half as many images at a time, or fewer where that does not divide."""
+    """The key, its value and a better value: at most half as many images, a number that divides the batch."""
     size = data.device_batch_size(world_size)
-    if not module.training and (data.val_batch_size or size) > 1:  # it was validating
+    if not module.training and (data.val_batch_size or size) > 1:  # it failed in validation
         size = data.val_batch_size or size
         return f"data.val_batch_size={size} is too much for the device: use {size // 2}"
     if size > 1:
@@ -120,7 +120,7 @@ def _what_to_lower(module: StageModule, data: ImageDataModule, world_size: int) 
 
 
 def _kilobytes(path: str, key: str) -> int:
-    """The bytes of a line `key: 123 kB`; 0 where there is none."""
+    """The bytes of a line `key: 123 kB`; 0 without such a line."""
     with contextlib.suppress(OSError):
         if found := re.search(rf"^{key}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE):
             return 1024 * int(found[1])
@@ -128,7 +128,7 @@ def _kilobytes(path: str, key: str) -> int:
 
 
 def group_limit(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that a container or a Slurm job (cgroup v2) leaves to this process; very many where nothing limits it."""
+    """Bytes that a container or Slurm job (cgroup v2) leaves to this process; a huge number without a limit."""
     with contextlib.suppress(OSError, ValueError):
         limit = int((root / "memory.max").read_text())  # "max": no limit
         cache = re.search(r"^inactive_file (\d+)", (root / "memory.stat").read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""`plan=true`: what a training would take, measured with its real networks on its real images. No run is written."""
+"""`plan=true`: measures time, memory and disk of training with its real networks and images; writes no run."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from ldm_lab.training.planning.memory import readable
 from ldm_lab.training.planning.trial import Measured, Trial
 from ldm_lab.utils.errors import UserError
 
-STEPS, SECONDS = 20, 20.0  # of a trial, whichever ends first
+STEPS, SECONDS = 20, 20.0  # limits of a trial, whichever comes first
 ENCODING_SECONDS = 5.0
 
 
 def show_stage(trial: Trial, max_images: int, snapshots: int | None) -> int:
-    """Try a stage and say what it takes.
+    """Run a trial of a stage and print what training needs.
 
     Args:
-        trial: of the stage.
-        max_images: its length.
-        snapshots: images between two snapshots; None: there are none.
+        trial: trial of the stage.
+        max_images: length of the stage.
+        snapshots: images between two snapshots; None: no snapshots.
 
     Returns:
-        Bytes it will take on disk.
+        Bytes that the stage will take on disk.
 
     Raises:
-        UserError: it does not fit into memory; the message names what to lower.
+        UserError: the stage does not fit into memory; the message names the setting to lower.
     """
     module, data, world_size = trial.module, trial.data, trial.world_size
     batch_size = data.device_batch_size(world_size)
@@ -57,14 +57,14 @@ def show_stage(trial: Trial, max_images: int, snapshots: int | None) -> int:
 
 
 def check_disk(needed: int, runs: str | Path) -> None:
-    """Say what a run takes on disk, and what is free.
+    """Print the disk space that a run needs, and the free space.
 
     Args:
         needed: bytes of all stages.
-        runs: the folder of runs, there or not.
+        runs: the folder of runs; it may not exist yet.
 
     Raises:
-        UserError: more is needed than is free.
+        UserError: the run needs more than is free.
     """
     folder = Path(runs).absolute()
     while not folder.exists():
@@ -79,7 +79,7 @@ def check_disk(needed: int, runs: str | Path) -> None:
 
 
 def memory_line(trial: Trial, measured: Measured, batch_size: int) -> str:
-    """Peak memory and how the batch is split."""
+    """One line on peak memory and gradient accumulation."""
     of = "process" if trial.device.type == "cpu" else "device"
     used = f"{readable(measured.peak)} of {readable(memory.total(trial.device))}, {of} memory at its peak"
     steps = trial.share // batch_size
@@ -87,13 +87,13 @@ def memory_line(trial: Trial, measured: Measured, batch_size: int) -> str:
 
 
 def speed_line(measured: Measured, world_size: int) -> str:
-    """Images per second; of several devices one was measured."""
+    """One line on images per second; with several devices, a multiple of the one measured."""
     line = f"{measured.rate:,.3g} images/s, the median of {len(measured.seconds)} step(s)"
     return line if world_size == 1 else f"{line} of one device, x {world_size} devices if they scale"
 
 
 def latents_line(autoencoder: FirstStage, data: ImageDataModule) -> str:
-    """What the latents of all training images would take on disk; of flipped images there are two."""
+    """One line on the disk space of the latents of all training images; flips double it."""
     channels, height, width = latent_shape(autoencoder, data.image_size)
     numbers = math.prod(moments_shape(autoencoder, data.image_size)) * (2 if data.train_set.flip else 1)
     sizes = [readable(data.num_train * numbers * width_of_number) for width_of_number in (4, 2)]
@@ -102,10 +102,10 @@ def latents_line(autoencoder: FirstStage, data: ImageDataModule) -> str:
 
 
 def encoding_line(trial: Trial) -> str:
-    """What it takes to encode the training images that no run has encoded yet.
+    """One line on the time to encode the training images that no run has encoded yet.
 
     Raises:
-        UserError: there is no room for their latents.
+        UserError: the disk has no room for their latents.
     """
     data, autoencoder = trial.data, trial.module.autoencoder
     cache = latent_cache(autoencoder, data)
@@ -116,13 +116,13 @@ def encoding_line(trial: Trial) -> str:
     autoencoder.to(trial.device)
     encode, ends, images = Encoder(autoencoder, cache, data.latents_precision), [], []
     for batch in data.training_sample(data.num_train):
-        encode(batch["image"])  # and waits for it
+        encode(batch["image"])  # returns on the CPU, so it waits for the device
         ends.append(time.perf_counter())
         images.append(len(batch["image"]))
         if len(ends) > 1 and ends[-1] - ends[0] > ENCODING_SECONDS:
             break
     autoencoder.cpu()
-    # The first batch starts loaders and chooses kernels. Where there is no other, nothing is known of the time.
+    # The first batch also starts loader workers and selects kernels, so a single batch says nothing about time.
     seconds = (ends[-1] - ends[0]) / max(1, sum(images[1:])) * count / trial.world_size
     size = f"{readable(cache.num_bytes(count))} of {cache.dtype} in {cache.folder.parent}"
     size += f", encoded in {data.latents_precision}"
@@ -130,9 +130,9 @@ def encoding_line(trial: Trial) -> str:
 
 
 def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | None) -> int:
-    """Bytes of a stage: last checkpoint, the one before it, a third while it is written, the result, and snapshots.
+    """Bytes of a stage on disk: last and previous checkpoint, a third while it is written, result, snapshots.
 
-    The first stage lies in all snapshots as one file.
+    All snapshots share one file of the first stage.
     """
     networks = {name: memory.num_bytes(network.state_dict()) for name, (_, network) in trial.module.exported().items()}
     result = sum(networks.values())
@@ -142,12 +142,12 @@ def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | 
 
 
 def millions(parameters: Iterable[nn.Parameter]) -> str:
-    """Their number, in millions."""
+    """Number of parameters in millions, as text."""
     return f"{sum(parameter.numel() for parameter in parameters) / 1e6:,.1f}"
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it."""
+    """A duration as text, in a suitable unit."""
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"

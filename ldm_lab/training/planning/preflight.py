@@ -1,4 +1,4 @@
-"""What can be known to be impossible before anything is trained, tried without memory and without a trace."""
+"""Checks before training that the networks fit together, on the meta device: no memory, no side effects."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ldm_lab.utils.errors import UserError
 
 
 def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UNet2DModel | None = None) -> None:
-    """Pass an image through networks like these on the meta device.
+    """Pass an image through copies of these networks on the meta device.
 
     Raises:
-        UserError: its size, or the channels of the latents, do not fit.
+        UserError: the image size or the channels of the latents do not fit.
     """
     size = parse_size(image_size)
     with torch.device("meta"):
         autoencoder = type(autoencoder).from_config(autoencoder.config)
         if unet is not None:
             unet = type(unet).from_config(unet.config)
-            LDMPipeline(autoencoder, unet, DDIMScheduler())  # refuses networks that do not fit each other
+            LDMPipeline(autoencoder, unet, DDIMScheduler())  # raises if the networks do not fit
         try:
             latents = autoencoder.latents(torch.empty(1, autoencoder.config.in_channels, *size))
             if unet is not None:
@@ -39,10 +39,10 @@ def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UN
 
 
 def check_order(stages: Sequence[RunFolder], lengths: Sequence[int]) -> None:
-    """Refuse to train a first stage on whose UNet has begun: its latents would no longer be those of the UNet.
+    """Refuse to train stage 1 further once stage 2 has begun, as the UNet is trained on the old latents.
 
     Raises:
-        UserError: stage 1 is unfinished at its length and a later stage holds something.
+        UserError: stage 1 is not finished at this length, and a later stage has a checkpoint or result.
     """
     first, *later = stages
     for stage in later:

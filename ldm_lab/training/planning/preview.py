@@ -1,4 +1,4 @@
-"""Looks at images and at what an autoencoder makes of them, before anything is trained."""
+"""Previews the training images and their reconstructions before training."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
 
-SAMPLE = 64  # images that are looked at
-CROPS, PAIRS = 36, 8  # pictures on the sheets
-SECONDS = 20.0  # after which no other image is reconstructed
+SAMPLE = 64  # maximum number of images to examine
+CROPS, PAIRS = 36, 8  # numbers of images on the sheets
+SECONDS = 20.0  # time limit for reconstructing images
 
 
 def show_images(data: ImageDataModule, sheet: Path) -> None:
-    """Say what the images are, and write the first crops of the training stream to `sheet`, flips and all.
+    """Print facts on the images, and write the first crops of the training stream, with their flips, to `sheet`.
 
     Raises:
-        UserError: none can be decoded.
+        UserError: no image can be decoded.
     """
     data.prepare_data()
     print(data.census())
@@ -40,7 +40,7 @@ def show_images(data: ImageDataModule, sheet: Path) -> None:
 
 
 def source_sizes(data: ImageDataModule) -> list[tuple[int, int]]:
-    """(width, height) of some training images, before they are resized and cropped."""
+    """(width, height) of some training images, before resizing and cropping."""
     sizes = []
     for index in spread(min(SAMPLE, data.num_train), data.num_train):
         try:
@@ -53,7 +53,7 @@ def source_sizes(data: ImageDataModule) -> list[tuple[int, int]]:
 
 
 def describe_sizes(sizes: list[tuple[int, int]], image_size: tuple[int, int]) -> str:
-    """The extremes of some (width, height), and how many are too small for a crop of (height, width)."""
+    """One line: the range of some (width, height), and how many images are smaller than `image_size`."""
     by_pixels = sorted(sizes, key=lambda size: size[0] * size[1])
     smallest, largest = (f"{width} x {height}" for width, height in (by_pixels[0], by_pixels[-1]))
     height, width = image_size
@@ -64,9 +64,9 @@ def describe_sizes(sizes: list[tuple[int, int]], image_size: tuple[int, int]) ->
 
 @torch.inference_mode()
 def show_reconstructions(autoencoder: FirstStage, data: ImageDataModule, device: torch.device, sheet: Path) -> None:
-    """Say how well a first stage reconstructs held-out images and how wide its latents spread.
+    """Print a first stage's PSNR on held-out images and the standard deviation of its latents.
 
-    Writes `sheet`: originals above their reconstructions. Latents are drawn where training draws them.
+    Writes `sheet`: originals above their reconstructions. A KL first stage draws its latents, as in training.
     """
     autoencoder.to(device)
     shape, start = latent_shape(autoencoder, data.image_size), time.monotonic()
@@ -90,7 +90,7 @@ def show_reconstructions(autoencoder: FirstStage, data: ImageDataModule, device:
 
 
 def judge(quality: float) -> str:
-    """What a PSNR in dB means for what diffusion can draw. Published, on ImageNet: 27.4 (VQ-f4), 24.2 (KL-f8)."""
+    """A sentence on what a PSNR in dB means for samples. Published, on ImageNet: 27.4 (VQ-f4), 24.2 (KL-f8)."""
     if quality < 24:
         return "below 24 dB fine detail is lost, and diffusion cannot bring it back; train stage 1 on these images"
     if quality < 28:
@@ -99,5 +99,5 @@ def judge(quality: float) -> str:
 
 
 def save_sheet(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write `(B, 3, H, W)` images in [-1, 1] as one picture, in the place of an earlier one."""
+    """Write `(B, 3, H, W)` images in [-1, 1] as one picture; replaces an earlier file."""
     save_png(grid(to_uint8(to_unit(images)), columns), path)

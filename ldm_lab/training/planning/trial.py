@@ -1,4 +1,4 @@
-"""A few steps of a stage, for what they tell: the memory they take and how fast they are. Nothing of them is kept."""
+"""Trains a stage for a few steps to measure memory and speed; the trained weights are discarded."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ldm_lab.training.run import set_lengths
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.errors import UserError
 
-# A CPU's kernels work on copies in layouts of their own. Measured, of both stages: 1.2 to 1.5 times what tensors hold.
+# CPU kernels copy tensors into other layouts. Measured for both stages: 1.2 to 1.5 times the bytes of the tensors.
 KERNELS = 1.5
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a trial has found, on one device.
+    """Result of a trial on one device.
 
     Attributes:
-        peak: bytes of memory, the most after the first step (see `memory.peak`).
-        seconds: of each step of the optimizer but the first.
-        images: of one step.
+        peak: peak bytes of memory after the first step (see `memory.peak`).
+        seconds: duration of each optimizer step after the first.
+        images: images per optimizer step.
         checkpoint: bytes of a training checkpoint.
     """
 
@@ -54,10 +54,10 @@ class Measured:
 
 
 class Stopwatch(Callback):
-    """Takes the time and the memory of the steps after the first, and stops when it has seen enough.
+    """Measures time and memory of the steps after the first, and stops training after a time limit.
 
     Args:
-        seconds: the time after which no other step is begun; two are always taken.
+        seconds: no step starts after this time; there are always at least two steps.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -66,18 +66,18 @@ class Stopwatch(Callback):
         self._ends: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, module: StageModule, *_: object) -> None:
-        """Note when a step of the optimizer has ended."""
+        """Record the time at the end of an optimizer step."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return
         if module.device.type != "cpu":
-            torch.accelerator.synchronize(module.device)  # the host runs ahead
+            torch.accelerator.synchronize(module.device)  # kernels run asynchronously
         self._ends.append(time.perf_counter())
-        if len(self._ends) == 1:  # kernels are chosen and compiled, the optimizer has its state
+        if len(self._ends) == 1:  # from now on kernels are selected and compiled, and the optimizer state exists
             memory.reset_peak(module.device)
         trainer.should_stop = len(self._ends) > 1 and self._ends[-1] - self._ends[0] > self.limit
 
     def on_train_end(self, trainer: Trainer, module: StageModule) -> None:
-        """Read the result, while all is still on the device."""
+        """Read the result while the tensors are still on the device."""
         state = module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]
         self.measured = Measured(
             peak=memory.peak(module.device),
@@ -88,7 +88,7 @@ class Stopwatch(Callback):
 
 
 class NoLatents(Dataset):
-    """Zeros in the place of cached latents: a step on them costs what it will, before there are any."""
+    """Zeros instead of cached latents: a step costs the same, and works before the cache exists."""
 
     def __init__(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.count, self.moments = count, torch.zeros(shape, dtype=dtype)
@@ -102,16 +102,16 @@ class NoLatents(Dataset):
 
 
 class Trial:
-    """Tries a stage on one device: the one that this process would train on, whoever else runs there.
+    """Trial runs of a stage on the device that this process would train on.
 
     Args:
-        module: the stage; trials run on copies, so that it stays as it is.
-        data: its images.
-        make_trainer: makes a `lightning.Trainer` with the stage's settings; takes arguments that replace them.
-        compiled: whether networks are compiled.
+        module: the stage; trials run on copies, so it is not changed.
+        data: the stage's images.
+        make_trainer: makes a `lightning.Trainer` with the stage's settings; its arguments replace settings.
+        compiled: whether to compile the networks.
 
     Attributes:
-        trainer: one as training would have it, for what it knows: how many devices, which of them, what precision.
+        trainer: a trainer as in training, to read the number of devices, this device and the precision.
     """
 
     def __init__(
@@ -119,50 +119,50 @@ class Trial:
     ) -> None:
         self.module, self.data, self.make_trainer, self.compiled = module, data, make_trainer, compiled
         self.trainer = make_trainer(logger=False)
-        data.accumulation(self.world_size)  # refuses a global batch that is not divisible
+        data.accumulation(self.world_size)  # raises if the global batch is not divisible
 
     @property
     def device(self) -> torch.device:
-        """Where trials run."""
+        """The device of trials."""
         return self.trainer.strategy.root_device
 
     @property
     def world_size(self) -> int:
-        """Devices that training would use."""
+        """Number of devices that training would use."""
         return self.trainer.world_size
 
     @property
     def share(self) -> int:
-        """Images of a global batch that one device takes."""
+        """Images of a global batch per device."""
         return self.data.global_batch_size // self.world_size
 
     @property
     def moments(self) -> tuple[int, int, int] | None:
-        """`(M, h, w)` of what is cached for each image; None where the stage sees images."""
+        """`(M, h, w)` of each image's cached moments; None if the stage trains on images."""
         cached = are_cached(self.module.stage, self.data)
         return moments_shape(self.module.autoencoder, self.data.image_size) if cached else None
 
     def portion(self, size: int) -> int:
-        """What this process may have of `size` bytes: the memory of a CPU is shared by a machine's processes."""
+        """This process's part of `size` bytes, as the processes of a machine share the CPU's memory."""
         return size if self.device.type == "cuda" else size // self.trainer.num_devices
 
     def run(self, batch_size: int, images: int, steps: int, seconds: float = math.inf) -> Measured:
-        """Train for a few steps, on real images, or on zeros where latents are cached.
+        """Train for a few steps, on real images, or on zeros with `data.latents=cached`.
 
         Args:
             batch_size: images that the device holds at a time.
-            images: of one step of the optimizer, a multiple of `batch_size`.
-            steps: of the optimizer, at most; two or more.
-            seconds: the time after which no other step is begun.
+            images: images per optimizer step, a multiple of `batch_size`.
+            steps: maximum number of optimizer steps; at least two.
+            seconds: no step starts after this time.
 
         Raises:
-            Exception: whatever is raised where memory does not suffice (see `memory.is_out_of_memory`).
+            Exception: any out-of-memory error (see `memory.is_out_of_memory`).
         """
         module, data, stopwatch = copy.deepcopy(self.module), copy.copy(self.data), Stopwatch(seconds)
         data.batch_size, data.global_batch_size = batch_size, images
         if self.moments:
             data.cached = NoLatents(data.num_train, self.moments, DTYPES[data.latents_dtype])
-        module.measures_scale = False  # of the latents: it takes its time, and no number here depends on it
+        module.measures_scale = False  # measuring the latents' scale takes time and affects no result here
         if self.compiled:
             module.compile_networks()
         with tempfile.TemporaryDirectory() as folder:
@@ -170,21 +170,21 @@ class Trial:
                 **_one_device(self.device), callbacks=[stopwatch], default_root_dir=folder, limit_val_batches=0
             )
             set_lengths(trainer, data, steps * images)
-            gc.collect()  # what earlier trials have left behind
+            gc.collect()  # frees the memory of earlier trials
             trainer.fit(module, data)
         return stopwatch.measured
 
     def needs(self, batch_size: int) -> float:
-        """Bytes that training takes with so many images at a time: measured on a GPU, elsewhere estimated.
+        """Bytes that training needs with this batch size: measured on a GPU, estimated elsewhere.
 
-        Infinite where a GPU has not enough. On a CPU nothing is run: without the memory the system would end the
-        process.
+        Infinite if the GPU has too little. On a CPU nothing is run, as the system would kill a process that runs out
+        of memory.
         """
         if self.device.type != "cuda":
             size = self.data.image_size
             held, work = estimate(self.module, size, batch_size, self.trainer.precision, self.moments)
             return held + KERNELS * work + self._reserve
-        # Two micro-batches: from the second on gradients lie there while activations are made.
+        # Two micro-batches, as from the second on gradients and activations are in memory together.
         images = batch_size * min(2, -(-self.share // batch_size))
         try:
             return self.run(batch_size, images, steps=2).peak + self._reserve
@@ -195,15 +195,15 @@ class Trial:
 
     @property
     def _reserve(self) -> int:
-        """Bytes that a trial does not see: where there are several devices, the gradients on their way."""
+        """Bytes that a trial on one device does not measure: with several devices, DDP's gradient buckets."""
         groups = self.module.parameter_groups() if self.world_size > 1 else []
         return memory.num_bytes([group["params"] for group in groups])
 
     def attempt(self, batch_size: int, **limits: Any) -> Measured:  # noqa: ANN401
-        """`run` with the device's whole share of the global batch.
+        """`run` with the device's full share of the global batch.
 
         Raises:
-            UserError: that does not fit; the message names what to lower.
+            UserError: the share does not fit into memory; the message names the setting to lower.
         """
         if self.device.type == "cuda" or self.needs(batch_size) <= self.portion(memory.free(self.device)):
             try:
@@ -214,7 +214,7 @@ class Trial:
         raise UserError(self.refusal(batch_size))
 
     def refusal(self, batch_size: int) -> str:
-        """What to say where so many images at a time do not fit."""
+        """The error message for a batch size that does not fit."""
         free = self.portion(memory.free(self.device))
         takes = f"training the {self.module.stage} stage takes more than the {memory.readable(free)} that are free"
         if batch_size > 1 and self.needs(1) <= free:
@@ -227,7 +227,7 @@ class Trial:
 
 
 def _one_device(device: torch.device) -> dict[str, Any]:
-    """Arguments of a trainer for this process alone, also where it is one of several."""
+    """Trainer arguments for this process alone, even if it is one of several ranks."""
     return {
         "accelerator": "gpu" if device.type == "cuda" else device.type,
         "devices": 1 if device.index is None or device.type == "cpu" else [device.index],
