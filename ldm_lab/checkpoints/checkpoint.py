@@ -17,8 +17,10 @@ Functions that read a model also accept a checkpoint of CompVis/latent-diffusion
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,7 @@ ENTRY = "ldm_lab"
 ENTRIES = {"stage": str, "images_seen": int, "configs": dict, "prefixes": dict}
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # newest and previous checkpoint in `checkpoints/` of a stage
 STATUS = "status.json"
+YOUNG = 2 * 10**9  # nanoseconds
 LIBRARIES = ("diffusers", "ldm_lab")  # their classes mean this package's class of the same name; never plugins
 
 
@@ -114,21 +117,26 @@ class DamagedError(LoadError):
 
 
 def verify(path: Path) -> None:
-    """Verify the CRC-32 checksums of a file of `torch.save`, which `torch.load` ignores.
+    """Verify the CRC-32 checksums of a file of `torch.save`, which `torch.load` ignores; once, until the file changes.
+
+    A resume asks for the newest whole state, compares configs, validates and trains: each asks for the file anew.
 
     Raises:
         DamagedError: a checksum does not match, or the file cannot be read.
     """
     try:
-        damage = _damage(path)
+        stat, now = path.stat(), time.time_ns()
+        settled = now - stat.st_mtime_ns > YOUNG  # clocks of file systems tick slowly: a change may not show at once
+        version = (stat.st_dev, stat.st_ino, stat.st_mtime_ns if settled else now)
+        damage = _damage(path.absolute(), stat.st_size, version)
     except Exception as error:  # zipfile raises almost anything on corrupt files
         raise DamagedError(f"{path}: damaged ({reason(path, error)})") from error
     if damage:
         raise DamagedError(f"{path}: damaged ({damage})")
 
 
-def _damage(path: Path) -> str | None:
-    size = path.stat().st_size
+@functools.lru_cache(maxsize=4)
+def _damage(path: Path, size: int, version: object) -> str | None:
     if size == 0:
         return "empty"
     with zipfile.ZipFile(path) as file:

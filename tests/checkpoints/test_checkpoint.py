@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import zipfile
 
 import pytest
 import torch
@@ -292,3 +294,21 @@ def test_a_fingerprint_changes_with(change):
     assert checkpoint.fingerprint(copy.deepcopy(network)) == before
     change(network)
     assert checkpoint.fingerprint(network) != before
+
+
+def test_a_file_is_verified_once_until_it_changes(file, monkeypatch):
+    verified, testzip = [], zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: verified.append(1) or testzip(archive))
+    for _ in range(2):  # too young: a change in the same tick of the clock would not show
+        checkpoint.load(file)
+    assert len(verified) == 2
+    os.utime(file, (1, 1))
+    for _ in range(3):
+        checkpoint.load(file)
+    assert len(verified) == 3
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, (2, 2))
+    with pytest.raises(LoadError, match="damaged"):
+        checkpoint.load(file)
