@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-STAGES = AUTOENCODER, DIFFUSION = ("autoencoder", "diffusion")
+from ldm_lab.runs.stages import AUTOENCODER, DIFFUSION, STAGES
+
 HOURS = "perf/device_hours"
 
 

@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from ldm_lab.runs import metrics
-from ldm_lab.runs.metrics import AUTOENCODER, DIFFUSION, HOURS
+from ldm_lab.runs.metrics import HOURS
 from ldm_lab.runs.record import AXIS
+from ldm_lab.runs.stages import AUTOENCODER, DIFFUSION
 
 PICTURES = "pictures/"  # before the names of pictures
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ldm_lab.runs import metrics
-from ldm_lab.runs.metrics import AUTOENCODER, DIFFUSION, direction, rank
+from ldm_lab.runs.metrics import direction, rank
 from ldm_lab.runs.record import RunRecord, StageRecord
+from ldm_lab.runs.stages import AUTOENCODER, DIFFUSION
 from ldm_lab.tools.report.protocol import alike, does_not_compare
 from ldm_lab.tools.report.values import Value, evaluated, measured
 from ldm_lab.utils.nested import find
