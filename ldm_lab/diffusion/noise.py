@@ -43,7 +43,7 @@ def randn(
         return to_device(torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype), device)
     if len(generator) != shape[0]:
         raise UserError(f"generator: {len(generator)} given for a batch of {shape[0]}; give one for each sample")
-    drawn = [randn((1, *shape[1:]), own, own.device, dtype) for own in generator]
+    drawn = [randn((1, *shape[1:]), one, one.device, dtype) for one in generator]
     return to_device(torch.cat(drawn), device)  # one copy
 
 

@@ -159,7 +159,7 @@ def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 
     if fewest <= NEAREST_DENSITY:
         raise UserError(f"{fewest} images have not {NEAREST_DENSITY} neighbours: give more")
     x, y = features.double(), reference.double()
-    own, (real, real_wide) = _radii(x)[0], _radii(y)
+    generated, (real, real_wide) = _radii(x)[0], _radii(y)
     precision, density = [], []
     recalled, covered = y.new_zeros(len(y), dtype=torch.bool), y.new_zeros(len(y), dtype=torch.bool)
     for start, block in _blocks(x, len(y)):
@@ -168,7 +168,7 @@ def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 
         precision.append((distances <= real).any(1))
         density.append(inside.sum(1) / NEAREST_DENSITY)
         covered |= inside.any(0)
-        recalled |= (distances <= own[start : start + len(block), None]).any(0)
+        recalled |= (distances <= generated[start : start + len(block), None]).any(0)
     scores = {"precision": torch.cat(precision), "recall": recalled, "density": torch.cat(density), "coverage": covered}
     return {name: mean(values, draws, seed) for name, values in scores.items()}
 
