@@ -1,4 +1,4 @@
-"""The public face: `LDMPipeline(vqvae, unet, scheduler)`, called like its namesake in diffusers."""
+"""The pipeline for sampling: `LDMPipeline(vqvae, unet, scheduler)`, with the interface of diffusers' class."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
 
 @dataclass
 class ImagePipelineOutput(BaseOutput):
-    """What a call returns.
+    """Result of a pipeline call.
 
     Attributes:
         images: by `output_type`, a list of B PIL images; an array `(B, H, W, 3)` in [0, 1]; a tensor
@@ -56,16 +56,16 @@ class LDMPipeline(MemorySwitches):
     """Unconditional image generation: noise -> UNet and scheduler -> latents -> first stage -> images.
 
     Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models". Diffusion runs on
-    `scaling_factor * latents`; decoding divides by it and, where there is a codebook, quantizes.
+    `scaling_factor * latents`; decoding divides by the factor and, with a codebook, quantizes.
 
     Args:
         vqvae: the first stage, of either kind.
-        unet: predicts what `scheduler.config.prediction_type` says.
-        scheduler: the sampler; assign another to `pipe.scheduler` to change it. Those of diffusers that are compatible
-            with its `LDMPipeline` do as well.
+        unet: network that predicts `scheduler.config.prediction_type`.
+        scheduler: the sampler; assign another one to `pipe.scheduler` to change it. Schedulers of diffusers that are
+            compatible with its `LDMPipeline` work too.
     """
 
-    # A folder may name these classes and those of plugins: a config is data and cannot make us import anything.
+    # A folder may only name these classes and those of plugins, as a config is data and must not cause imports.
     classes: ClassVar[dict[str, tuple[type, ...]]] = {
         "vqvae": tuple(FIRST_STAGES.values()),
         "unet": (UNet2DModel,),
@@ -84,45 +84,45 @@ class LDMPipeline(MemorySwitches):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The three parts by name: `LDMPipeline(**pipe.components)` shares them."""
+        """The three parts by name; `LDMPipeline(**pipe.components)` shares them."""
         return {"vqvae": self.vqvae, "unet": self.unet, "scheduler": self.scheduler}
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         return self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the networks."""
+        """Dtype of the networks."""
         return self.unet.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401
-        """Move both networks to a device and/or type, as `torch.nn.Module.to`."""
+        """Move both networks to a device and/or dtype, as `torch.nn.Module.to`."""
         self.vqvae.to(*args, **kwargs)
         self.unet.to(*args, **kwargs)
         return self
 
     def compile(self) -> Self:
-        """Compile the networks in place, for the device where they are: a first call of each batch size takes minutes.
+        """Compile the networks in place for their device; the first call of each batch size takes minutes.
 
-        Images are as before, up to rounding. Weights may not change any more (see `compile_for_inference`).
+        Images stay the same up to rounding. Weights must not change any more (see `compile_for_inference`).
         """
         compile_for_inference(self.unet, graphs=True)
-        if self.device.type != "cpu":  # where the decoder as it is does less arithmetic (see `Conv3x3`)
+        if self.device.type != "cpu":  # there the eager decoder does less arithmetic (see `Conv3x3`)
             compile_for_inference(self.vqvae.decoder)
         return self
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
-        """The bar over the steps; see `set_progress_bar_config`."""
+        """Progress bar over the steps; see `set_progress_bar_config`."""
         return tqdm(iterable, **{"total": total, **self._progress})
 
     def set_progress_bar_config(self, **settings: Any) -> None:  # noqa: ANN401
-        """Settings of tqdm for the bar, e.g. `disable=True`."""
+        """Set tqdm's settings of the progress bar, e.g. `disable=True`."""
         self._progress = settings
 
     def register_modules(self, **components: Any) -> None:  # noqa: ANN401
-        """Take other parts: `vqvae=`, `unet=`, `scheduler=`."""
+        """Replace parts: `vqvae=`, `unet=`, `scheduler=`."""
         for name, part in components.items():
             if name not in self.classes:
                 raise TypeError(f"LDMPipeline has no part {name!r}; it has {', '.join(self.classes)}")
@@ -146,20 +146,20 @@ class LDMPipeline(MemorySwitches):
         """Generate images.
 
         Args:
-            batch_size: how many.
-            generator: source of every random number, also of those that `eta` adds, or its seed; a list holds one per
-                image, which makes each image independent of the batch it is drawn in.
-            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16). A scheduler whose steps
-                have none refuses another than 0.
-            num_inference_steps: evaluations of the UNet.
+            batch_size: number of images.
+            generator: generator (or seed) of all random numbers, also of the noise that `eta` adds; a list has one per
+                image, which makes each image independent of its batch.
+            eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16). A scheduler without eta
+                only accepts 0.
+            num_inference_steps: number of UNet evaluations.
             output_type: "pil", "np" (or "numpy"), "pt" or "latent".
             return_dict: `False` returns `(images,)`.
-            latents: the starting noise `(B, C, h, w)`, scaled as the scheduler works on them.
+            latents: the starting noise `(B, C, h, w)`, scaled for the scheduler.
             callback: called after each step with (step, timestep, latents).
 
         Raises:
-            UserError: an argument is out of its range; the message names it. Or pixels of "pil" or "np" came out as
-                NaN or infinity.
+            UserError: an argument is out of range; the message names it. Or pixels of "pil" or "np" are NaN or
+                infinite.
         """
         self._check(output_type, latents)
         generator = seeded(generator)
@@ -178,9 +178,9 @@ class LDMPipeline(MemorySwitches):
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
 
     def noise(self, batch_size: int, generator: Generators = None) -> Tensor:
-        """What sampling starts from, `(B, C, h, w)`. Raises `UserError` where the UNet's config has no size.
+        """The starting noise `(B, C, h, w)`. Raises `UserError` if the UNet's config has no sample size.
 
-        Schedulers of diffusers scale it by the first of the timesteps that were set.
+        Schedulers of diffusers scale it for the first of their timesteps.
         """
         size = self.unet.config.sample_size
         if size is None:
@@ -218,9 +218,9 @@ class LDMPipeline(MemorySwitches):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write the folder that `from_pretrained`, ours or the namesake's, loads. The index is written last.
+        """Write a folder for `from_pretrained` of this package and of diffusers; `model_index.json` is written last.
 
-        The arguments are those of a network's `save_pretrained`; one that is compiled is written as it was before.
+        For the arguments see a network's `save_pretrained`. A compiled network is written as an uncompiled one.
         """
         files = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
         parts.write(shell.path(folder), self.components, **files)
@@ -247,24 +247,24 @@ class LDMPipeline(MemorySwitches):
         force_download: bool = False,
         plugins: Sequence[str] = (),
     ) -> Self:
-        """Load a pipeline folder, a run (also one that is not finished), its snapshot, a checkpoint or a hub name.
+        """Load a pipeline folder, a run (finished or not), a snapshot, a checkpoint or a model on the hub.
 
         Arguments that are not listed here are those of a network's `from_pretrained`.
 
         Args:
-            source: the folder or file; `runs/x@2M` is a snapshot (see `checkpoints.locate`); `owner/model`, where there
-                is no such folder, a model on the Hugging Face hub. Of a file of CompVis, see `from_single_file`.
-            torch_dtype: floating-point type of the networks, or its name; None and "auto" keep that of the file.
-            device: where the networks go; None leaves them on the CPU.
-            vqvae: a part that is taken as it is; that of the source is neither read nor downloaded.
+            source: the folder or file; `runs/x@2M` is a snapshot (see `checkpoints.locate`); `owner/model`, if there is
+                no such folder, is a model on the Hugging Face hub. For a CompVis file see `from_single_file`.
+            torch_dtype: dtype of the networks, or its name; None and "auto" keep the dtype of the file.
+            device: target device of the networks; None: the CPU.
+            vqvae: a part to use instead of the source's, which is then neither read nor downloaded.
             unet: likewise.
             scheduler: likewise.
-            variant: of the weights ("fp16"); a network that lacks it is taken as it is, but not all of them may.
-            plugins: packages that may be imported: those whose classes the files may name beside ours.
+            variant: variant of the weights ("fp16"); a network without it loads its plain weights, unless none has it.
+            plugins: packages that may be imported, as the files may name their classes.
 
         Raises:
-            LoadError: nothing of the kind is there, or it is damaged; one line says what and where.
-            UserError: an argument cannot be used; the message names it.
+            LoadError: there is no such model, or it is corrupt; the one-line message says what and where.
+            UserError: an argument is invalid; the message names it.
         """
         dtype, device = floating_type(dtype or torch_dtype), one_device(device_map) or device
         given = {"vqvae": vqvae, "unet": unet, "scheduler": scheduler}
@@ -282,16 +282,16 @@ class LDMPipeline(MemorySwitches):
         dtype: torch.dtype | None = None,
         **reading: Any,  # noqa: ANN401
     ) -> Self:
-        """Build a pipeline from the parts that a local checkpoint or pipeline folder holds.
+        """Build a pipeline from the parts of a local checkpoint or pipeline folder.
 
         Args:
             path: the file or folder.
-            device: where the networks go; None leaves them on the CPU.
-            dtype: their floating-point type; None keeps that of the file.
+            device: target device of the networks; None: the CPU.
+            dtype: dtype of the networks; None keeps the dtype of the file.
             reading: see `checkpoints.parts.read`.
 
         Raises:
-            LoadError: a part is missing, damaged or does not fit the others.
+            LoadError: a part is missing, corrupt, or does not fit the other parts.
         """
         found = parts.read(path, cls.classes, **reading)
         with blaming(path):
@@ -307,20 +307,20 @@ class LDMPipeline(MemorySwitches):
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """Load a checkpoint of CompVis/latent-diffusion, with a scheduler that steps as the original's DDIM.
+        """Load a checkpoint of CompVis/latent-diffusion, with a scheduler equivalent to CompVis's DDIM.
 
         Args:
             path: the file, `model.ckpt`.
-            original_config: its YAML file, which describes the architecture. None takes a `config.yaml` beside the
-                file; where there is none, the architecture follows from the tensors, and a line says what they leave
-                open and what is assumed for it.
-            use_ema: take the moving average of the UNet's weights, as the original does; False takes the weights.
-            torch_dtype: floating-point type of the networks; None keeps that of the file.
-            device: where the networks go; None leaves them on the CPU.
+            original_config: its YAML file, which describes the architecture. None: a `config.yaml` beside the file;
+                without it, the architecture is inferred from the tensors, and a line names the settings that they
+                leave open and the assumed values.
+            use_ema: use the moving average of the UNet's weights, as CompVis does; False: the raw weights.
+            torch_dtype: dtype of the networks; None keeps the dtype of the file.
+            device: target device of the networks; None: the CPU.
 
         Raises:
-            LoadError: a file is missing or damaged, the model is conditional or has no first stage, or a tensor is
-                missing or left over; one line says which.
+            LoadError: a file is missing or corrupt, the model is conditional or has no first stage, or a tensor is
+                missing or surplus; the one-line message names it.
         """
         reading = {"original_config": original_config, "use_ema": use_ema}
         return cls.from_file_or_folder(shell.path(path), device, floating_type(torch_dtype), single_file=reading)

@@ -1,1 +1,1 @@
-"""Pure diffusion mathematics: plain tensors in, plain tensors out; knows no network and no trainer."""
+"""Pure diffusion mathematics on plain tensors, independent of networks and trainers."""

@@ -1,4 +1,4 @@
-"""The one place where a number per sample meets a batch of images."""
+"""Broadcasts one number per sample against a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ldm_lab.utils.errors import UserError
 
 
 def per_sample(values: Tensor, batch: Tensor) -> Tensor:
-    """Shape one number per sample, or one for all, such that it multiplies `batch`.
+    """Reshape one number per sample, or one for all, to broadcast against `batch`.
 
     >>> import torch
     >>> per_sample(torch.ones(4), torch.zeros(4, 3, 8, 8)).shape

@@ -16,9 +16,9 @@ from ldm_lab.utils.configurable import register_to_config
 
 
 class DDIMScheduler(Scheduler):
-    """Steps between any two noise levels, without noise (eta = 0) or with (eta = 1: ancestral, like DDPM).
+    """DDIM sampler: steps between any two noise levels, deterministic (eta = 0) or ancestral like DDPM (eta = 1).
 
-    For latents set `clip_sample=False`: they have no range. CompVis's own DDIM is
+    For latents set `clip_sample=False`, as latents have no fixed range. CompVis's DDIM is
     `beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1`.
 
     >>> scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
@@ -30,21 +30,21 @@ class DDIMScheduler(Scheduler):
         num_train_timesteps: T.
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
-        beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
-        trained_betas: betas in place of a schedule; their number is T.
+        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
+            trained_betas: betas instead of a schedule; their number is T.
         clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`.
         set_alpha_to_one: whether the last step ends at a clean sample (ᾱ = 1) or at ᾱ of timestep 0.
         steps_offset: added to the timesteps of "leading".
-        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
-        thresholding: dynamic thresholding of the predicted x0, in place of clipping.
-        dynamic_thresholding_ratio: its quantile.
+        prediction_type: the network's prediction: "epsilon", "sample" (x0) or "v_prediction".
+        thresholding: dynamic thresholding of the predicted x0, instead of clipping.
+        dynamic_thresholding_ratio: quantile of the thresholding.
         clip_sample_range: see `clip_sample`.
         sample_max_value: upper bound of the threshold.
         timestep_spacing: "leading", "trailing" or "linspace".
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        UserError: an unknown name, or a value out of its range.
+        UserError: a name is unknown, or a value is out of range.
     """
 
     @register_to_config
@@ -81,28 +81,28 @@ class DDIMScheduler(Scheduler):
         return_dict: bool = True,
         prev_timestep: SupportsIndex | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of the chain (Song et al. 2021, eq. 12 and 16), computed in float32 at least:
+        """One step (Song et al. 2021, eq. 12 and 16), computed in float32 or higher:
 
             x_prev = √ᾱ_prev x0 + √(1 - ᾱ_prev - σ²) ε + σ z,   σ² = η² (1 - ᾱ_prev)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_prev)
 
-        It goes from `timestep` to the next one of `timesteps`, which are all T before `set_timesteps`, and from one
-        that is not listed to t - T // N. The class of the same name in diffusers always goes to t - T // N: the same
-        with "leading" spacing; with the others give that time as `prev_timestep` to reproduce it.
+        It goes from `timestep` to the next entry of `timesteps` (all T before `set_timesteps`), and from a timestep
+        outside of the list to t - T // N. diffusers' class always goes to t - T // N. That is equal for "leading"
+        spacing; for other spacings pass that time as `prev_timestep` to reproduce diffusers.
 
         Args:
-            model_output: what the network predicts at `sample`, `(B, ...)`.
-            timestep: t, in general one of `timesteps`. A tensor on a GPU is waited for.
+            model_output: the network's prediction at `sample`, `(B, ...)`.
+            timestep: t, usually one of `timesteps`. A tensor on a GPU makes the host wait.
             sample: x_t, `(B, ...)`.
             eta: η, at least 0.
-            use_clipped_model_output: derive ε again from the clipped x0.
-            generator: draws z, also in the last step; a list has one generator per sample. Not used if eta = 0.
+            use_clipped_model_output: recompute ε from the clipped x0.
+            generator: draws z, also in the last step; a list has one generator per sample. Unused if eta = 0.
             variance_noise: z itself, instead of a generator.
-            return_dict: `False` for a plain tuple.
-            prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
+            return_dict: `False` returns a plain tuple.
+            prev_timestep: go to this earlier timestep instead; below 0: the end of the chain.
 
-        Raises:
-            UserError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction where ᾱ_t = 0;
-                shapes or the number of generators do not fit.
+            Raises:
+                UserError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction with ᾱ_t = 0;
+                    shapes or the number of generators do not fit.
         """
         require(is_number(eta) and eta >= 0, "eta", eta, "a number, at least 0")
         t, earlier = self._step_times(timestep, prev_timestep)
@@ -113,7 +113,7 @@ class DDIMScheduler(Scheduler):
             epsilon = (x_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
 
         variance = eta**2 * posterior_variance(alpha_bar, alpha_bar_prev)
-        # At zero terminal SNR and eta = 1 nothing is left for ε; rounding must not make it less than nothing.
+        # At zero terminal SNR and eta = 1 the rest for ε is 0; rounding must not make it negative.
         remaining = 1 - alpha_bar_prev - variance
         require(remaining > -1e-9, "eta", eta, f"smaller: its noise exceeds the noise level after timestep {t}")
         x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(remaining, 0.0)) * epsilon

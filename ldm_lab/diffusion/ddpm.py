@@ -20,8 +20,8 @@ def forward_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
     return 1 - alpha_bar_t / alpha_bar_prev
 
 
-# Ho et al. 2020, section 3.2: the two extreme choices. Whether a variance is kept as its logarithm makes
-# no difference to its value; the names are accepted so that existing configs load.
+# Ho et al. 2020, section 3.2: the two extreme choices. The "_log" names mean the same values; they are
+# accepted so that existing configs load.
 VARIANCES: dict[str, Callable[[float, float], float]] = {
     "fixed_small": posterior_variance,
     "fixed_small_log": posterior_variance,
@@ -31,7 +31,7 @@ VARIANCES: dict[str, Callable[[float, float], float]] = {
 
 
 class DDPMScheduler(Scheduler):
-    """Ancestral sampling, through all T timesteps or any falling list of them.
+    """DDPM sampler: ancestral sampling through all T timesteps or any descending list of them.
 
     >>> scheduler = DDPMScheduler(num_train_timesteps=10, clip_sample=False)
     >>> scheduler.set_timesteps(timesteps=[9, 4, 0])
@@ -42,14 +42,14 @@ class DDPMScheduler(Scheduler):
         num_train_timesteps: T.
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
-        beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
-        trained_betas: betas in place of a schedule; their number is T.
+        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
+        trained_betas: betas instead of a schedule; their number is T.
         variance_type: "fixed_small" (β̃_t) or "fixed_large" (β_t), each also with "_log". Learned variances are
-            refused: the networks here predict none.
+            rejected, as the networks here predict none.
         clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`; not for latents.
-        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
-        thresholding: dynamic thresholding of the predicted x0, in place of clipping.
-        dynamic_thresholding_ratio: its quantile.
+        prediction_type: the network's prediction: "epsilon", "sample" (x0) or "v_prediction".
+        thresholding: dynamic thresholding of the predicted x0, instead of clipping.
+        dynamic_thresholding_ratio: quantile of the thresholding.
         clip_sample_range: see `clip_sample`.
         sample_max_value: upper bound of the threshold.
         timestep_spacing: "leading", "trailing" or "linspace".
@@ -57,7 +57,7 @@ class DDPMScheduler(Scheduler):
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        UserError: an unknown name, or a value out of its range.
+        UserError: a name is unknown, or a value is out of range.
     """
 
     @register_to_config
@@ -92,24 +92,24 @@ class DDPMScheduler(Scheduler):
         variance_noise: Tensor | None = None,
         prev_timestep: SupportsIndex | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """Draw from q(x_prev | x_t, x0) at the predicted x0 (Ho et al. 2020, eq. 7), in float32 at least:
+        """Draw from q(x_prev | x_t, x0) at the predicted x0 (Ho et al. 2020, eq. 7), in float32 or higher:
 
             x_prev = (√ᾱ_prev β x0 + √(1 - β) (1 - ᾱ_prev) x_t) / (1 - ᾱ_t) + √variance z,   β = 1 - ᾱ_t/ᾱ_prev
 
-        where prev is the next one of `timesteps`, which are all T before `set_timesteps`; from a timestep that is not
-        listed it is t - T // N. The last step of the list adds no noise (algorithm 2).
+        where prev is the next entry of `timesteps` (all T before `set_timesteps`), or t - T // N for a timestep outside
+        of the list. The last step of the list adds no noise (algorithm 2).
 
         Args:
-            model_output: what the network predicts at `sample`, `(B, ...)`.
-            timestep: t, in general one of `timesteps`. A tensor on a GPU is waited for.
+            model_output: the network's prediction at `sample`, `(B, ...)`.
+            timestep: t, usually one of `timesteps`. A tensor on a GPU makes the host wait.
             sample: x_t, `(B, ...)`.
             generator: draws z; a list has one generator per sample.
-            return_dict: `False` for a plain tuple.
+            return_dict: `False` returns a plain tuple.
             variance_noise: z itself, instead of a generator.
-            prev_timestep: go to this earlier timestep instead; below 0 it is the end of the chain.
+            prev_timestep: go to this earlier timestep instead; below 0: the end of the chain.
 
-        Raises:
-            UserError: t is not within 0..T-1; epsilon prediction where ᾱ_t = 0; shapes or the number of generators
+            Raises:
+                UserError: t is not within 0..T-1; epsilon prediction with ᾱ_t = 0; shapes or the number of generators
                 do not fit.
         """
         t, earlier = self._step_times(timestep, prev_timestep)

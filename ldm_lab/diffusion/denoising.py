@@ -1,4 +1,4 @@
-"""The reverse process, step by step: sampling, and whoever looks on."""
+"""The reverse process as an iterator over steps, for sampling and for showing its progress."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ldm_lab.utils.transfer import to_device
 
 
 class UNet(Protocol):
-    """What predicts: `unet(latents, timestep).sample`."""
+    """Protocol of a denoising network: `unet(latents, timestep).sample`."""
 
     dtype: torch.dtype
 
     def __call__(self, sample: Tensor, timestep: Tensor) -> Any:  # noqa: ANN401
-        """`(B, C, h, w)` and a timestep -> something with `.sample`, alike."""
+        """`(B, C, h, w)` and a timestep -> an object with `.sample` of the same shape."""
 
 
 @torch.no_grad()
@@ -32,23 +32,23 @@ def denoise(
     eta: float = 0.0,
     noise: Callable[[], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, SchedulerOutput]]:
-    """Visit the timesteps that the scheduler was set to; the latents stay float32 whatever type the network has.
+    """Denoise latents over the scheduler's timesteps; latents stay float32 for any dtype of the network.
 
     Args:
-        unet: predicts what `scheduler.config.prediction_type` says.
-        scheduler: after `set_timesteps`; one of diffusers does as well.
-        latents: `(B, C, h, w)` at the first of the timesteps, on the network's device.
-        generator: of the noise that steps add; a list has one per image.
+        unet: network that predicts `scheduler.config.prediction_type`.
+        scheduler: a scheduler after `set_timesteps`, of this package or of diffusers.
+        latents: `(B, C, h, w)` at the first timestep, on the network's device.
+        generator: generator of the noise that steps add; a list has one per image.
         eta: see `DDIMScheduler.step`.
-        noise: makes the noise of each step, `(B, C, h, w)`, in the place of `generator`; called in every step. For
+        noise: makes the noise of each step, `(B, C, h, w)`, instead of `generator`; called in every step. Only for
             schedulers of this package.
 
     Yields:
-        Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample` (of a scheduler of
-        diffusers: where it tells).
+        Each timestep, 0-dim on the CPU, and the step's `prev_sample` and `pred_original_sample` (for diffusers'
+        schedulers, if they return it).
 
     Raises:
-        UserError: `eta` is not 0 and the scheduler has none.
+        UserError: `eta` is not 0, and the scheduler does not support it.
     """
     known = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in known:
@@ -59,7 +59,7 @@ def denoise(
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
         prediction = unet(model_input, on_device[index]).sample
-        prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite its output
+        prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite the network's output
         drawn = {} if noise is None else {"generator": None, "variance_noise": noise()}
         output = scheduler.step(prediction, timestep, latents, **{**options, **drawn})
         latents = output.prev_sample

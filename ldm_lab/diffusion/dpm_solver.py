@@ -1,4 +1,4 @@
-"""DPM-Solver++: few steps of high order (Lu et al. 2022, arXiv 2211.01095)."""
+"""DPM-Solver++ sampler: few steps of high order (Lu et al. 2022, arXiv 2211.01095)."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ldm_lab.utils.configurable import register_to_config
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError
 
-FEW_STEPS = 15  # below, the last steps are of lower order: there the noise levels lie far apart
-LEVELS = (*SPREADS, "use_lu_lambdas", "use_flow_sigmas")  # settings that ask for other levels than `timestep_spacing`
-ROUNDING = 1e-4  # what is so little below a whole timestep is that timestep
-LOWEST = 2**-24  # ᾱ that takes the place of 0, pure noise, where levels are spread by a logarithm of the SNR
+FEW_STEPS = 15  # with fewer steps the last ones have lower order, as levels are far apart
+LEVELS = (*SPREADS, "use_lu_lambdas", "use_flow_sigmas")  # settings that override `timestep_spacing`
+ROUNDING = 1e-4  # a level this close below a timestep counts as that timestep
+LOWEST = 2**-24  # replaces ᾱ = 0, pure noise, for spacings in the logarithm of the SNR
 
 
 class DPMSolverMultistepScheduler(Scheduler):
-    """Solves the ODE of diffusion, or the SDE, with the predictions at up to three noise levels.
+    """Solves the diffusion ODE or SDE with the predictions at up to three noise levels.
 
-    With `use_lu_lambdas` twenty steps come as close as a hundred of DDIM. It remembers what the last steps predicted:
-    the timesteps must be visited in their order; a new first step forgets. A chain may begin at any of them.
+    With `use_lu_lambdas` twenty steps are as accurate as a hundred of DDIM. The solver stores the last predictions, so
+    timesteps must be visited in order; a new first step clears the history. A chain may begin at any timestep.
 
-    The timesteps are N of N + 1 spread levels, the last of which is the end; N = T takes all. They differ from those of
-    `DDIMScheduler` but equal those of the class of this name in diffusers (which with N = T visits one of them twice,
-    or 0 alone), and so do all steps but two kinds: those of the SDE with order 3, where a sign there is turned around,
-    and those after pure noise (zero terminal SNR), for which it puts ᾱ = 2^-24. With `use_lu_lambdas` it takes levels
-    between the timesteps and tells the network the nearest timestep; here level and timestep belong together. With
-    "trailing" and `lambda_min_clipped` it may visit fewer timesteps than were asked for; here there are N.
+    The timesteps are the first N of N + 1 spaced levels, the last level being the end; N = T takes all. They differ
+    from those of `DDIMScheduler` but equal those of diffusers' class of this name (which for N = T visits a timestep
+    twice, or only 0). All steps equal diffusers' except two kinds: SDE steps of order 3, where diffusers flips a sign,
+    and steps after pure noise (zero terminal SNR), where diffusers uses ᾱ = 2^-24. With `use_lu_lambdas` diffusers uses
+    levels between timesteps and passes the network the nearest timestep; here level and timestep match. With "trailing"
+    and `lambda_min_clipped` diffusers may visit fewer than N timesteps; here there are always N.
 
     >>> scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     >>> scheduler.set_timesteps(4)
@@ -49,37 +49,37 @@ class DPMSolverMultistepScheduler(Scheduler):
         num_train_timesteps: T.
         beta_start: β of the first timestep.
         beta_end: β of the last timestep.
-        beta_schedule: "linear", "scaled_linear" (what CompVis calls "linear") or "squaredcos_cap_v2".
-        trained_betas: betas in place of a schedule; their number is T.
+        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
+        trained_betas: betas instead of a schedule; their number is T.
         solver_order: 1 (which is DDIM), 2 ("2M") or 3 ("3M").
-        prediction_type: what the network predicts: "epsilon", "sample" (x0), "v_prediction" or, with
+        prediction_type: the network's prediction: "epsilon", "sample" (x0), "v_prediction" or, with
             `use_flow_sigmas`, "flow_prediction" (ε - x0).
         thresholding: dynamic thresholding of the predicted x0.
-        dynamic_thresholding_ratio: its quantile.
+        dynamic_thresholding_ratio: quantile of the thresholding.
         sample_max_value: upper bound of the threshold.
-        algorithm_type: "dpmsolver++" solves the ODE, without noise, "sde-dpmsolver++" the SDE, by predictions of x0;
-            "dpmsolver" and "sde-dpmsolver" do by predictions of ε, and cannot end at a clean sample.
-        solver_type: "midpoint" or "heun", the second term of order 2.
-        lower_order_final: with fewer than 15 steps, take the last two with orders 2 and 1.
+        algorithm_type: from predictions of x0, "dpmsolver++" solves the ODE and "sde-dpmsolver++" the SDE; from
+            predictions of ε, "dpmsolver" and "sde-dpmsolver" do, which cannot end at a clean sample.
+        solver_type: "midpoint" or "heun", for the second term of order 2.
+        lower_order_final: with fewer than 15 steps, take the last two steps with orders 2 and 1.
         euler_at_final: take the last step with order 1.
-        use_karras_sigmas: take levels between the timesteps: N from that of T - 1 to that of 0, even in (σ/α)^(1/7),
-            whatever `timestep_spacing` says. The network is told a timestep close by, the same one perhaps twice.
+        use_karras_sigmas: use N levels between the timesteps, from that of T - 1 to that of 0, even in (σ/α)^(1/7);
+            overrides `timestep_spacing`. The network gets a nearby timestep, which may repeat.
         use_exponential_sigmas: the same, even in log(σ/α).
-        use_beta_sigmas: the same, at quantiles of a beta distribution, close at both ends.
-        use_lu_lambdas: spread the timesteps evenly in λ, from T - 1 to 0, whatever `timestep_spacing` says ("uniform
-            logSNR", Lu et al. 2022, arXiv 2206.00927): far more accurate than evenly in t.
-        use_flow_sigmas: the levels of a straight path from data to noise, x_t = (1 - σ) x0 + σ ε, for a network that
-            was trained on it: to sample only.
-        flow_shift: moves these towards noise, 1 not at all; see `levels.flow`.
+        use_beta_sigmas: the same, at quantiles of a beta distribution, dense at both ends.
+        use_lu_lambdas: space the timesteps evenly in λ, from T - 1 to 0; overrides `timestep_spacing` ("uniform
+            logSNR", Lu et al. 2022, arXiv 2206.00927). It is far more accurate than even spacing in t.
+        use_flow_sigmas: use the levels of a straight path from data to noise, x_t = (1 - σ) x0 + σ ε, for a network
+            trained on this path; only for sampling.
+        flow_shift: shifts these levels towards noise; 1: no shift; see `levels.flow`.
         final_sigmas_type: "zero" ends at a clean sample, "sigma_min" at the noise of timestep 0.
-        lambda_min_clipped: leave out the timesteps whose λ is below; -5.1 for the cosine schedule.
-        variance_type: learned variances are refused: the networks here predict none.
+        lambda_min_clipped: omit timesteps whose λ is below; use -5.1 for the cosine schedule.
+        variance_type: learned variances are rejected, as the networks here predict none.
         timestep_spacing: "linspace", "leading" or "trailing".
         steps_offset: added to the timesteps of "leading".
         rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
-        UserError: an unknown name, or a value out of its range.
+        UserError: a name is unknown, or a value is out of range.
     """
 
     parameterizations: ClassVar = {**PARAMETERIZATIONS, "flow_prediction": Flow()}
@@ -116,20 +116,20 @@ class DPMSolverMultistepScheduler(Scheduler):
     ) -> None:
         self._check_solver()
         super().__init__(set_alpha_to_one=final_sigmas_type == "zero")
-        log_snr = [Level.of(alpha_bar).log_snr for alpha_bar in self._alpha_bar]  # falling
+        log_snr = [Level.of(alpha_bar).log_snr for alpha_bar in self._alpha_bar]  # descending
         self._usable = sum(value >= lambda_min_clipped for value in log_snr)
         require(self._usable > 0, "lambda_min_clipped", lambda_min_clipped, f"at most {log_snr[0]:.4g}")
-        self._history: list[tuple[Level, Tensor]] = []  # of the steps before, the newest first
+        self._history: list[tuple[Level, Tensor]] = []  # of the previous steps, newest first
         self._visited: list[int] = []
-        self._levels: list[Level] = []  # of `_visited`, and of the end
-        self._due: int | None = None  # place of the next step among them
+        self._levels: list[Level] = []  # levels of `_visited`, and of the end
+        self._due: int | None = None  # index of the next step
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
         """Build from the config of any scheduler.
 
         Raises:
-            LoadError: it is one of the namesake with a shift of the levels that depends on the image.
+            LoadError: it is a diffusers config with an image-dependent shift of the levels.
         """
         if config.get("use_dynamic_shifting"):
             raise LoadError(f"use_dynamic_shifting=True is not supported by {cls.__name__}; False is")
@@ -156,7 +156,7 @@ class DPMSolverMultistepScheduler(Scheduler):
             require(config.final_sigmas_type == "sigma_min", "final_sigmas_type", config.final_sigmas_type, wanted)
 
     def rates(self, timesteps: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Scheduler.rates`. Raises `UserError` with `use_flow_sigmas`: its levels are not those of the betas."""
+        """See `Scheduler.rates`. Raises `UserError` with `use_flow_sigmas`, whose levels do not follow the betas."""
         if self.config.use_flow_sigmas:
             raise UserError("use_flow_sigmas=True: the scheduler samples, and cannot add noise at a timestep")
         return super().rates(timesteps, batch)
@@ -167,10 +167,10 @@ class DPMSolverMultistepScheduler(Scheduler):
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the timesteps that sampling visits, as `Scheduler.set_timesteps`, or levels between them.
+        """Choose the timesteps of sampling, as `Scheduler.set_timesteps`, or levels between them.
 
         Raises:
-            UserError: also for `timesteps` where the config asks for other levels than theirs.
+            UserError: also for `timesteps` if the config uses levels between the timesteps.
         """
         between = next((key for key in (*SPREADS, "use_flow_sigmas") if self.config[key]), None)
         if between is None:
@@ -187,7 +187,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         table = ((1 - alpha_bar) / alpha_bar).sqrt()
         ratios = SPREADS[between](float(table[-1]), float(table[0]), count)
         times = timesteps_at(ratios, table)
-        # As the namesake rounds: Karras's levels to the nearest, but for the cosine schedule, and all others down.
+        # Rounding as in diffusers: Karras levels to the nearest, except for the cosine schedule; all others down.
         nearest = between == "use_karras_sigmas" and self.config.beta_schedule != "squaredcos_cap_v2"
         times = times.round() if nearest else (times + ROUNDING).floor()
         return self._visit(times.long().tolist(), device, [Level.of_ratio(ratio) for ratio in ratios.tolist()])
@@ -200,14 +200,14 @@ class DPMSolverMultistepScheduler(Scheduler):
         end = Level.of(self._final_alpha_bar)
         if self.config.use_flow_sigmas:
             end = Level.of_flow(end.sigma / end.alpha)
-        # The last level may be the end already, up to rounding: no step goes back.
+        # The last level may equal the end, up to rounding; no step may go back.
         self._visited, self._levels = chosen, [*levels, max(levels[-1], end, key=lambda level: level.log_snr)]
         self._due, self._history = None, []
 
     def _spaced(self, count: int | None) -> list[int]:
         total, spacing = self._usable, self.config.timestep_spacing
         require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
-        if self.config.use_lu_lambdas and count < total:  # with N = T there is no further level
+        if self.config.use_lu_lambdas and count < total:  # for N = T there is no further level
             return self._spaced_in_log_snr(count)
         if spacing == "linspace" and count < total:
             return [round(index * (total - 1) / count) for index in range(count, 0, -1)]
@@ -220,9 +220,9 @@ class DPMSolverMultistepScheduler(Scheduler):
         return [t + offset for t in chosen]
 
     def _spaced_in_log_snr(self, count: int) -> list[int]:
-        # λ of pure noise is -∞: in its place that of a ᾱ below any other.
+        # λ of pure noise is -∞; use that of an ᾱ below all others.
         log_snr = [Level.of(max(alpha_bar, LOWEST)).log_snr for alpha_bar in self._alpha_bar[: self._usable]]
-        at_zero = self.config.final_sigmas_type == "sigma_min"  # then timestep 0 is where the chain ends
+        at_zero = self.config.final_sigmas_type == "sigma_min"  # then the chain ends at timestep 0
         return evenly(count + at_zero, log_snr)[:count]
 
     def step(
@@ -234,25 +234,25 @@ class DPMSolverMultistepScheduler(Scheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step, from `timestep` to the next one of `timesteps`, in float32 at least.
+        """One step from `timestep` to the next entry of `timesteps`, in float32 or higher.
 
-        With h the step in λ, the predictions D0, D1, ... of x0 here and before as a polynomial in λ, c = 1 for the
-        ODE and 2 for the SDE (arXiv 2211.01095, eq. 9, algorithm 2 and section 5.3; h is positive):
+        With h the (positive) step in λ, the current and previous predictions D0, D1, ... of x0 as a polynomial in λ,
+        c = 1 for the ODE and 2 for the SDE (arXiv 2211.01095, eq. 9, algorithm 2 and section 5.3):
 
-            x_prev = σ_prev/σ_t e^{-(c-1)h} x_t + α_prev (1 - e^{-ch}) D0 + ... + σ_prev √(1 - e^{-2h}) z (SDE alone)
+            x_prev = σ_prev/σ_t e^{-(c-1)h} x_t + α_prev (1 - e^{-ch}) D0 + ... + σ_prev √(1 - e^{-2h}) z (SDE only)
 
         Args:
-            model_output: what the network predicts at `sample`, `(B, ...)`.
-            timestep: t, the one of `timesteps` that is due; any of them for the first step. A tensor on a GPU is
-                waited for.
+            model_output: the network's prediction at `sample`, `(B, ...)`.
+            timestep: t, the next one of `timesteps`; any of them for the first step. A tensor on a GPU makes the
+                host wait.
             sample: x_t, `(B, ...)`.
-            generator: draws z; a list has one generator per sample. Not used for the ODE.
+            generator: draws z; a list has one generator per sample. Unused for the ODE.
             variance_noise: z itself, instead of a generator.
-            return_dict: `False` for a tuple of the sample alone, as in diffusers.
+            return_dict: `False` returns a tuple of only the sample, as in diffusers.
 
-        Raises:
-            UserError: `set_timesteps` was not called; t is not the one that is due; epsilon prediction where
-                ᾱ_t = 0; shapes or the number of generators do not fit.
+            Raises:
+                UserError: `set_timesteps` was not called; t is out of order; epsilon prediction with ᾱ_t = 0; shapes
+                    or the number of generators do not fit.
         """
         place = self._place(index_of(timestep))
         here, target = self._levels[place : place + 2]
@@ -273,9 +273,9 @@ class DPMSolverMultistepScheduler(Scheduler):
         return SchedulerOutput(x_prev, x0.to(sample.dtype)) if return_dict else (x_prev,)
 
     def _place(self, t: int) -> int:
-        """Where in the list this step is.
+        """Index of this step in the list.
 
-        A step out of order is refused: the predictions before it would be of other levels than it takes them for.
+        A step out of order is rejected, as the stored predictions would belong to other levels.
         """
         if self.num_inference_steps is None:
             raise UserError("no timesteps yet: call set_timesteps(num_inference_steps) before step")
@@ -292,10 +292,10 @@ class DPMSolverMultistepScheduler(Scheduler):
         return due
 
     def _order(self, place: int, h: float) -> int:
-        """Of this step: as many predictions as there are, fewer at the end."""
+        """Order of this step: the number of stored predictions, lower at the end."""
         config, left = self.config, len(self._visited) - place
         few = config.lower_order_final and len(self._visited) < FEW_STEPS
-        # "sigma_min" may be where the last level is already: that step has no length, and so no order.
+        # With "sigma_min" the last level may already be the end: a step of length 0 has no order.
         if left == 1 and (few or config.euler_at_final or config.final_sigmas_type == "zero" or not h):
             return 1
         return min(len(self._history), 2) if few and left == 2 else len(self._history)

@@ -1,6 +1,6 @@
-"""Noise levels, also such as lie between those of the training timesteps, and how a chain of them is spread.
+"""Noise levels, also between the training timesteps, and their spacings.
 
-The level of a timestep is told by r = σ / α, the ratio of noise to signal, which Karras et al. 2022 call σ.
+The level of a timestep is r = σ / α, the ratio of noise to signal, which Karras et al. 2022 call σ.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Level(NamedTuple):
 
 
 def karras(first: float, last: float, count: int) -> Tensor:
-    """r^(1/7) evenly, from `first` to `last`: `(count,)`, float64 (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
+    """Even spacing of r^(1/7), `first` to `last`: `(count,)`, float64 (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
     return _evenly(first ** (1 / 7), last ** (1 / 7), count) ** 7
 
 
 def exponential(first: float, last: float, count: int) -> Tensor:
-    """log r evenly: `(count,)`, float64."""
+    """Even spacing of log r: `(count,)`, float64."""
     return _evenly(math.log(first), math.log(last), count).exp()
 
 
@@ -58,7 +58,7 @@ def beta(first: float, last: float, count: int) -> Tensor:
     return last + (first - last) * beta_quantile(_evenly(1.0, 0.0, count), 0.6)
 
 
-# By the setting of a solver that asks for it.
+# Solver setting -> spacing.
 SPREADS: dict[str, Callable[[float, float, int], Tensor]] = {
     "use_karras_sigmas": karras,
     "use_exponential_sigmas": exponential,
@@ -67,23 +67,23 @@ SPREADS: dict[str, Callable[[float, float, int], Tensor]] = {
 
 
 def flow(total: int, shift: float, count: int) -> Tensor:
-    """σ of a straight path: even in 1 - 1/T ... 0 but for the end, then moved towards noise (Esser et al. 2024).
+    """σ of a straight path: even in 1 - 1/T ... 0 without the end, then shifted towards noise (Esser et al. 2024).
 
     Args:
         total: T.
-        shift: s in σ -> s σ / (1 + (s - 1) σ) (arXiv 2403.03206, eq. 23); 1 leaves σ as it is.
-        count: how many.
+        shift: s in σ -> s σ / (1 + (s - 1) σ) (arXiv 2403.03206, eq. 23); 1: no shift.
+        count: number of levels.
     """
     sigma = _evenly(1 - 1 / total, 0.0, count + 1)[:-1]
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def timesteps_at(ratios: Tensor, table: Tensor) -> Tensor:
-    """Where levels lie among the timesteps, as fractions of them, by a line in log r between any two.
+    """Fractional timesteps of levels, by linear interpolation in log r.
 
     Args:
         ratios: r of the levels, `(N,)`.
-        table: r of each of the T timesteps, `(T,)`, rising.
+        table: r of each of the T timesteps, `(T,)`, ascending.
     """
     levels, known = ratios.log(), table.log()
     after = torch.searchsorted(known, levels).clamp(1, len(known) - 1)
@@ -92,10 +92,10 @@ def timesteps_at(ratios: Tensor, table: Tensor) -> Tensor:
 
 
 def beta_quantile(probabilities: Tensor, shape: float) -> Tensor:
-    """Quantiles of the symmetric beta distribution, whose both parameters are `shape`: `(N,)` in [0, 1], float64.
+    """Quantiles of the symmetric beta distribution with both parameters `shape`: `(N,)` in [0, 1], float64.
 
-    Up to 1/2 its distribution function is x^a Σ_n c_n x^n, up to a factor, with c_n = (1-a)(2-a)...(n-a) / (n! (a+n))
-    (DLMF 8.17.7), which bisection inverts; beyond, it is the mirror image.
+    Up to 1/2 its distribution function is, up to a factor, x^a Σ_n c_n x^n with c_n = (1-a)(2-a)...(n-a) / (n! (a+n))
+    (DLMF 8.17.7), which bisection inverts; above 1/2 it is the mirror image.
     """
     index = torch.arange(1, 64, dtype=torch.float64)
     rising = torch.cat([torch.ones(1, dtype=torch.float64), ((index - shape) / index).cumprod(0)])

@@ -1,4 +1,4 @@
-"""The update of DPM-Solver and DPM-Solver++: from one noise level to the next, by the predictions at the last few."""
+"""Multistep updates of DPM-Solver and DPM-Solver++ from the predictions at the last noise levels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm_lab.utils.errors import UserError
 
 
 class Update(NamedTuple):
-    """x_prev = `keep` x_t + `gain` I(`exponent`) + `noise` z, where I integrates what the network has predicted."""
+    """x_prev = `keep` x_t + `gain` I(`exponent`) + `noise` z, where I integrates the network's predictions."""
 
     keep: float
     gain: float
@@ -22,14 +22,14 @@ class Update(NamedTuple):
 
 
 def by_data(here: Level, target: Level, count: int) -> Update:
-    """DPM-Solver++: by predictions of x0 (Lu et al. 2022, arXiv 2211.01095, eq. 9; the SDE, count = 2: section 5.3)."""
+    """DPM-Solver++, from predictions of x0 (Lu et al. 2022, arXiv 2211.01095, eq. 9; SDE, count = 2: section 5.3)."""
     h = target.log_snr - here.log_snr
     keep, noise = (1.0, 0.0) if count == 1 else (math.exp(-h), target.sigma * math.sqrt(-math.expm1(-2 * h)))
     return Update(keep * target.sigma / here.sigma, -target.alpha, -count * h, noise)
 
 
 def by_noise(here: Level, target: Level, count: int) -> Update:
-    """DPM-Solver: by predictions of ε (Lu et al. 2022, arXiv 2206.00927, eq. 3.4; the SDE, count = 2, likewise)."""
+    """DPM-Solver, from predictions of ε (Lu et al. 2022, arXiv 2206.00927, eq. 3.4; SDE, count = 2, likewise)."""
     if not here.alpha:
         raise UserError("algorithm_type: a chain that begins at pure noise (zero terminal SNR) needs 'dpmsolver++'")
     h = target.log_snr - here.log_snr
@@ -37,41 +37,41 @@ def by_noise(here: Level, target: Level, count: int) -> Update:
     return Update(target.alpha / here.alpha, -count * target.sigma, h, noise)
 
 
-# What is integrated, and by what the step in λ counts: 1 for the ODE, 2 for the SDE.
+# Update function, and the factor of the step in λ: 1 for the ODE, 2 for the SDE.
 ALGORITHMS: dict[str, tuple[Callable[[Level, Level, int], Update], int]] = {
     "dpmsolver++": (by_data, 1),
     "sde-dpmsolver++": (by_data, 2),
     "dpmsolver": (by_noise, 1),
     "sde-dpmsolver": (by_noise, 2),
-    "deis": (by_data, 1),  # of the config of another solver: this one has its own way
+    "deis": (by_data, 1),  # in configs of DEIS, which has its own update
 }
 
 
 def midpoint(z: float) -> float:
-    """The weight of the second term in the update of order 2, by half a step."""
+    """Weight of the second term in the update of order 2, by the midpoint rule."""
     return 0.5 * math.expm1(z)
 
 
 def heun(z: float) -> float:
-    """The same by the exact integral of a line: 1 - (e^z - 1) / z, with its sign."""
+    """The same weight by exact integration of a line: 1 - (e^z - 1) / z, with its sign."""
     return math.expm1(z) / z - 1
 
 
 SOLVERS: dict[str, Callable[[float], float]] = {
     "midpoint": midpoint,
     "heun": heun,
-    **dict.fromkeys(("logrho", "bh1", "bh2"), midpoint),  # of the configs of DEIS and UniPC
+    **dict.fromkeys(("logrho", "bh1", "bh2"), midpoint),  # in configs of DEIS and UniPC
 }
 
 
 def integral(history: Sequence[tuple[Level, Tensor]], z: float, h: float, weigh: Callable[[float], float]) -> Tensor:
-    """∫ e^λ D(λ) dλ over a step, up to a factor, D being the polynomial through the predictions of `history`.
+    """∫ e^λ D(λ) dλ over a step, up to a factor; D is the polynomial through the predictions of `history`.
 
     Args:
-        history: up to three levels and what was predicted there, the newest first.
-        z: what stands in the exponent, in proportion to h.
+        history: up to three levels with their predictions, newest first.
+        z: the exponent, proportional to h.
         h: the step in λ.
-        weigh: one of `SOLVERS`, for two predictions.
+        weigh: one of `SOLVERS`, used for two predictions.
     """
     (here, newest), *before = history
     first = math.expm1(z)  # e^z - 1

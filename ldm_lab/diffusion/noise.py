@@ -1,4 +1,4 @@
-"""Gaussian noise from generators that the caller owns."""
+"""Gaussian noise from the caller's generators."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def randn(
 ) -> Tensor:
     """Standard normal noise of `shape` `(B, ...)` on `device`.
 
-    It is drawn on the generator's own device and moved afterwards, so that a CPU generator gives the
-    same numbers for every device.
+    It is drawn on the generator's device and then moved, so a CPU generator gives the same numbers for
+    every device.
 
     >>> one, two = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     >>> pair = randn((2, 3), [one, two])
@@ -29,13 +29,13 @@ def randn(
 
     Args:
         shape: the first entry is the batch size B.
-        generator: one for the whole batch; or B of them, each of which draws its own sample alone,
-            whatever else is in the batch; or `None` for torch's global generator.
-        device: where the noise is wanted.
-        dtype: the floating-point type in which it is drawn.
+        generator: one for the whole batch; or B generators, one per sample, so that a sample does not
+            depend on the batch; or `None` for torch's global generator.
+        device: device of the result.
+        dtype: floating-point dtype of the draw.
 
-    Raises:
-        UserError: a list of generators whose length is not B.
+        Raises:
+            UserError: the list of generators does not have length B.
     """
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -43,17 +43,17 @@ def randn(
         return to_device(torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype), device)
     if len(generator) != shape[0]:
         raise UserError(f"generator: {len(generator)} given for a batch of {shape[0]}; give one for each sample")
-    drawn = [randn((1, *shape[1:]), own, own.device, dtype) for own in generator]
-    return to_device(torch.cat(drawn), device)  # all at once
+    drawn = [randn((1, *shape[1:]), one, one.device, dtype) for one in generator]
+    return to_device(torch.cat(drawn), device)  # one copy
 
 
 def step_noise(
     like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, variance_noise: Tensor | None
 ) -> Tensor:
-    """The noise of one step: `variance_noise` where it is given, otherwise drawn from `generator`.
+    """The noise of one step: `variance_noise` if given, else drawn from `generator`.
 
     Raises:
-        UserError: both are given, or the noise has not the shape of the sample.
+        UserError: both are given, or the noise does not have the shape of the sample.
     """
     if variance_noise is None:
         return randn(like.shape, generator, like.device, like.dtype)

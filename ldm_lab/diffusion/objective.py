@@ -1,7 +1,7 @@
-"""The denoising objective: noise an image, let the network predict, weigh the error.
+"""Denoising objective: add noise, predict, weight the error.
 
-The network enters as a function `predict(x_t, t)`; which timesteps are drawn, how the error is measured
-and how it is weighted are parts that are handed in.
+The network is a function `predict(x_t, t)`; the draw of timesteps, the error measure and its weighting
+are arguments.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class L1Loss:
 
 
 class Weighting(Protocol):
-    """How much the error at a noise level counts."""
+    """Protocol of loss weights by noise level."""
 
     def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
         """Weights `(B,)` for signal-to-noise ratios ᾱ_t / (1 - ᾱ_t), `(B,)`."""
 
 
 class PlainWeighting:
-    """Every error counts as it is ("simple" objective, Ho et al. 2020, eq. 14)."""
+    """Weight 1 for every noise level ("simple" objective, Ho et al. 2020, eq. 14)."""
 
     def __call__(self, snr: Tensor, parameterization: Parameterization) -> Tensor:
         """Ones, `(B,)`."""
@@ -52,14 +52,14 @@ class PlainWeighting:
 
 
 class MinSNRWeighting:
-    """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556, section 3.4): the error in x0 counts min(SNR, γ).
+    """Min-SNR-γ (Hang et al. 2023, arXiv 2303.09556, section 3.4): weights the error in x0 by min(SNR, γ).
 
-    In terms of what the network predicts: min(SNR, γ) for x0, min(SNR, γ) / SNR for the noise and
+    By prediction type the weight is min(SNR, γ) for x0, min(SNR, γ) / SNR for the noise and
     min(SNR, γ) / (SNR + 1) for the velocity.
 
-    Where SNR is exactly 0, at the last timestep with zero terminal SNR, the weight is 1, as in the plain objective. The
-    formula gives 0 there (0/0 for the noise), and the first step of sampling, which starts at that timestep, would
-    never be trained. The target is x0 there, or -x0 for the velocity, and it is one timestep of T.
+    At SNR = 0, the last timestep with zero terminal SNR, the weight is 1, as in the plain objective. The formula gives
+    0 there (0/0 for the noise), so the first step of sampling, which starts at that timestep, would never be trained.
+    The target there is x0, or -x0 for the velocity, and it is only one timestep of T.
 
     >>> from ldm_lab.diffusion.parameterization import Epsilon
     >>> MinSNRWeighting(gamma=5.0)(torch.tensor([0.1, 50.0]), Epsilon())
@@ -83,13 +83,13 @@ class DenoisingObjective:
     """The training loss of a diffusion model, per sample and in float32.
 
     Args:
-        scheduler: adds the noise and says what the network predicts.
+        scheduler: adds the noise and defines the prediction type.
         loss: `L2Loss()` or `L1Loss()`.
         weighting: `PlainWeighting()` or `MinSNRWeighting(gamma)`.
         timesteps: `UniformTimesteps()` or `LowDiscrepancyTimesteps()`.
 
     Raises:
-        UserError: epsilon prediction with zero terminal SNR: no clean sample follows from the noise there.
+        UserError: epsilon prediction with zero terminal SNR, where noise does not determine a clean sample.
     """
 
     def __init__(
@@ -115,25 +115,25 @@ class DenoisingObjective:
         Args:
             seed: the seed of the run.
             positions: places in the global stream of training images, `(B,)`.
-            batch_size: of the global batch, all devices and micro-batches together.
+            batch_size: size of the global batch, over all devices and micro-batches.
         """
         return self.timesteps(seed, positions, batch_size, len(self.scheduler))
 
     def validation_timesteps(self, count: int) -> Tensor:
-        """Fixed timesteps for `count` held-out images, spread evenly over the range, `(count,)`, int64.
+        """Fixed timesteps for `count` held-out images, evenly spaced over the range, `(count,)`, int64.
 
-        They come in a shuffled order, the same for all runs: held-out images are sorted by name, and often so by
-        class; with timesteps in order each part of the range would be measured on other classes.
+        They are shuffled, the same way in all runs. Held-out images are sorted by name, and so often by class; with
+        ordered timesteps each part of the range would be measured on different classes.
         """
         order = torch.randperm(count, generator=generator(0, "order of validation timesteps"))
         return self.at(stratified(count)[order])
 
     def at(self, fractions: Tensor) -> Tensor:
-        """The timesteps at fractions of the range of time, in [0, 1): 0 is the least noise."""
+        """Timesteps at fractions of the range of time, in [0, 1); 0 is the least noise."""
         return discretize(fractions, len(self.scheduler))
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict, `(B, ...)`."""
+        """The training target, `(B, ...)`."""
         return self.scheduler.get_target(x0, noise, timesteps)
 
     def __call__(

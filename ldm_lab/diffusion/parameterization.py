@@ -1,8 +1,8 @@
-"""What the network predicts, and how x0 and the noise follow from it.
+"""Prediction types of a network, and their conversion to x0 and noise.
 
-With α = √ᾱ_t and σ = √(1 - ᾱ_t) a noisy sample is x_t = α x0 + σ ε (Ho et al. 2020, eq. 4), so that one
-of x0 and ε, or a fixed combination of them, gives the other. α and σ are numbers, or tensors that
-broadcast against the samples.
+With α = √ᾱ_t and σ = √(1 - ᾱ_t) a noisy sample is x_t = α x0 + σ ε (Ho et al. 2020, eq. 4), so either of
+x0 and ε, or a fixed combination of them, determines both. α and σ are numbers, or tensors that broadcast
+against the samples.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ Rate = Tensor | float
 
 
 class Parameterization(ABC):
-    """One choice of the quantity that a network predicts.
+    """A prediction type of a network.
 
     Attributes:
-        needs_signal: whether x0 cannot be told from the prediction where ᾱ_t = 0.
+        needs_signal: whether the prediction does not determine x0 if ᾱ_t = 0.
     """
 
     needs_signal = False
 
     @abstractmethod
     def target(self, x0: Tensor, epsilon: Tensor, alpha: Rate, sigma: Rate) -> Tensor:
-        """What the network should predict."""
+        """The training target."""
 
     @abstractmethod
     def x0_and_epsilon(self, prediction: Tensor, x_t: Tensor, alpha: Rate, sigma: Rate) -> tuple[Tensor, Tensor]:
-        """The clean sample and the noise that a prediction at x_t amounts to."""
+        """Clean sample and noise from a prediction at x_t."""
 
     @abstractmethod
     def error_scale(self, snr: Tensor) -> Tensor:

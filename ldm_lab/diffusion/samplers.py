@@ -1,4 +1,4 @@
-"""The samplers by name, and how one takes over from another on the same model."""
+"""Samplers by name, and switching the sampler of a model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SAMPLERS: dict[str, type[Scheduler]] = {
     "dpm_solver": DPMSolverMultistepScheduler,
 }
 
-# Which timesteps are visited is the sampler's choice, not the model's.
+# Settings of the visited timesteps belong to the sampler, not to the model.
 GRID = ("timestep_spacing", "steps_offset", *LEVELS)
 
 
 def named(name: str) -> type[Scheduler]:
-    """The class of a sampler. Raises `UserError` for a name that is not in `SAMPLERS`."""
+    """The class of a sampler. Raises `UserError` if the name is not in `SAMPLERS`."""
     if name not in SAMPLERS:
         raise UserError(f"sampler={name}: there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
@@ -34,24 +34,24 @@ def takes_eta(kind: type[Scheduler]) -> bool:
 
 
 def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
-    """The sampler of that name for the model that `scheduler` belongs to.
+    """Make the named sampler for the model with the given `scheduler`.
 
-    A sampler of the same kind keeps all its settings. Another kind takes over what the network was trained with (noise
-    schedule, prediction type), clipping and thresholding, and the noise level that the chain ends at: with more steps
-    all come to the same solution. The timesteps are its own: CompVis's offset, meant for DDIM, would put the first of
-    1000 steps of DDPM out of range, and DPM-Solver needs levels that are even in λ. "trailing" alone stays: it is set
-    where a chain must start at pure noise.
+    A sampler of the same class keeps all settings. A sampler of another class keeps the settings of training (noise
+    schedule, prediction type), clipping and thresholding, and the final noise level, so that with more steps all
+    samplers converge to the same solution. It chooses its own timesteps: CompVis's offset for DDIM would put the first
+    of DDPM's 1000 steps out of range, and DPM-Solver needs levels that are even in λ. Only "trailing" is kept, as it is
+    set if a chain must start at pure noise.
 
     >>> choose("dpm_solver", DDIMScheduler(set_alpha_to_one=False)).config.final_sigmas_type
     'sigma_min'
 
     Args:
         name: one of `SAMPLERS`.
-        scheduler: of the model; it is not changed.
-        eta: η that the sampler will be asked for.
+        scheduler: the model's scheduler; it is not changed.
+        eta: η for later steps.
 
-    Raises:
-        UserError: there is no such sampler, or it takes no eta.
+        Raises:
+            UserError: there is no such sampler, or it does not support this eta.
     """
     kind = named(name)
     if eta and not takes_eta(kind):
@@ -63,15 +63,15 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
 
 
 def _model_settings(scheduler: Scheduler) -> dict[str, Any]:
-    """What of a config belongs to the model, in the words of every sampler."""
+    """The settings that belong to the model, under the names of every sampler."""
     config, ends_clean = scheduler.config, float(scheduler.final_alpha_cumprod) == 1
     kept = {key: value for key, value in config.items() if key not in GRID}
     if config.timestep_spacing == "trailing":
         kept["timestep_spacing"] = "trailing"
     return {
-        "clip_sample": False,  # a sampler without this setting does not clip; the default of the others is to do so
+        "clip_sample": False,  # a scheduler without this setting does not clip, but the default elsewhere is to clip
         **kept,
         "set_alpha_to_one": ends_clean,
         "final_sigmas_type": "zero" if ends_clean else "sigma_min",
-        "use_lu_lambdas": True,  # even in t, DPM-Solver is no better than DDIM: its last step is too long
+        "use_lu_lambdas": True,  # even in t, DPM-Solver is no better than DDIM, as its last step is too long
     }

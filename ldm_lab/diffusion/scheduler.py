@@ -1,8 +1,8 @@
-"""What all schedulers share: the noise levels, the forward process, the list of timesteps.
+"""Base class of all schedulers: noise levels, forward process, list of timesteps.
 
-A scheduler is the same object in training (`add_noise`, `get_velocity`) and in sampling (`set_timesteps`,
-`step`). Notation: ᾱ_t is `alphas_cumprod[t]`, α_t = √ᾱ_t the rate of the signal, σ_t = √(1 - ᾱ_t) that of
-the noise. Constructor arguments and files are those of the classes of the same name in diffusers.
+Training (`add_noise`, `get_velocity`) and sampling (`set_timesteps`, `step`) use the same object. Notation:
+ᾱ_t is `alphas_cumprod[t]`, α_t = √ᾱ_t the rate of the signal, σ_t = √(1 - ᾱ_t) the rate of the noise.
+Constructor arguments and files are those of diffusers' classes of the same names.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.outputs import BaseOutput
 from ldm_lab.utils.transfer import to_device
 
-END = -1  # the "timestep" after the last one: a clean sample
+END = -1  # the "timestep" after the last: a clean sample
 
 
 @dataclass
 class SchedulerOutput(BaseOutput):
-    """Result of one step, in the shape and type of the sample that was given.
+    """Result of one step, in the shape and dtype of the input sample.
 
     Attributes:
         prev_sample: the sample at the earlier, less noisy timestep.
-        pred_original_sample: the prediction of x0 that the step was made with.
+        pred_original_sample: the step's prediction of x0.
     """
 
     prev_sample: Tensor
@@ -47,18 +47,18 @@ class SchedulerOutput(BaseOutput):
 class Scheduler(SchedulerSettings):
     """Base of all schedulers.
 
-    A subclass takes its settings as constructor arguments under `register_to_config` (they are read
-    from `self.config` here) and adds `step`.
+    A subclass takes its settings as constructor arguments under `register_to_config` (this class reads
+    them from `self.config`) and adds `step`.
 
     Attributes:
         betas: β_t, `(T,)`, float32.
         alphas: 1 - β_t, `(T,)`, float32.
         alphas_cumprod: ᾱ_t, the cumulative product of `alphas`, `(T,)`, float32.
         final_alpha_cumprod: ᾱ after the last step, `()`, float32.
-        init_noise_sigma: standard deviation of the noise that sampling starts from.
-        timesteps: the timesteps to visit, falling, `(num_inference_steps,)`, int64.
-        num_inference_steps: their number; `None` until `set_timesteps`: all T then.
-        order: evaluations of the network for each step.
+        init_noise_sigma: standard deviation of the starting noise.
+        timesteps: the timesteps to visit, descending, `(num_inference_steps,)`, int64.
+        num_inference_steps: their number; `None` before `set_timesteps`, when all T are listed.
+        order: network evaluations per step.
     """
 
     order = 1
@@ -79,15 +79,15 @@ class Scheduler(SchedulerSettings):
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(len(betas) - 1, -1, -1, device="cpu")
-        # A step needs a few scalars: as Python numbers they are exact, and no device waits for them.
+        # A step needs a few scalars; Python numbers are exact and never wait for a device.
         self._alpha_bar: list[float] = alpha_bar.tolist()
         self._final_alpha_bar = 1.0 if set_alpha_to_one else self._alpha_bar[0]
         self.final_alpha_cumprod = torch.tensor(self._final_alpha_bar, device="cpu")
         # Training needs α_t and σ_t for a batch of t, on the batch's device: (2, T), copied there once.
         self._rates = {torch.device("cpu"): torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()}
         self._earlier: dict[int, int] = {}
-        self._clip = config.clip_sample_range if config.get("clip_sample") else None  # not all samplers clip
-        if len(self) != config.num_train_timesteps:  # `trained_betas` say how many there are
+        self._clip = config.clip_sample_range if config.get("clip_sample") else None  # some samplers never clip
+        if len(self) != config.num_train_timesteps:  # `trained_betas` determine T
             self.register_to_config(num_train_timesteps=len(self))
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Scheduler(SchedulerSettings):
 
     @property
     def parameterization(self) -> Parameterization:
-        """What the network predicts: x0, the noise or the velocity."""
+        """The prediction type: x0, noise or velocity."""
         return self.parameterizations[self.config.prediction_type]
 
     def rates(self, timesteps: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,21 +108,21 @@ class Scheduler(SchedulerSettings):
             batch: `(B, ...)`.
 
         Raises:
-            UserError: as many timesteps as fit neither, or, where looking costs no synchronisation
-                (on the CPU), a timestep out of range.
+            UserError: the number of timesteps does not fit; or a timestep is out of range, which is checked
+                only on the CPU, where the check needs no synchronisation.
         """
         if timesteps.device.type == "cpu" and timesteps.numel():
             low, high = int(timesteps.min()), int(timesteps.max())
             require(low >= 0 and high < len(self), "timesteps", [low, high], f"within 0..{len(self) - 1}")
         if batch.device not in self._rates:
             self._rates[batch.device] = to_device(self._rates[torch.device("cpu")], batch.device)
-        # With a 0-dimensional index this would be a view: a GPU is then waited for, and a table that validation
-        # copied in inference mode could not serve training.
+        # A 0-dimensional index would return a view: the host would wait for a GPU, and training could not use a table
+        # that validation has copied in inference mode.
         alpha, sigma = self._rates[batch.device][:, to_device(torch.atleast_1d(timesteps), batch.device)]
         return per_sample(alpha, batch), per_sample(sigma, batch)
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio α_t² / σ_t² of each of `timesteps`, `(B,)`, float32, on their device."""
+        """Signal-to-noise ratio α_t² / σ_t² at each of `timesteps`, `(B,)`, float32, on their device."""
         alpha, sigma = self.rates(timesteps, timesteps)
         return (alpha / sigma).square()
 
@@ -135,23 +135,23 @@ class Scheduler(SchedulerSettings):
             timesteps: `(B,)`, integers in 0..T-1.
 
         Returns:
-            x_t in the shape and type of x0; computed in float32 at least.
+            x_t in the shape and dtype of x0; computed in float32 or higher.
         """
         alpha, sigma = self.rates(timesteps, original_samples)
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = α_t ε - σ_t x0 (Salimans & Ho 2022), shapes and type as in `add_noise`."""
+        """v = α_t ε - σ_t x0 (Salimans & Ho 2022), shapes and dtype as in `add_noise`."""
         alpha, sigma = self.rates(timesteps, sample)
         return (alpha * noise - sigma * sample).to(sample.dtype)
 
     def get_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict (`prediction_type`), shapes and type as in `add_noise`."""
+        """The training target for `prediction_type`, shapes and dtype as in `add_noise`."""
         alpha, sigma = self.rates(timesteps, original_samples)
         return self.parameterization.target(original_samples, noise, alpha, sigma).to(original_samples.dtype)
 
     def predict_x0(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
-        """The clean sample that a prediction at x_t = `sample` amounts to, neither clipped nor thresholded.
+        """The clean sample from a prediction at x_t = `sample`, neither clipped nor thresholded.
 
         Args:
             model_output: `(B, ...)`.
@@ -174,16 +174,15 @@ class Scheduler(SchedulerSettings):
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the timesteps that sampling visits: exactly N of them, falling.
+        """Choose the timesteps of sampling: exactly N of them, descending.
 
         Args:
-            num_inference_steps: N in 1..T, spread as `timestep_spacing` says; `steps_offset` is added to
-                those of "leading".
-            device: where `timesteps` goes. On the CPU, the default, `step` never waits for a GPU.
+            num_inference_steps: N in 1..T, spaced by `timestep_spacing`; `steps_offset` is added for "leading".
+            device: device of `timesteps`. On the CPU, the default, `step` never waits for a GPU.
             timesteps: the timesteps themselves, instead of N.
 
         Raises:
-            UserError: N, or a timestep, is out of range; the timesteps do not fall.
+            UserError: N or a timestep is out of range, or the timesteps do not descend.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise UserError("set_timesteps needs either num_inference_steps or timesteps")
@@ -210,10 +209,10 @@ class Scheduler(SchedulerSettings):
         return chosen
 
     def previous_timestep(self, timestep: SupportsIndex) -> int:
-        """The timestep that a step from `timestep` goes to: the next one of `timesteps`, or -1 after the last.
+        """The target of a step from `timestep`: the next entry of `timesteps`, or -1 after the last.
 
-        From a timestep that is not in the list it is t - T // N, as in diffusers, and -1 where that is below 0. There
-        DDIM goes to t - T // N from a listed timestep too, which for "linspace" and "trailing" is not the next one.
+        For a timestep outside of the list it is t - T // N, as in diffusers, or -1 if that is below 0. diffusers' DDIM
+        goes to t - T // N from listed timesteps too, which for "linspace" and "trailing" is not the next entry.
 
         Raises:
             UserError: the timestep is not within 0..T-1.
@@ -223,10 +222,10 @@ class Scheduler(SchedulerSettings):
         stride = len(self) // (self.num_inference_steps or len(self))
         return self._earlier.get(t, max(t - stride, END))
 
-    # What the steps of the subclasses are made of. A step has one timestep for the whole batch.
+    # Building blocks of the subclasses' steps. A step has one timestep for the whole batch.
 
     def _step_times(self, timestep: SupportsIndex, prev_timestep: SupportsIndex | None) -> tuple[int, int]:
-        """The timestep of the step and the one it goes to (below 0: the end)."""
+        """The timestep of a step, and its target (below 0: the end)."""
         t = index_of(timestep)
         if prev_timestep is None:
             return t, self.previous_timestep(t)
@@ -236,13 +235,13 @@ class Scheduler(SchedulerSettings):
         return t, earlier
 
     def _alpha_bar_at(self, timestep: int) -> float:
-        """ᾱ_t in double precision; below 0 that of the end of the chain."""
+        """ᾱ_t in double precision; for t below 0, ᾱ at the end of the chain."""
         return self._alpha_bar[timestep] if timestep >= 0 else self._final_alpha_bar
 
     def _denoise(
         self, model_output: Tensor, t: int, x_t: Tensor, rates: tuple[float, float] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x0, clipped or thresholded as configured, and ε, in the type of `x_t`; α and σ are those of t, or `rates`."""
+        """x0, clipped or thresholded as configured, and ε, in the dtype of `x_t`; α and σ are those of t or `rates`."""
         if model_output.shape != x_t.shape:
             raise UserError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(x_t.shape)}")
         rates = rates or (math.sqrt(self._alpha_bar[t]), math.sqrt(1 - self._alpha_bar[t]))
@@ -266,12 +265,12 @@ def posterior_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
 
 
 def at_least_float32(sample: Tensor) -> Tensor:
-    """`sample` in a type that a step can be computed in: half precision becomes float32."""
+    """`sample` in float32 or higher: half precision becomes float32."""
     return sample.to(torch.promote_types(sample.dtype, torch.float32))
 
 
 def index_of(timestep: SupportsIndex) -> int:
-    """A timestep as a number. Raises `UserError` where it is none, or not one."""
+    """A timestep as an int. Raises `UserError` unless it is a single integer."""
     try:
         return operator.index(timestep)
     except TypeError:

@@ -1,7 +1,7 @@
-"""Beta schedules: how much noise each of the T training timesteps adds.
+"""Beta schedules: the noise that each of the T training timesteps adds.
 
-Every function returns float64 of shape `(T,)` on the CPU: a product of a thousand factors is no place
-for single precision. Rounding to float32 happens once, where the tables are stored.
+Every function returns float64 of shape `(T,)` on the CPU, as a product of a thousand factors needs double
+precision. The scheduler rounds once, to float32, when it stores the tables.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def scaled_linear(num_train_timesteps: int, beta_start: float, beta_end: float) 
 
 
 def squaredcos_cap_v2(num_train_timesteps: int, *_: float) -> Tensor:
-    """ᾱ follows a squared cosine, β capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); has no range of β."""
+    """ᾱ follows a squared cosine, β capped at 0.999 (Nichol & Dhariwal 2021, eq. 17); ignores the range of β."""
     time = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64, device="cpu")
     alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_COSINE_BETA)  # (T+1,) -> (T,)
@@ -48,7 +48,7 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and scale √ᾱ such that ᾱ_T = 0 and ᾱ_1 stays (Lin et al. 2024, arXiv 2305.08891, algorithm 1)."""
+    """Shift and scale √ᾱ so that ᾱ_T = 0 and ᾱ_1 is unchanged (Lin et al. 2024, arXiv 2305.08891, algorithm 1)."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = root.square()
@@ -64,19 +64,18 @@ def make_betas(
     trained_betas: Sequence[float] | None = None,
     rescale_betas_zero_snr: bool = False,
 ) -> Tensor:
-    """The betas that a scheduler's settings describe, checked; `(T,)`, float64.
+    """The checked betas of a scheduler's settings; `(T,)`, float64.
 
     Args:
         beta_schedule: a name in `BETA_SCHEDULES`.
         num_train_timesteps: T.
-        beta_start: β of the first timestep, in (0, 1); no meaning for the cosine schedule.
+        beta_start: β of the first timestep, in (0, 1); unused by the cosine schedule.
         beta_end: β of the last timestep, in (0, 1).
-        trained_betas: betas that take the place of the schedule; there are as many timesteps as betas, whatever
-            `num_train_timesteps` says.
+        trained_betas: betas instead of a schedule; their number is T and overrides `num_train_timesteps`.
         rescale_betas_zero_snr: apply `rescale_zero_terminal_snr` at the end.
 
     Raises:
-        UserError: an unknown name, or a value out of its range.
+        UserError: a name is unknown, or a value is out of range.
     """
     possible = is_integer(num_train_timesteps) and 1 <= num_train_timesteps <= MAX_TIMESTEPS
     require(possible, "num_train_timesteps", num_train_timesteps, f"a whole number in 1..{MAX_TIMESTEPS}")
@@ -97,8 +96,8 @@ def cumulative_signal(betas: Tensor) -> Tensor:
     """ᾱ, the cumulative product of 1 - β: `(T,) -> (T,)`, float64.
 
     Raises:
-        UserError: in double precision the first timestep has no noise, or one before the last no signal; steps
-            divide by both.
+        UserError: in double precision the first timestep has no noise, or a timestep before the last has no
+            signal; steps divide by both.
     """
     alpha_bar = torch.cumprod(1 - betas, 0)
     if alpha_bar[0] == 1:
@@ -114,7 +113,7 @@ def _checked_betas(trained_betas: Sequence[float]) -> Tensor:
     possible = 1 <= len(trained_betas) <= MAX_TIMESTEPS
     require(possible, "trained_betas", trained_betas, f"a list of 1 to {MAX_TIMESTEPS} numbers")
     betas = torch.tensor(trained_betas, dtype=torch.float64, device="cpu")
-    # Only the last timestep may be pure noise (β = 1): after it there is nothing left to add noise to.
+    # Only the last timestep may be pure noise (β = 1), as no signal is left after it.
     allowed = (betas > 0) & (betas < 1)
     allowed[-1] |= betas[-1] == 1
     for index in (~allowed).nonzero().flatten().tolist():

@@ -1,4 +1,4 @@
-"""The settings of a scheduler: which are allowed, their file, and how one scheduler takes over those of another."""
+"""Settings of a scheduler: allowed settings, the file, and building one scheduler from another one's config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm_lab.utils.configurable import Configurable, FrozenConfig
 from ldm_lab.utils.reading import blaming
 from ldm_lab.utils.terminal import say_once
 
-# Settings that one or another of the schedulers here and in diffusers has, which all take one another's configs.
+# Settings of schedulers here and in diffusers; all accept each other's configs.
 SHARED = {
     "algorithm_type", "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio",
     "euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped",
@@ -29,10 +29,10 @@ SHARED = {
 
 
 class SchedulerSettings(Configurable):
-    """What `Scheduler` is built from.
+    """Base class of `Scheduler` with the handling of settings.
 
     Attributes:
-        parameterizations: what a network may predict, by name.
+        parameterizations: prediction types by name.
     """
 
     config_name = "scheduler_config.json"
@@ -54,11 +54,11 @@ class SchedulerSettings(Configurable):
 
     @property
     def compatibles(self) -> list[type[SchedulerSettings]]:
-        """The classes of this package that can be built from this scheduler's config: all of its samplers.
+        """The classes of this package that accept this scheduler's config: all samplers.
 
-        So can those that diffusers calls compatible with the namesake; a pipeline takes them too.
+        diffusers' compatible classes accept it too, and a pipeline accepts them.
         """
-        from ldm_lab.diffusion.samplers import SAMPLERS  # they are made of this class
+        from ldm_lab.diffusion.samplers import SAMPLERS  # imported here, as the samplers derive from this class
 
         return list(SAMPLERS.values())
 
@@ -68,12 +68,12 @@ class SchedulerSettings(Configurable):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, subfolder: str | None = None, **overrides: Any) -> Self:  # noqa: ANN401
-        """Build from `folder[/subfolder]/scheduler_config.json`, ours or the namesake's, or from a name on the hub.
+        """Build from `folder[/subfolder]/scheduler_config.json`, ours or diffusers', or from a name on the hub.
 
-        Keyword arguments replace entries of the config; those of `hub.DOWNLOAD` are for the hub.
+        Keyword arguments replace entries of the config; those in `hub.DOWNLOAD` are for the hub.
 
         Raises:
-            LoadError: the file is missing, is not JSON, or holds a setting that is not allowed.
+            LoadError: the file is missing, is not JSON, or holds an invalid setting.
         """
         download = {key: overrides.pop(key) for key in hub.DOWNLOAD if key in overrides}
         config = cls.load_config(folder, subfolder, **download)
@@ -82,14 +82,14 @@ class SchedulerSettings(Configurable):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
-        """Build from the config of any scheduler, ours or one of diffusers; keyword arguments replace its entries.
+        """Build from the config of any scheduler, ours or diffusers'; keyword arguments replace its entries.
 
-        As there, settings that the other one was not given take the defaults of this class, and settings that this
-        class does not have stay in its config, for the next that is built from it.
+        As in diffusers, settings that were not given to the other scheduler get the defaults of this class, and
+        settings that this class lacks stay in its config, for schedulers built from it.
         """
         defaults = config.get("_use_default_values", ())
         values = {key: value for key, value in config.items() if key not in defaults and not key.startswith("_")}
-        if values.get("variance_type", "") is None:  # as DPM-Solver has it, which knows none
+        if values.get("variance_type", "") is None:  # DPM-Solver has no variance
             del values["variance_type"]
         scheduler = super().from_config(values, **overrides)
         others = {key: value for key, value in values.items() if key not in scheduler.config}

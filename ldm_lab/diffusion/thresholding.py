@@ -1,4 +1,4 @@
-"""Dynamic thresholding of predicted images. Latents have no range to be kept in: leave it off for them."""
+"""Dynamic thresholding of predicted images; not for latents, which have no fixed range."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
     Args:
         x0: `(B, ...)`, float32 or float64.
         ratio: the quantile, in 0..1.
-        maximum: upper bound of the limit; 1 makes this plain clipping to [-1, 1].
+        maximum: upper bound of the limit; 1: plain clipping to [-1, 1].
     """
     limit = torch.quantile(x0.abs().flatten(1), ratio, dim=1).clamp(1, maximum)  # (B, ...) -> (B,)
     limit = per_sample(limit, x0)

@@ -1,7 +1,7 @@
-"""How training draws its timesteps: as functions of (seed, position), never of what was drawn before.
+"""Draws training timesteps as functions of (seed, position), independent of earlier draws.
 
-A position is an image's place in the global stream of training images, so that any split of a batch
-over devices and micro-batches, and a resumed run, draw the same timesteps.
+A position is an image's place in the global stream of training images, so any split of a batch over
+devices and micro-batches, and a resumed run, draw the same timesteps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ldm_lab.utils.randomness import generator, uniform
 
 
 class DrawTimesteps(Protocol):
-    """The signature that all draws share."""
+    """Protocol of all draws of timesteps."""
 
     def __call__(
         self, seed: int, positions: Tensor | Sequence[int], batch_size: int, num_train_timesteps: int
@@ -26,13 +26,13 @@ class DrawTimesteps(Protocol):
         Args:
             seed: the seed of the run.
             positions: places in the global stream of training images, `(B,)`.
-            batch_size: of the *global* batch: batch n holds the positions n * batch_size and following.
+            batch_size: size of the *global* batch: batch n holds the positions n * batch_size and following.
             num_train_timesteps: T.
         """
 
 
 class UniformTimesteps:
-    """Each timestep uniform and independent of all others (Ho et al. 2020, algorithm 1)."""
+    """Independent uniform timesteps (Ho et al. 2020, algorithm 1)."""
 
     def __call__(
         self, seed: int, positions: Tensor | Sequence[int], batch_size: int, num_train_timesteps: int
@@ -42,13 +42,13 @@ class UniformTimesteps:
 
 
 class LowDiscrepancyTimesteps:
-    """One offset per global batch, then equal strides: every k-th of the range is hit once by a batch of k.
+    """One offset per global batch, then equal strides: a batch of k hits each k-th part of the range once.
 
     u_i = (u_0 + i / k) mod 1 (Kingma et al. 2021, "Variational Diffusion Models", arXiv 2107.00630,
-    appendix I.1). Each timestep by itself is uniform; their average, and so the loss, varies less.
+    appendix I.1). Each single timestep is uniform; their average, and so the loss, has less variance.
 
-    The image in place p of the batch takes the i of a permutation drawn for each batch: devices and micro-batches take
-    neighbouring places, and in the order of i each would see a part of the range alone.
+    A permutation, drawn for each batch, maps place p of the batch to i, as devices and micro-batches take neighbouring
+    places: without a permutation each would see only a part of the range.
 
     >>> LowDiscrepancyTimesteps()(0, range(4), 4, 1000).sort().values.diff()
     tensor([250, 250, 250])
@@ -68,7 +68,7 @@ class LowDiscrepancyTimesteps:
 
 
 def stratified(count: int) -> Tensor:
-    """The middles of `count` equal parts of [0, 1), `(count,)`, float64.
+    """Midpoints of `count` equal parts of [0, 1), `(count,)`, float64.
 
     >>> stratified(4)
     tensor([0.1250, 0.3750, 0.6250, 0.8750], dtype=torch.float64)
@@ -77,7 +77,7 @@ def stratified(count: int) -> Tensor:
 
 
 def discretize(fractions: Tensor, num_train_timesteps: int) -> Tensor:
-    """Fractions of the range of time, in [0, 1), as timesteps: floor(u T), int64."""
+    """Fractions u of the range of time, in [0, 1) -> timesteps floor(u T), int64."""
     return (fractions * num_train_timesteps).long().clamp_(max=num_train_timesteps - 1)
 
 

@@ -1,1 +1,1 @@
-"""What the first stage is trained on: pixels, perception, what is asked of the latents, and an adversary."""
+"""Losses of the first stage: pixel, perceptual, latent and adversarial."""

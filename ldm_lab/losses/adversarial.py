@@ -1,4 +1,4 @@
-"""The game between autoencoder and patch discriminator (Esser et al. 2021, VQGAN, arXiv 2012.09841, §3.1)."""
+"""Adversarial losses of autoencoder and patch discriminator (Esser et al. 2021, VQGAN, arXiv 2012.09841, §3.1)."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ldm_lab.utils.limits import NonNegative, Whole
 
 
 def generator_hinge(logits_fake: Tensor) -> Tensor:
-    """-E[D(x̂)]: the generator's side of the hinge loss (Lim & Ye 2017, arXiv 1705.02894); float32, 0-dim."""
+    """Hinge loss of the generator, -E[D(x̂)] (Lim & Ye 2017, arXiv 1705.02894); float32, 0-dim."""
     return -logits_fake.float().mean()
 
 
 def discriminator_hinge(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """½ (E[relu(1 - D(x))] + E[relu(1 + D(x̂))]): the discriminator's side; float32, 0-dim."""
+    """Hinge loss of the discriminator, ½ (E[relu(1 - D(x))] + E[relu(1 + D(x̂))]); float32, 0-dim."""
     return 0.5 * (F.relu(1 - logits_real.float()).mean() + F.relu(1 + logits_fake.float()).mean())
 
 
 def adaptive_weight(nll: Tensor, generator: Tensor, last_layer: Tensor, max_weight: float = 1e4) -> Tensor:
-    """|∇nll| / (|∇generator| + 1e-4), clamped to [0, max_weight] (arXiv 2012.09841, Eq. 7): both pull alike.
+    """|∇nll| / (|∇generator| + 1e-4), clamped to [0, max_weight] (arXiv 2012.09841, Eq. 7): balances both gradients.
 
     Args:
         nll: reconstruction loss, 0-dim.
         generator: the generator's adversarial loss, 0-dim.
-        last_layer: weight of the decoder's last layer, with respect to which the gradients are taken.
+        last_layer: weight of the decoder's last layer; gradients are with respect to it.
         max_weight: upper end of the clamp.
 
-    Returns:
-        0-dim, detached; zero where no gradients are recorded (validation).
+        Returns:
+            0-dim, detached; zero without gradients (in validation).
     """
     if not generator.requires_grad:
         return torch.zeros_like(generator)
@@ -42,14 +42,14 @@ def adaptive_weight(nll: Tensor, generator: Tensor, last_layer: Tensor, max_weig
 
 @dataclass(frozen=True)
 class AdversarialTerm:
-    """When and how strongly the discriminator has a say. Everything is counted in training images.
+    """Start, ramp and weight of the adversarial terms, in training images.
 
     Attributes:
-        weight: multiplies the adaptive weight, after the clamp.
-        start_images: images after which the discriminator is trained and the generator term counts.
+        weight: multiplies the adaptive weight after the clamp.
+        start_images: images after which the discriminator trains and the generator term counts.
         ramp_images: images over which the generator term then grows linearly from 0; 0 switches it on at
-            once, as in latent diffusion. The discriminator learns in full from the start.
-        max_weight: upper end of the adaptive weight.
+            once, as in latent diffusion. The discriminator trains at full strength from the start.
+        max_weight: maximum of the adaptive weight.
     """
 
     weight: NonNegative = 0.75

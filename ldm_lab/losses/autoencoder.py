@@ -1,4 +1,4 @@
-"""The loss of the first stage: pixels, perception, the latents and, where there is one, the discriminator."""
+"""Loss of the first stage: pixel, perceptual and latent terms, and an optional discriminator."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ldm_lab.utils.limits import NonNegative
 
 
 class AutoencoderLossOutput(NamedTuple):
-    """What one batch costs.
+    """Loss of one batch.
 
     Attributes:
-        total: the sum to minimise, 0-dim, float32; one backward gives both players their gradients.
-        terms: its parts for logging, 0-dim, detached. `rec`, `perceptual` and `codebook` or `kl` before their
-            weights, `nll` = rec + weighted perceptual; with a discriminator also `generator` (before weight
-            and factor), `discriminator` (with factor), `d_weight`, `factor` (of the generator term),
+        total: the sum to minimise, 0-dim, float32; one backward pass computes all gradients.
+        terms: its parts for logging, 0-dim, detached. `rec`, `perceptual` and `codebook` or `kl` are before
+            their weights, `nll` = rec + weighted perceptual; with a discriminator also `generator` (before
+            weight and factor), `discriminator` (with factor), `d_weight`, `factor` (of the generator term),
             `logits_real` and `logits_fake` (means over the discriminator's batch).
     """
 
@@ -31,23 +31,23 @@ class AutoencoderLossOutput(NamedTuple):
 
 
 class FirstStageLoss(nn.Module):
-    """What the two losses share (Rombach et al. 2022, arXiv 2112.10752, Eq. 25; Esser et al. 2021, Eq. 6).
+    """Base class of both losses (Rombach et al. 2022, arXiv 2112.10752, Eq. 25; Esser et al. 2021, Eq. 6).
 
         nll   = mean|x - x̂| + perceptual_weight · mean LPIPS(x̂, x)
         total = scale · nll + weight · penalty + factor · d_weight · generator + discriminator
 
-    Scale and penalty are matters of the kind: see `AutoencoderLoss` and `KLAutoencoderLoss`.
+    Subclasses define scale and penalty: see `AutoencoderLoss` and `KLAutoencoderLoss`.
 
-    Two players share one step: the generator term sees the discriminator with detached parameters, the
-    discriminator term sees the detached reconstruction. One forward of the autoencoder, one backward and
-    one optimizer with two parameter groups therefore train both. Every parameter of the discriminator has
-    a gradient on every step, zero before the start, so DDP need not look for unused ones.
+    Both networks train in one step: the generator term uses the discriminator with detached parameters, the
+    discriminator term uses the detached reconstruction. So one forward pass of the autoencoder, one backward
+    pass and one optimizer with two parameter groups suffice. Every parameter of the discriminator has a
+    gradient in every step, zero before the start, so DDP need not search for unused parameters.
 
     Args:
         perceptual: distance per image, `LPIPS` or `MultiScaleL1`.
-        discriminator: images -> logits, `PatchDiscriminator`; `None` leaves the adversarial terms out.
-        adversarial: start, ramp and weight of the discriminator; unused without one.
-        pixel: mean distance of pixels, `(reconstruction, target) -> 0-dim`.
+        discriminator: images -> logits, `PatchDiscriminator`; `None`: no adversarial terms.
+        adversarial: start, ramp and weight of the adversarial terms; unused without a discriminator.
+        pixel: mean pixel distance, `(reconstruction, target) -> 0-dim`.
         perceptual_weight: weight of the perceptual distance.
         penalty_weight: weight of what is asked of the latents.
 
@@ -55,7 +55,7 @@ class FirstStageLoss(nn.Module):
         UserError: `perceptual_weight` is negative.
     """
 
-    penalty: ClassVar[str]  # what it is called among the terms
+    penalty: ClassVar[str]  # name of the penalty in the terms
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class FirstStageLoss(nn.Module):
         self.penalty_weight = penalty_weight
 
     def scale(self, images: Tensor) -> int:
-        """By how much `nll`, a mean over the entries of `images` `(B, 3, H, W)`, is multiplied in the total."""
+        """Factor of `nll`, a mean over the entries of `images` `(B, 3, H, W)`, in the total."""
         raise NotImplementedError
 
     def forward(
@@ -86,8 +86,8 @@ class FirstStageLoss(nn.Module):
 
         Args:
             target: images `(B, 3, H, W)` in [-1, 1].
-            reconstruction: what the decoder made of them, of the same shape.
-            penalty: what is asked of the latents, 0-dim: the quantizer's loss, or the mean divergence.
+            reconstruction: output of the decoder, of the same shape.
+            penalty: penalty on the latents, 0-dim: the quantizer's loss, or the mean KL divergence.
             last_layer: `decoder.conv_out.weight`, for the adaptive weight.
             images_seen: training images before this batch, over all ranks.
         """
@@ -104,11 +104,11 @@ class FirstStageLoss(nn.Module):
         return AutoencoderLossOutput(total, {name: term.detach() for name, term in terms.items()})
 
     def reconstruction_loss(self, target: Tensor, reconstruction: Tensor) -> Tensor:
-        """`nll` alone, for images `(B, 3, H, W)` in [-1, 1] that have no adversary: 0-dim, float32."""
+        """`nll` without adversarial terms, for images `(B, 3, H, W)` in [-1, 1]: 0-dim, float32."""
         return self._reconstruction(target.float(), reconstruction.float())[2]
 
     def _reconstruction(self, target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distance of pixels, perceptual distance, and their weighted sum."""
+        """Pixel distance, perceptual distance, and their weighted sum."""
         rec = self.pixel(reconstruction, target)
         perceptual = self.perceptual(reconstruction, target).mean()
         return rec, perceptual, rec + self.perceptual_weight * perceptual
@@ -116,7 +116,7 @@ class FirstStageLoss(nn.Module):
     def _generator(
         self, reconstruction: Tensor, scaled_nll: Tensor, last_layer: Tensor, images_seen: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted generator term: gradients reach the autoencoder alone."""
+        """The weighted generator term, whose gradients reach only the autoencoder."""
         frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         loss = generator_hinge(functional_call(self.discriminator, frozen, (reconstruction,)))
         weight = self.adversarial.weight * adaptive_weight(scaled_nll, loss, last_layer, self.adversarial.max_weight)
@@ -124,8 +124,8 @@ class FirstStageLoss(nn.Module):
         return factor * weight * loss, {"generator": loss, "d_weight": weight, "factor": factor}
 
     def _discriminator(self, real: Tensor, fake: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's term: gradients reach the discriminator alone."""
-        # One call each: the running statistics of BatchNorm see real and reconstructed images apart.
+        """The discriminator's term, whose gradients reach only the discriminator."""
+        # One call each, so that BatchNorm's statistics see real and reconstructed images separately.
         logits_real, logits_fake = self.discriminator(real), self.discriminator(fake)
         loss = self.adversarial.discriminator_factor(images_seen) * discriminator_hinge(logits_real, logits_fake)
         means = {"logits_real": logits_real.float().mean(), "logits_fake": logits_fake.float().mean()}
@@ -133,7 +133,7 @@ class FirstStageLoss(nn.Module):
 
 
 class AutoencoderLoss(FirstStageLoss):
-    """Loss of a VQ autoencoder: a mean over the pixels, and the quantizer's loss.
+    """Loss of a VQ autoencoder: mean over pixels, and the quantizer's loss.
 
         total = nll + codebook_weight · codebook + factor · d_weight · generator + discriminator
 
@@ -149,21 +149,21 @@ class AutoencoderLoss(FirstStageLoss):
         super().__init__(*shared, penalty_weight=codebook_weight, **more)
 
     def scale(self, images: Tensor) -> int:
-        """1: the mean over the pixels."""
+        """1: a mean over pixels."""
         return 1
 
 
 class KLAutoencoderLoss(FirstStageLoss):
-    """Loss of a KL autoencoder: sums over the pixels and over the latents of an image, means over the batch.
+    """Loss of a KL autoencoder: sums over an image's pixels and latents, means over the batch.
 
         total = 3HW · nll + kl_weight · mean KL(q(z|x) ‖ N(0, I)) + factor · d_weight · generator + discriminator
 
     A negative log-likelihood is a sum (Kingma & Welling 2014, arXiv 1312.6114, Eq. 10). Latent diffusion divides
-    it by the exponential of a parameter that it never trains and that begins at 0: there is none here.
+    it by the exponential of a parameter that starts at 0 and is never trained; this loss omits that parameter.
 
     Args:
         *shared: see `FirstStageLoss`.
-        kl_weight: weight of the divergence, in nats an image.
+        kl_weight: weight of the KL divergence, in nats per image.
         **more: see `FirstStageLoss`.
     """
 
@@ -173,5 +173,5 @@ class KLAutoencoderLoss(FirstStageLoss):
         super().__init__(*shared, penalty_weight=kl_weight, **more)
 
     def scale(self, images: Tensor) -> int:
-        """3HW: the sum over the pixels of an image."""
+        """3HW: a sum over the pixels of an image."""
         return images[0].numel()

@@ -1,4 +1,4 @@
-"""Distances between images that count structure, not pixels: LPIPS, and one that needs no pretrained weights."""
+"""Perceptual distances between images: LPIPS, and a distance without pretrained weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ldm_lab.utils.arguments import require_positive
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.reading import reason
 
-_TAPS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 among the features of VGG16
+_TAPS = (3, 8, 15, 22, 29)  # indices of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in VGG16's features
 _READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError)
 
 
 class PerceptualDistance(nn.Module):
-    """The interface of this file: `forward(reconstruction, target)`, a distance per image."""
+    """Interface of a perceptual distance: `forward(reconstruction, target)` returns a distance per image."""
 
     def setup(self) -> None:
-        """Fetch whatever the distance needs from outside, so that a lack of it shows before training starts."""
+        """Load the files that the distance needs, so that missing files raise before training starts."""
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, 3, H, W)` twice, in [-1, 1] -> `(B,)`, float32, zero for equal images."""
@@ -32,9 +32,9 @@ class PerceptualDistance(nn.Module):
 
 
 class MultiScaleL1(PerceptualDistance):
-    """L1 between image pyramids and between their gradients: edges and coarse shapes count, no weights are needed.
+    """L1 between image pyramids and between their gradients; weights edges and coarse shapes, needs no weights.
 
-    With e the difference of the images at level s (each level averages 2 × 2 pixels of the one before),
+    With e_s the difference of the images at level s (each level averages 2 × 2 pixels of the level before),
     d = Σ_s mean|e_s| + mean|∂x e_s| + mean|∂y e_s|, divided by the number of levels. ∂ is the
     difference of neighbouring pixels.
 
@@ -52,7 +52,7 @@ class MultiScaleL1(PerceptualDistance):
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, C, H, W)` twice, in [-1, 1] -> `(B,)`, float32."""
-        # Averaging and differences are linear, so one pyramid, that of the difference, is enough.
+        # Averaging and differences are linear, so one pyramid of the difference is enough.
         error = reconstruction.float() - target.float()
         distance = error.new_zeros(len(error))
         for level in range(self.levels):
@@ -69,15 +69,14 @@ class LPIPS(PerceptualDistance):
     d = Σ_l mean_hw w_l · (ŷ_l - x̂_l)², where ŷ_l, x̂_l are the features of layer l, each position scaled to
     unit length, and w_l are the learned non-negative weights per channel (those that torchmetrics ships).
 
-    The network is loaded once, by `setup` or at first use. It is frozen, goes to the device of the images,
-    and is no submodule: checkpoints, optimizers and DDP know nothing of it. The features are computed at
-    the precision of the surrounding autocast, the distance in float32.
+    The network is loaded once, by `setup` or on first use. It is frozen, moves to the device of the images,
+    and is not a submodule, so checkpoints, optimizers and DDP do not see it. Features are computed at the
+    precision of the surrounding autocast, the distance in float32.
 
     Args:
-        weights: state dict of torchvision's VGG16 (the file `vgg16-397923af.pth`), whole or of its
-            `features` alone. `None` takes the file from torch's hub cache or downloads it into it.
-            (The other file of torchvision, `IMAGENET1K_FEATURES`, expects images of another scale and
-            does not fit the learned weights.)
+        weights: state dict of torchvision's VGG16 (the file `vgg16-397923af.pth`), complete or only its
+            `features`. `None`: from torch's hub cache, downloaded if missing. (torchvision's other file,
+            `IMAGENET1K_FEATURES`, expects images of another scale and does not fit the learned weights.)
     """
 
     shift = (-0.030, -0.088, -0.188)  # mean and standard deviation of ImageNet, for images in [-1, 1]
@@ -86,19 +85,19 @@ class LPIPS(PerceptualDistance):
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         self.weights = weights
-        self._networks: tuple[nn.Module, ...] = ()  # a tuple, because a module in an attribute becomes a submodule
+        self._networks: tuple[nn.Module, ...] = ()  # a tuple, as a module attribute would become a submodule
 
     def setup(self) -> None:
-        """Load the network unless that has been done.
+        """Load the network, unless it is loaded.
 
         Raises:
-            UserError: the weights of VGG16 cannot be had, or the file holds something else.
+            UserError: VGG16's weights are not available, or the file holds other weights.
         """
         if not self._networks:
             statistics = nn.ParameterList(torch.tensor(values).view(1, 3, 1, 1) for values in (self.shift, self.scale))
             parts = {"statistics": statistics, "features": _vgg16_features(self.weights), "heads": _linear_heads()}
             network = _Networks(parts).eval().requires_grad_(False)
-            network.lay_out()  # now: what is estimated without numbers cannot do so later
+            network.lay_out()  # now, as it is impossible on fake tensors later
             self._networks = (network,)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ class LPIPS(PerceptualDistance):
             distance = distance + (weight * squared.mean(dim=(2, 3))).sum(dim=1)  # (B, C) -> (B,)
         return distance
 
-    # What is made in inference mode can never take part in a backward pass, and validation may come first.
+    # Tensors made in inference mode can never take part in a backward pass, and validation may come first.
     @torch.inference_mode(mode=False)
     def _network(self, device: torch.device) -> nn.Module:
         self.setup()
@@ -129,24 +128,24 @@ class LPIPS(PerceptualDistance):
 
 
 class _Networks(LaidOut, nn.ModuleDict):
-    """What LPIPS is made of."""
+    """The networks of LPIPS."""
 
 
 def _unit_length(features: Tensor) -> Tensor:
-    """Scale the vector at each position to unit length: `(B, C, h, w)`, any type -> the same, float32."""
+    """Scale the vector at each position to unit length: `(B, C, h, w)`, any dtype -> the same shape, float32."""
     features = features.float()
     return features / (features.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
 
 
 def _linear_heads() -> nn.ParameterList:
-    """The learned weights of each layer's channels, `(C,)`, from the torchmetrics package."""
+    """The learned channel weights of each layer, `(C,)`, from the torchmetrics package."""
     with (files("torchmetrics") / "functional/image/lpips_models/vgg.pth").open("rb") as file:
         state = torch.load(file, map_location="cpu", weights_only=True)
     return nn.ParameterList(state[f"lin{i}.model.1.weight"].flatten() for i in range(len(_TAPS)))
 
 
 def _vgg16_features(path: str | Path | None) -> nn.Sequential:
-    """The convolutions of VGG16 up to relu5_3, with the weights of `path` or of torch's hub."""
+    """VGG16's convolutions up to relu5_3, with the weights of `path` or of torch's hub."""
     with torch.device("meta"):
         features = vgg16().features[: _TAPS[-1] + 1]
     state = _downloaded() if path is None else _read(path)

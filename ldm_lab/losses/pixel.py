@@ -1,4 +1,4 @@
-"""Distances of pixels that look at colour apart from brightness."""
+"""Pixel losses that weight colour separately from brightness."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 from ldm_lab.utils.errors import UserError
 
-# Luma and the two differences of colour, of a difference in RGB: ITU-R BT.601-7 (2011), section 2.5.
+# RGB -> luma and the two colour differences: ITU-R BT.601-7 (2011), section 2.5.
 _LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 class ColourMSE(nn.Module):
     """Squared error of luma and chroma: d = mean(ΔY² + chroma · (ΔCb² + ΔCr²)) over the pixels.
 
-    In a mean over RGB colour counts little: a grey error e costs e² here and there, while an error of colour alone,
-    which leaves the luma as it is, costs more here, the more the larger `chroma` is. A short training learns brightness
-    first and ends before it has learnt hues, unless they count.
+    In an RGB mean, colour has little weight. A grey error e costs e² in both losses. A pure colour error, which leaves
+    the luma unchanged, costs more here, in proportion to `chroma`. A short training learns brightness first, and would
+    end before it has learned hues.
 
     Args:
-        chroma: weight of the differences of colour, at least 0.
+        chroma: weight of the colour differences, at least 0.
 
     Raises:
-        UserError: it is negative.
+        UserError: `chroma` is negative.
     """
 
     def __init__(self, chroma: float = 4.0) -> None:
@@ -35,5 +35,5 @@ class ColourMSE(nn.Module):
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, 3, H, W)` twice, in [-1, 1] -> 0-dim."""
         error = (reconstruction - target)[:, None]  # (B, 1, 3, H, W)
-        parts = (self.matrix * error).sum(2)  # -> (B, 3, H, W); as a product of matrices autocast would round it
+        parts = (self.matrix * error).sum(2)  # -> (B, 3, H, W); not a matrix product, which autocast would round
         return parts.square().sum(1).mean()

@@ -1,1 +1,1 @@
-"""Measures of quality that are reported, never trained on."""
+"""Quality metrics for evaluation; training never optimises them."""

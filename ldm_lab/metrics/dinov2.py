@@ -1,4 +1,4 @@
-"""DINOv2 ViT-L/14, as published: for the Fréchet distance that agrees with people better than FID does."""
+"""Features of the published DINOv2 ViT-L/14, whose Fréchet distance agrees with human judgement better than FID."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ldm_lab.metrics.extractors import Extractor, had
 from ldm_lab.utils.reading import read_torch
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
-PATCH, GRID = 14, 37  # pixels of a patch; patches along a side where positions were learned
+PATCH, GRID = 14, 37  # side of a patch in pixels; side of the grid of learned positions
 
 
 class DINOv2(Extractor):
-    """The class token of DINOv2 (Oquab et al. 2023); its Fréchet distance is that of Stein et al. 2023, FD-DINOv2.
+    """The class token of DINOv2 (Oquab et al. 2023); its Fréchet distance is FD-DINOv2 (Stein et al. 2023).
 
-    The network is built here, and the published weights are read as data: `torch.hub` would download and run code.
-    Images are resized to 224 pixels as torch-fidelity does.
+    The network is defined here, and the published weights are read as data, as `torch.hub` would download and execute
+    code. Images are resized to 224 pixels as in torch-fidelity.
 
     Args:
-        weights: the published file; None takes it from torch's hub cache or downloads it into it.
+        weights: the published file; None: from torch's hub cache, downloaded if missing.
         width: channels; 1024 is ViT-L.
-        depth: blocks.
-        heads: of attention.
+        depth: number of blocks.
+        heads: attention heads.
 
     Raises:
-        UserError: torch-fidelity is not installed, or the weights cannot be had.
-        LoadError: the file holds something else.
+        UserError: torch-fidelity is not installed, or the weights are not available.
+        LoadError: the file holds other weights.
     """
 
     name, distance = "dinov2-vit-l-14", "fd_dinov2"
@@ -42,7 +42,7 @@ class DINOv2(Extractor):
             self.network = ViT(width, depth, heads)
         with had(URL, weights, "dinov2"):
             state = _downloaded() if weights is None else read_torch(Path(weights))
-            state = {key: value for key, value in state.items() if key != "mask_token"}  # of training alone
+            state = {key: value for key, value in state.items() if key != "mask_token"}  # only for training
             self.network.load_state_dict(state, assign=True)
         self.eval().requires_grad_(False)
 
@@ -64,8 +64,8 @@ class ViT(nn.Module):
 
     Args:
         width: channels.
-        depth: blocks.
-        heads: of attention.
+        depth: number of blocks.
+        heads: attention heads.
     """
 
     def __init__(self, width: int, depth: int, heads: int) -> None:
@@ -86,16 +86,16 @@ class ViT(nn.Module):
         return self.norm(tokens[:, 0])
 
     def positions(self, size: torch.Size) -> Tensor:
-        """The learned positions, resized to a grid of `size` as the originals do: `(1, 1 + h*w, C)`."""
+        """The learned position embeddings, resized to a grid of `size` as in the original: `(1, 1 + h*w, C)`."""
         first, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         grid = grid.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)  # (1, 37*37, C) -> (1, C, 37, 37)
-        factor = tuple((side + 0.1) / GRID for side in size)  # the originals' offset, against rounding
+        factor = tuple((side + 0.1) / GRID for side in size)  # the original's offset against rounding
         grid = F.interpolate(grid, scale_factor=factor, mode="bicubic")
         return torch.cat([first, grid.flatten(2).mT], dim=1)
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each normalised before and scaled after, added to what came in."""
+    """Attention and an MLP, each with pre-normalisation, LayerScale and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

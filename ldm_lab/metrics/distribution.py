@@ -1,8 +1,8 @@
-"""How far two sets of images are apart, on features `(N, D)` of them: Fréchet distance, KID, precision, recall ...
+"""Distances between two sets of images, on their features `(N, D)`: Fréchet distance, KID, precision, recall ...
 
-All sums are float64. Intervals are of the bootstrap (Efron & Tibshirani 1993, chapter 13) over the generated images,
-for recall and coverage over the real ones. They lie in the range of their figure; they say how much a value owes to
-chance, not how far it is biased.
+All sums are float64. Intervals are bootstrap intervals (Efron & Tibshirani 1993, chapter 13) over the generated
+images; for recall and coverage over the real images. They stay in the range of their metric. They measure the
+variance of a value, not its bias.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from ldm_lab.utils import randomness
 from ldm_lab.utils.errors import UserError
 
-LEVEL = 0.95  # of intervals
-NEAREST = 3  # neighbours for precision and recall, as Kynkäänniemi et al. 2019 choose
-NEAREST_DENSITY = 5  # ... and for density and coverage, as Naeem et al. 2020 do
-BLOCK = 2**24  # distances that are held at a time
+LEVEL = 0.95  # confidence level of intervals
+NEAREST = 3  # neighbours for precision and recall, as in Kynkäänniemi et al. 2019
+NEAREST_DENSITY = 5  # ... and for density and coverage, as in Naeem et al. 2020
+BLOCK = 2**24  # distances in memory at a time
 
 
 class Estimate(NamedTuple):
-    """A value, and the ends of its interval where there is one."""
+    """A value, and the ends of its interval if it has one."""
 
     value: float
     low: float | None = None
@@ -47,7 +47,7 @@ def gaussian(features: Tensor) -> Gaussian:
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """‖μ₁ - μ₂‖² + Tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½): Heusel et al. 2017, Eq. 6; Dowson & Landau 1982.
 
-    The trace of the root is that of (S Σ₂ S)^½ with S = Σ₁^½, which is symmetric: its eigenvalues are real.
+    The trace of the root equals that of (S Σ₂ S)^½ with S = Σ₁^½, which is symmetric and so has real eigenvalues.
     """
     root = _root(one.covariance)
     return _frechet(other, one, (root @ other.covariance @ root))
@@ -56,17 +56,17 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 def _frechet(one: Gaussian, other: Gaussian, product: Tensor) -> float:
     roots = _nonnegative(torch.linalg.eigvalsh(product)).sqrt()
     traces = one.covariance.trace() + other.covariance.trace() - 2 * roots.sum()
-    return max(0.0, float((one.mean - other.mean).square().sum() + traces))  # not what rounding leaves below
+    return max(0.0, float((one.mean - other.mean).square().sum() + traces))  # rounding may make it negative
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """The symmetric root of a symmetric, positive semidefinite matrix."""
+    """The symmetric square root of a symmetric, positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * _nonnegative(values).sqrt()) @ vectors.T
 
 
 def _nonnegative(values: Tensor) -> Tensor:
-    """Eigenvalues without what rounding makes of those that are zero: its root would not be small."""
+    """Eigenvalues with rounding errors set to zero, as the square root of a rounding error is not small."""
     noise = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
     return torch.where(values > noise, values, 0)
 
@@ -74,13 +74,13 @@ def _nonnegative(values: Tensor) -> Tensor:
 def frechet(features: Tensor, reference: Gaussian, draws: int = 200, seed: int = 0) -> Estimate:
     """The Fréchet distance of features `(N, D)` to a reference.
 
-    Its bias falls as 1/N: values of different N do not compare (Bińkowski et al. 2018, section 4).
+    Its bias falls as 1/N, so values of different N are not comparable (Bińkowski et al. 2018, section 4).
 
     Args:
-        features: of the images.
-        reference: of what they are compared with.
-        draws: replicates of the bootstrap; 0 for no interval.
-        seed: of these.
+        features: features of the images.
+        reference: mean and covariance of the reference.
+        draws: replicates of the bootstrap; 0: no interval.
+        seed: seed of the bootstrap.
     """
     features = features.double()
     value, root = frechet_distance(gaussian(features), reference), _root(reference.covariance)
@@ -89,11 +89,11 @@ def frechet(features: Tensor, reference: Gaussian, draws: int = 200, seed: int =
         replicate = _weighted(features, weights)
         found.append(_frechet(replicate, reference, root @ replicate.covariance @ root))
     estimate = _centred(value, found)
-    return estimate if estimate.low is None else estimate._replace(low=max(0.0, estimate.low))  # as every distance
+    return estimate if estimate.low is None else estimate._replace(low=max(0.0, estimate.low))  # distances are >= 0
 
 
 def _weighted(features: Tensor, weights: Tensor) -> Gaussian:
-    """Mean and covariance where image i is there `weights[i]` times."""
+    """Mean and covariance with image i repeated `weights[i]` times."""
     count = weights.sum()
     mean = weights @ features / count
     around = features - mean
@@ -101,27 +101,27 @@ def _weighted(features: Tensor, weights: Tensor) -> Gaussian:
 
 
 def kid(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 0) -> Estimate:
-    """Kernel distance: the unbiased estimate of MMD² with k(x, y) = (x·y / D + 1)³, over all pairs.
+    """Kernel distance (KID): the unbiased estimate of MMD² with k(x, y) = (x·y / D + 1)³, over all pairs.
 
-    Bińkowski et al. 2018, Eq. 4. Unbiased for any N, and so it may be a little below zero. Replicates leave out pairs
-    of an image with its own copies, which would count it as its neighbour.
+    Bińkowski et al. 2018, Eq. 4. It is unbiased for any N, so it may be slightly negative. Replicates exclude pairs of
+    an image and its own copy, which would count as neighbours.
 
     Args:
         features: `(N, D)`, of the images.
-        reference: `(M, D)`, of what they are compared with.
-        draws: replicates of the bootstrap; 0 for no interval.
-        seed: of these.
+        reference: `(M, D)`, of the reference.
+        draws: replicates of the bootstrap; 0: no interval.
+        seed: seed of the bootstrap.
     """
     x, y = features.double(), reference.double()
     rows = [x.new_ones(len(x)), *_resampled(len(x), draws, seed, x.device)]
     weights = torch.stack(rows, dim=1)  # (N, 1 + draws)
     within, across = x.new_zeros(len(rows)), x.new_zeros(len(rows))
     for start, block in _blocks(x, len(x)):
-        mine = weights[start : start + len(block)]
+        counts = weights[start : start + len(block)]
         kernel = _kernel(block, x)
-        own = kernel.diagonal(start)  # k(xᵢ, xᵢ)
-        within += (mine * (kernel @ weights)).sum(0) - (mine.square() * own[:, None]).sum(0)
-        across += mine.T @ _mean_kernel(block, y)
+        diagonal = kernel.diagonal(start)  # k(xᵢ, xᵢ)
+        within += (counts * (kernel @ weights)).sum(0) - (counts.square() * diagonal[:, None]).sum(0)
+        across += counts.T @ _mean_kernel(block, y)
     among = sum(
         _kernel(block, y).sum() - _kernel(block, y).diagonal(start).sum() for start, block in _blocks(y, len(y))
     )
@@ -142,15 +142,15 @@ def _mean_kernel(x: Tensor, y: Tensor) -> Tensor:
 def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 0) -> dict[str, Estimate]:
     """Precision and recall (Kynkäänniemi et al. 2019, Eqs. 1 and 2), density and coverage (Naeem et al. 2020).
 
-    Around each image of a set lies a ball that reaches to its k-th neighbour in the set. Precision: the share of
-    generated images in a ball of a real one; recall: of real ones in a ball of a generated one; density: in how many
-    balls of real ones a generated image lies, over k; coverage: the share of real ones with a generated one in it.
+    Each image of a set has a ball that reaches to its k-th neighbour in the set. Precision: fraction of generated
+    images inside a ball of a real image; recall: of real images inside a ball of a generated image; density: mean
+    number of real balls around a generated image, over k; coverage: fraction of real balls with a generated image.
 
     Args:
         features: `(N, D)`, of generated images; more than `NEAREST_DENSITY`.
-        reference: `(M, D)`, of real ones; the same.
-        draws: replicates of the bootstrap; 0 for no intervals.
-        seed: of these.
+        reference: `(M, D)`, of real images; more than `NEAREST_DENSITY`.
+        draws: replicates of the bootstrap; 0: no intervals.
+        seed: seed of the bootstrap.
 
     Raises:
         UserError: too few images.
@@ -159,7 +159,7 @@ def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 
     if fewest <= NEAREST_DENSITY:
         raise UserError(f"{fewest} images have not {NEAREST_DENSITY} neighbours: give more")
     x, y = features.double(), reference.double()
-    own, (real, real_wide) = _radii(x)[0], _radii(y)
+    generated, (real, real_wide) = _radii(x)[0], _radii(y)
     precision, density = [], []
     recalled, covered = y.new_zeros(len(y), dtype=torch.bool), y.new_zeros(len(y), dtype=torch.bool)
     for start, block in _blocks(x, len(y)):
@@ -168,14 +168,14 @@ def manifold(features: Tensor, reference: Tensor, draws: int = 200, seed: int = 
         precision.append((distances <= real).any(1))
         density.append(inside.sum(1) / NEAREST_DENSITY)
         covered |= inside.any(0)
-        recalled |= (distances <= own[start : start + len(block), None]).any(0)
+        recalled |= (distances <= generated[start : start + len(block), None]).any(0)
     scores = {"precision": torch.cat(precision), "recall": recalled, "density": torch.cat(density), "coverage": covered}
     return {name: mean(values, draws, seed) for name, values in scores.items()}
 
 
 def _radii(features: Tensor) -> tuple[Tensor, Tensor]:
-    """From each of N images to its third and its fifth neighbour: `(N,)` twice."""
-    places = (NEAREST, NEAREST_DENSITY)  # place 0 is the image itself
+    """Distances of each of N images to its third and its fifth neighbour: `(N,)` twice."""
+    places = (NEAREST, NEAREST_DENSITY)  # index 0 is the image itself
     found = [
         torch.cdist(block, features).topk(NEAREST_DENSITY + 1, largest=False).values[:, places]
         for _, block in _blocks(features, len(features))
@@ -184,16 +184,16 @@ def _radii(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of `(N, D)`, the distance to its nearest one of `(M, D)`, and which that is: `(N,)` twice."""
+    """For each row of `(N, D)`, distance and index of the nearest row of `(M, D)`: `(N,)` twice."""
     y = reference.double()
     found = [torch.cdist(block, y).min(1) for _, block in _blocks(features.double(), len(y))]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
 def mean(scores: Tensor, draws: int = 200, seed: int = 0) -> Estimate:
-    """The mean of a score per image, `(N,)`, of any type; its interval stays among the scores, of shares in [0, 1].
+    """Mean of a score per image, `(N,)`, of any dtype; its interval stays in the range of the scores.
 
-    A mean has no bias that replicates had twice: their percentiles stay where they are.
+    A mean is unbiased, so the replicates' percentiles need no shift.
     """
     scores = scores.double()
     found = [float(weights @ scores) / len(scores) for weights in _resampled(len(scores), draws, seed, scores.device)]
@@ -201,14 +201,14 @@ def mean(scores: Tensor, draws: int = 200, seed: int = 0) -> Estimate:
 
 
 def _resampled(count: int, draws: int, seed: int, device: torch.device) -> list[Tensor]:
-    """How often each of `count` images is drawn, for each replicate: `(count,)`, float64; functions of (seed, draw)."""
+    """Bootstrap counts of each of `count` images for each replicate: `(count,)`, float64; functions of (seed, draw)."""
     generators = (randomness.generator(seed, "bootstrap", draw) for draw in range(draws))
     drawn = (torch.randint(count, (count,), generator=generator) for generator in generators)
     return [torch.bincount(chosen, minlength=count).double().to(device) for chosen in drawn]
 
 
 def _percentiles(value: float, replicates: list[float]) -> Estimate:
-    """The value, and the middle `LEVEL` of the replicates."""
+    """The value, and the central `LEVEL` interval of the replicates."""
     if not replicates:
         return Estimate(value)
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
@@ -217,15 +217,15 @@ def _percentiles(value: float, replicates: list[float]) -> Estimate:
 
 
 def _centred(value: float, replicates: list[float]) -> Estimate:
-    """The percentiles of the replicates, moved so that their mean is the value.
+    """The value, and the percentiles of the replicates, shifted so that their mean is the value.
 
-    A resampled set holds fewer different images: replicates of what depends on N have its bias twice.
+    A resampled set has fewer distinct images, so replicates of a biased metric have twice its bias.
     """
     shift = value - sum(replicates) / len(replicates) if replicates else 0.0
     return _percentiles(value, [replicate + shift for replicate in replicates])
 
 
 def _blocks(features: Tensor, others: int) -> list[tuple[int, Tensor]]:
-    """Parts of `(N, D)` of which a matrix of distances to `others` has about `BLOCK` entries, with their first row."""
+    """Blocks of `(N, D)`, each with its first row's index; distances to `others` have about `BLOCK` entries."""
     size = max(1, BLOCK // max(1, others))
     return [(start, features[start : start + size]) for start in range(0, len(features), size)]

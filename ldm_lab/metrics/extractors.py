@@ -1,4 +1,4 @@
-"""Networks that turn images into features, for distances between sets of images."""
+"""Feature extractors for distances between sets of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldm_lab.utils import float32
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.reading import LoadError, read_torch
 
-CHUNK = 32  # images at a time: a constant, so that features depend neither on batch size nor on number of devices
+CHUNK = 32  # images at a time, constant so that features depend neither on batch size nor on number of devices
 LACKING = "it is not installed: pip install -e '.[metrics]'"
 
 
@@ -24,8 +24,8 @@ class Extractor(nn.Module):
     """`extractor(images)`: `(B, 3, H, W)` uint8 -> features `(B, dimension)`, float32.
 
     Attributes:
-        name: of the extractor.
-        distance: what the Fréchet distance of its features is called.
+        name: name of the extractor.
+        distance: name of the Fréchet distance of its features.
         dimension: D.
     """
 
@@ -43,16 +43,16 @@ class Extractor(nn.Module):
 
 
 class Inception(Extractor):
-    """Inception-v3 of 2015, its 2048 pooled features, as the originals' FID has them, through torch-fidelity.
+    """The 2048 pooled features of Inception-v3 (2015), as in the original FID, through torch-fidelity.
 
-    Images are resized as TensorFlow 1 did, inside the network.
+    The network resizes images as TensorFlow 1 did.
 
     Args:
-        weights: torch-fidelity's file of weights; None takes it from torch's hub cache or downloads it into it.
+        weights: torch-fidelity's file of weights; None: from torch's hub cache, downloaded if missing.
 
     Raises:
-        UserError: torch-fidelity is not installed, or the weights cannot be had.
-        LoadError: the file holds something else.
+        UserError: torch-fidelity is not installed, or the weights are not available.
+        LoadError: the file holds other weights.
     """
 
     name, distance, dimension = "inception-v3-compat", "fid", 2048
@@ -74,7 +74,7 @@ class Inception(Extractor):
 
 
 def read_again(path: Path) -> io.BytesIO:
-    """A file of weights, read here and written into memory: torch-fidelity reads in a way that could run code."""
+    """Read a file of weights safely and write it to memory, as torch-fidelity's own reading could execute code."""
     buffer = io.BytesIO()
     torch.save(read_torch(path), buffer)
     buffer.seek(0)
@@ -83,13 +83,13 @@ def read_again(path: Path) -> io.BytesIO:
 
 @contextlib.contextmanager
 def had(url: str, weights: str | Path | None, features: str) -> Iterator[None]:
-    """What fails in this block fails for want of weights: one line says what to do."""
+    """Context that turns any failure into a one-line error on missing weights, with advice."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except LoadError:
         raise
-    except Exception as error:  # a damaged file, and the network, make the readers fail in any way there is
+    except Exception as error:  # corrupt files and network failures raise almost anything
         if weights is not None:
             raise LoadError(f"--weights {weights}: holds no weights of {url}: {first_line(error)}") from error
         raise UserError(
@@ -100,7 +100,7 @@ def had(url: str, weights: str | Path | None, features: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
-    """Full float32, and the same numbers each time, whatever training and sampling compute in."""
+    """Context of full float32 precision and deterministic results, whatever the settings of training and sampling."""
     same = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), same, float32.exact():
         yield

@@ -1,4 +1,4 @@
-"""Which features: by name, to an extractor."""
+"""Makes feature extractors by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEATURES = (OWN, *PRETRAINED)
 
 
 def check(kind: str, weights: str | None) -> None:
-    """Raise `UserError` where there are no such features, or they take no weights."""
+    """Raise `UserError` if the features are unknown, or do not take weights."""
     if kind not in FEATURES:
         raise UserError(f"features={kind}: there are {', '.join(FEATURES)}")
     if kind == OWN and weights:
@@ -26,18 +26,18 @@ def check(kind: str, weights: str | None) -> None:
 
 
 def make(kind: str, weights: str | None, images: Pixels, cache_dir: str | Path, device: torch.device) -> Extractor:
-    """The extractor of that name, on the CPU.
+    """Make the extractor of a name, on the CPU.
 
     Args:
         kind: one of `FEATURES`.
-        weights: file of pretrained ones; None: from torch's hub.
-        images: those that own features are learned from.
-        cache_dir: where these are kept.
-        device: where they are trained.
+        weights: file of pretrained weights; None: from torch's hub.
+        images: training images of the extractor "own".
+        cache_dir: cache folder of "own".
+        device: training device of "own".
 
     Raises:
-        UserError: there is none of that name, or it cannot be had.
-        LoadError: the file holds something else.
+        UserError: the name is unknown, or the extractor is not available.
+        LoadError: the file holds other weights.
     """
     check(kind, weights)
     return own(images, cache_dir, device) if kind == OWN else PRETRAINED[kind](weights)

@@ -1,4 +1,4 @@
-"""Images as evaluation sees them: 8 bits, of one size, in a fixed order, with a fingerprint."""
+"""Image sets for evaluation: 8 bits, of one size, in a fixed order, with a fingerprint."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ldm_lab.data.images import FolderImages
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, reason
 
-PEEKED = 32  # files that are opened to see how they were compressed
-RESIZE = "bicubic with antialiasing (Pillow)"  # of `ldm_lab.data.transforms`
+PEEKED = 32  # files to open for their compression
+RESIZE = "bicubic with antialiasing (Pillow)"  # resizing of `ldm_lab.data.transforms`
 
 
 class Pixels(Dataset):
     """`pixels[i]` is image i: `(3, H, W)`, uint8.
 
     Attributes:
-        source: what the user calls it.
+        source: the user's name for the images.
     """
 
     source: str
@@ -52,21 +52,21 @@ class Pixels(Dataset):
         raise NotImplementedError
 
     def jpeg(self) -> float | None:
-        """The share that was compressed as JPEG; None where nobody knows."""
+        """Fraction of JPEG-compressed images; None if unknown."""
         return None
 
     def transform(self) -> dict[str, Any]:
-        """How the images came to their size, as plain data; equal for equal pixels of equal files."""
+        """Resizing and cropping of the images, as plain data; equal for equal pixels of equal files."""
         return {"image_size": list(self.size), "crop": "none", "resize": "none"}
 
 
 class DataPixels(Pixels):
-    """Images of a data set exactly as the loader gives them, none mirrored: resized, then cropped in the middle.
+    """Images of a data set exactly as the loader gives them without flips: resized, then centre-cropped.
 
     Args:
         data: the data set.
-        source: what the user calls it.
-        most: so many at most, spread evenly; None takes all.
+        source: the user's name for the images.
+        most: maximum number of images, evenly spaced; None: all images.
     """
 
     def __init__(self, data: ImageDataset, source: str, most: int | None = None) -> None:
@@ -77,43 +77,43 @@ class DataPixels(Pixels):
         return self.count
 
     def index(self, place: int) -> int:
-        """Which image of the data set stands at `place`."""
+        """Index in the data set of the image at `place`."""
         return place * len(self.data) // self.count
 
     def __getitem__(self, place: int) -> Tensor:
         if not 0 <= place < self.count:
             raise IndexError(f"image {place} of {self.count}")
-        image = self.data[self.index(place)]["image"]  # (3, H, W) in [-1, 1], of 8 bits
+        image = self.data[self.index(place)]["image"]  # (3, H, W) in [-1, 1], from 8 bits
         return ((image + 1) * 127.5).round().to(torch.uint8)
 
     @property
     def size(self) -> tuple[int, int]:
-        """As the data set says."""
+        """(height, width) of the data set."""
         return self.data.image_size
 
     def fingerprint(self) -> str:
-        """That of the data set, and how many of it."""
+        """Hash of the data set's fingerprint and the number of images."""
         return digest([self.data.fingerprint(), self.count])
 
     def jpeg(self) -> float:
-        """Of some files, evenly spread; drawings were never compressed."""
+        """Fraction of JPEG files among some files, evenly spaced; 0 for drawn images."""
         if not isinstance(self.data, FolderImages):
             return 0.0
         found = [self.data.format(self.index(place)) for place in spread(min(PEEKED, len(self)), len(self))]
         return sum(kind in ("JPEG", "MPO") for kind in found) / len(found)
 
     def transform(self) -> dict[str, Any]:
-        """That of the data set, and how it resizes."""
+        """The data set's transform and its resizing."""
         return {**self.data.transform(), "resize": RESIZE}
 
 
 class FilePixels(Pixels):
-    """Samples: PNG files of one size, taken as they are.
+    """Samples: PNG files of one size, without any transform.
 
     Args:
         paths: the files.
-        source: what the user calls them.
-        identity: stands for what they are: where they follow from a model and a seed, nobody need read them all.
+        source: the user's name for the images.
+        identity: text that identifies the images, such as a hash of model and seed, to avoid reading them all.
     """
 
     def __init__(self, paths: Sequence[Path], source: str, identity: str) -> None:
@@ -127,11 +127,11 @@ class FilePixels(Pixels):
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
     def jpeg(self) -> float:
-        """None of them."""
+        """0, as samples are PNG files."""
         return 0.0
 
     def fingerprint(self) -> str:
-        """Of their identity and number."""
+        """Hash of identity and number."""
         return digest([self.identity, len(self)])
 
 
@@ -140,10 +140,10 @@ class ArrayPixels(Pixels):
 
     Args:
         path: the file.
-        most: the first so many; None takes all.
+        most: maximum number of images, the first ones; None: all images.
 
     Raises:
-        LoadError: there is no such array.
+        LoadError: the file has no such array.
     """
 
     def __init__(self, path: Path, most: int | None = None) -> None:
@@ -160,7 +160,7 @@ class ArrayPixels(Pixels):
         return torch.from_numpy(np.array(self.array[index])).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "array": len(self.array)}  # a mapping is of one process
+        return {**self.__dict__, "array": len(self.array)}  # memory maps belong to one process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "array": open_array(state["path"], "arr_0")[: state["array"]]}
@@ -173,17 +173,17 @@ class ArrayPixels(Pixels):
         return found.hexdigest()
 
     def fingerprint(self) -> str:
-        """Of all pixels."""
+        """Hash of all pixels."""
         return self._fingerprint
 
 
 class WholeFolder(FolderImages):
-    """All images of a folder or archive, in the order of their names; none is held out.
+    """All images of a folder or archive, sorted by name, without a held-out split.
 
     Args:
         root: the folder, or a zip or tar archive.
         image_size: pixels, one number or (height, width).
-        max_pixels: of a picture; None leaves it to Pillow.
+        max_pixels: maximum pixels of an image; None: Pillow's limit.
 
     Raises:
         UserError: the folder is missing or holds fewer than two images.
@@ -203,17 +203,17 @@ class WholeFolder(FolderImages):
 
 
 def open_array(path: Path, name: str) -> np.ndarray:
-    """An array of an `.npz`; mapped where it is not compressed, for 50,000 images need not lie in memory together.
+    """An array of an `.npz`; memory-mapped if uncompressed, so that 50,000 images need not fit in memory.
 
     Raises:
-        LoadError: it is not there, or could run code.
+        LoadError: the array is missing, or could execute code.
     """
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             entry = archive.getinfo(f"{name}.npy")
             if entry.compress_type == zipfile.ZIP_STORED:
                 file.seek(entry.header_offset + 26)
-                file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # past the entry's name and extra field
+                file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # skip the entry's name and extra field
                 return _mapped(path, file)
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[name]
@@ -223,7 +223,7 @@ def open_array(path: Path, name: str) -> np.ndarray:
 
 
 def _mapped(path: Path, file: Any) -> np.ndarray:  # noqa: ANN401
-    """The array whose header begins where `file` stands."""
+    """Memory-map the array whose header begins at the current position of `file`."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)

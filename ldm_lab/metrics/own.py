@@ -1,9 +1,9 @@
-"""A feature extractor that is trained on the data set itself, where no pretrained weights are at hand.
+"""A feature extractor trained on the data set itself, for use without pretrained weights.
 
-A small convolutional network, seeded and kept in the cache. It learns what a data set knows of its images (`LABELS`);
-of any other, to tell an image from all others by two crops of it (Chen et al. 2020, "A Simple Framework for Contrastive
-Learning of Visual Representations", Eq. 1). The distance is named after it: values compare between models of the same
-data set, measured by the same extractor, and with nothing else.
+A small convolutional network, trained with a fixed seed and cached. It learns the labels of data sets that have them
+(`LABELS`); otherwise it learns to match two crops of an image (Chen et al. 2020, "A Simple Framework for Contrastive
+Learning of Visual Representations", Eq. 1). The distance has the extractor's name: its values are only comparable
+between models of the same data set, measured by the same extractor.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.transfer import to_device
 from ldm_lab.utils.writing import replacing, require_writable
 
-REVISION = 1  # to be raised with every change that trains another network
-SIDE = 64  # pixels that it sees: larger images are averaged down
-WIDTHS = (16, 32, 64, 96)  # of the levels; each halves the picture
+REVISION = 1  # increase it with every change of the trained network
+SIDE = 64  # maximum side of its input in pixels: larger images are averaged down
+WIDTHS = (16, 32, 64, 96)  # channels of each level; each level halves the resolution
 MOST_IMAGES, BATCH, STEPS, RATE = 8192, 128, 400, 3e-3
 TEMPERATURE = 0.2
-SMALLEST_CROP = 0.7  # part of a side
+SMALLEST_CROP = 0.7  # relative to a side
 
 Targets = Tensor | None  # (N, attributes), int64
 
 
 class Own(Extractor):
-    """Means over the picture of a convolutional network's activations, at every level, each scaled to unit variance.
+    """Spatial means of a convolutional network's activations at every level, each scaled to unit variance.
 
-    Low levels see noise and blur, the last one what it has learned of the images.
+    Low levels detect noise and blur, the last level the learned content.
 
     Args:
-        name: of what it was trained on; the distance is `fd_<name>`.
-        outputs: numbers that training asks of it.
+        name: name of its training set; the distance is `fd_<name>`.
+        outputs: number of outputs in training.
     """
 
     dimension = sum(WIDTHS)
@@ -66,7 +66,7 @@ class Own(Extractor):
         self.register_buffer("std", torch.ones(self.dimension))
 
     def activations(self, images: Tensor) -> list[Tensor]:
-        """`(B, 3, H, W)` in [-1, 1] -> means of each level, `(B, width)`."""
+        """`(B, 3, H, W)` in [-1, 1] -> spatial means of each level, `(B, width)`."""
         means = []
         for level in self.levels:
             images = level(images)  # (B, width, H/2, W/2)
@@ -79,14 +79,14 @@ class Own(Extractor):
 
 
 def seen(images: Tensor) -> Tensor:
-    """uint8 images as the network sees them: `(B, 3, h, w)` in [-1, 1], sides of at most `SIDE`."""
+    """uint8 images -> network input `(B, 3, h, w)` in [-1, 1], sides of at most `SIDE`."""
     images = images.float() / 127.5 - 1
     size = tuple(min(side, SIDE) for side in images.shape[2:])
     return F.adaptive_avg_pool2d(images, size)
 
 
 def avatar_labels(images: DataPixels, places: list[int]) -> Tensor:
-    """What was drawn: hair, its colour, beard, glasses, skin ... `(N, attributes)`, int64."""
+    """Attributes of drawn avatars: hair, its colour, beard, glasses, skin ... `(N, attributes)`, int64."""
     from ldm_lab.data import drawing
 
     attributes = {
@@ -108,13 +108,13 @@ LABELS: dict[type[ImageDataset], tuple[str, Callable[..., Tensor]]] = {AvatarIma
 
 
 def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int = 0) -> Own:
-    """The extractor of some images: from the cache, or trained now and kept there.
+    """The extractor of some images, from the cache, or trained now and cached.
 
     Args:
-        images: those to learn from.
-        cache_dir: `paths.cache`; it lies in `extractors/` there.
-        device: where it is trained.
-        seed: of the training.
+        images: training images of the extractor.
+        cache_dir: `paths.cache`; extractors are in `extractors/`.
+        device: device of the training.
+        seed: seed of the training.
 
     Raises:
         UserError: there are fewer than two images.
@@ -126,7 +126,7 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
         return read(path)
     require_writable(path.parent, "paths.cache=")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_suffix(".lock")):  # one of several processes trains, the others take its result
+    with filelock.FileLock(path.with_suffix(".lock")):  # one process trains, and the others load its result
         if not path.is_file():
             if len(images) < 2:
                 raise UserError(f"{len(images)} image(s): an extractor cannot be trained on them; give more")
@@ -138,38 +138,38 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
 
 
 def folder(cache_dir: str | Path) -> Path:
-    """Where extractors are kept."""
+    """Folder of cached extractors."""
     return shell.path(cache_dir) / "extractors"
 
 
 def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:
-    """The one of this fingerprint, if it is in the cache."""
+    """The cached extractor with this fingerprint, or None."""
     found = (read(path) for path in sorted(folder(cache_dir).glob("*.safetensors")))
     return next((extractor for extractor in found if extractor.fingerprint() == fingerprint), None)
 
 
 def write(extractor: Own, path: Path) -> None:
-    """Keep it."""
+    """Write an extractor into the cache."""
     notes = {"name": extractor.name, "outputs": str(extractor.head.out_features)}
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in extractor.state_dict().items()}, temporary, notes)
 
 
 def read(path: Path) -> Own:
-    """One that was kept, on the CPU. Raises `LoadError` where the file holds something else."""
+    """Read a cached extractor, on the CPU. Raises `LoadError` if the file holds anything else."""
     try:
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}
-            with torch.device("meta"):  # no random numbers are drawn
+            with torch.device("meta"):  # draws no random numbers
                 extractor = Own(notes["name"], int(notes["outputs"]))
             extractor.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
-    except Exception as error:  # a damaged file makes the reader fail in several ways
+    except Exception as error:  # safetensors raises various errors on corrupt files
         raise LoadError(f"{path}: no extractor: {first_line(error)}; remove it, and another one is trained") from error
     return extractor.eval().requires_grad_(False)
 
 
 def trained(name: str, images: Tensor, targets: Targets, seed: int) -> Own:
-    """Train on `(N, 3, H, W)` uint8, where they are; what else draws from the global generator does not notice."""
+    """Train on `(N, 3, H, W)` uint8, on their device, without changing the global random generator."""
     classes = [] if targets is None else (targets.max(0).values + 1).tolist()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "extractor").initial_seed())
@@ -194,7 +194,7 @@ def trained(name: str, images: Tensor, targets: Targets, seed: int) -> Own:
 
 @torch.no_grad()
 def standardized(network: Own, images: Tensor) -> Own:
-    """Scale its features so that those of `images` have mean 0 and variance 1: each counts alike."""
+    """Standardise the features to mean 0 and variance 1 on `images`, so that all features have equal weight."""
     features = torch.cat([network(part) for part in images.split(BATCH)]).cpu().double()
     network.mean.copy_(features.mean(0))
     network.std.copy_(features.std(0).clamp(min=1e-6))
@@ -202,13 +202,13 @@ def standardized(network: Own, images: Tensor) -> Own:
 
 
 def label_loss(network: Own, images: Tensor, targets: Tensor, classes: list[int]) -> Tensor:
-    """Cross-entropy of every attribute, their mean, 0-dim."""
+    """Mean cross-entropy over all attributes, 0-dim."""
     scores = network.head(network.activations(images)[-1]).split(classes, dim=1)
     return torch.stack([F.cross_entropy(s, t) for s, t in zip(scores, targets.unbind(1), strict=True)]).mean()
 
 
 def instance_loss(network: Own, images: Tensor, rng: torch.Generator) -> Tensor:
-    """Which of a batch's crops is another crop of the same image: Chen et al. 2020, Eq. 1, 0-dim."""
+    """Contrastive loss between two crops of each image in a batch: Chen et al. 2020, Eq. 1, 0-dim."""
     views = torch.cat([cropped(images, rng), cropped(images, rng)])  # (2B, 3, h, w)
     codes = F.normalize(network.head(network.activations(views)[-1]), dim=1)
     likeness = codes @ codes.T / TEMPERATURE  # (2B, 2B)
@@ -218,7 +218,7 @@ def instance_loss(network: Own, images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
-    """A part of each image, at random, enlarged to its size: `(B, 3, h, w)`."""
+    """Random crops of each image, enlarged to its size: `(B, 3, h, w)`."""
     scale, down, right = torch.rand(3, len(images), generator=rng)
     scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * scale
     room = 1 - scale

@@ -1,7 +1,7 @@
-"""How close reconstructions are to their images: PSNR and SSIM, each taken per image and then averaged.
+"""Reconstruction metrics: PSNR and SSIM, computed per image and then averaged.
 
-Images are clamped to [-1, 1], as they would be shown, but not rounded to 8 bits (which at 30 dB costs
-less than 0.01 dB). Means of batches, weighted by their sizes, are the mean of a whole data set.
+Images are clamped to [-1, 1], as for display, but not rounded to 8 bits (rounding costs less than
+0.01 dB at 30 dB). The mean over batches, weighted by their sizes, is the mean over the data set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
         target: the same.
 
     Returns:
-        0-dim, dB, float32; infinite where an image is reproduced exactly.
+        0-dim, dB, float32; infinite if an image is reproduced exactly.
     """
     return peak_signal_noise_ratio(_unit_range(reconstruction), _unit_range(target), data_range=1.0, dim=(1, 2, 3))
 
@@ -36,7 +36,7 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     Returns:
         0-dim, float32; 1 for equal images.
     """
-    # The variances are small differences of large numbers: reduced precision would leave nothing of them.
+    # Variances are small differences of large numbers, so reduced precision would destroy them.
     with torch.autocast(target.device.type, enabled=False), float32.exact():
         return structural_similarity_index_measure(_unit_range(reconstruction), _unit_range(target), data_range=1.0)
 

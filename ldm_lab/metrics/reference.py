@@ -1,12 +1,12 @@
-"""What images are compared with: features of real ones, and a header that says of which, seen how, by what.
+"""Reference sets: features of real images, with a header on the images, their transform and the extractor.
 
 A statistics file is an `.npz` without pickles:
 
     header    JSON: `source`, `fingerprint`, `count`, `transform` of the images; name and fingerprint of the extractor
     features  `(N, D)`, float32
-    mu, sigma mean `(D,)` and covariance `(D, D)`, float64, as other tools name them
+    mu, sigma mean `(D,)` and covariance `(D, D)`, float64, under the names of other tools
 
-Files of the ADM evaluator have `mu` and `sigma` of Inception's features, and some of the images (`arr_0`).
+    Files of the ADM evaluator have `mu` and `sigma` of Inception's features, and some of them images (`arr_0`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HEADER_KEYS = {"source", "fingerprint", "count", "transform", "extractor"}
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, as an extractor sees them.
+    """Features of real images.
 
     Attributes:
         header: see above.
-        features: `(N, D)`, float32; `None` where a file has their statistics alone.
-        statistics: given where a file has them, else of the features.
+        features: `(N, D)`, float32; `None` if a file has only statistics.
+        statistics: mean and covariance from a file; None: computed from the features.
     """
 
     header: dict[str, Any]
@@ -50,14 +50,14 @@ class Reference:
         return self.statistics or gaussian(self.features)
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         arrays = {"mu": self.gaussian.mean.cpu().numpy(), "sigma": self.gaussian.covariance.cpu().numpy()}
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, header=np.array(json.dumps(self.header)), features=self.features.cpu().numpy(), **arrays)
 
 
 def header(images: Pixels, extractor: Extractor) -> dict[str, Any]:
-    """What a statistics file says of its images and of the extractor."""
+    """The header of a statistics file."""
     return {
         "source": images.source,
         "fingerprint": images.fingerprint(),
@@ -68,12 +68,12 @@ def header(images: Pixels, extractor: Extractor) -> dict[str, Any]:
 
 
 def describe(extractor: Extractor) -> dict[str, str]:
-    """Name and fingerprint."""
+    """Name and fingerprint of an extractor."""
     return {"name": extractor.name, "fingerprint": extractor.fingerprint()}
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """The header of a statistics file; `None` for an `.npz` of another kind. Raises `LoadError` for no `.npz`."""
+    """The header of a statistics file; `None` for another `.npz`. Raises `LoadError` if the file is no `.npz`."""
     if "header" not in names(path):
         return None
     try:
@@ -88,39 +88,39 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def names(path: Path) -> list[str]:
-    """Of the arrays in an `.npz`. Raises `LoadError` where it is none."""
+    """Names of the arrays in an `.npz`. Raises `LoadError` if the file is no `.npz`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return list(arrays.keys())
-    except Exception as error:  # a damaged archive makes the reader fail in several ways
+    except Exception as error:  # the reader raises various errors on corrupt archives
         raise LoadError(f"{path}: no .npz: {reason(path, error)}") from error
 
 
 def load(path: Path, extractor: Extractor, transform: dict[str, Any]) -> Reference:
-    """A statistics file, or one of the ADM evaluator with `mu` and `sigma`.
+    """Load a statistics file, or a file of the ADM evaluator with `mu` and `sigma`.
 
     Args:
         path: the file.
-        extractor: of the images that are compared with it.
-        transform: of these; what it says must be what the file says.
+        extractor: extractor of the evaluated images.
+        transform: transform of the evaluated images; it must equal the transform in the file.
 
     Raises:
-        LoadError: the file is none, or of another extractor, size or preprocessing.
+        LoadError: the file holds no statistics, or is of another extractor, size or preprocessing.
     """
-    said = read_header(path)
-    if said is None:
+    stored = read_header(path)
+    if stored is None:
         return _foreign(path, extractor)
-    check_same(path, "extractor", said["extractor"], describe(extractor))
-    for key in transform.keys() & said["transform"].keys():
-        check_same(path, f"transform.{key}", said["transform"][key], transform[key])
+    check_same(path, "extractor", stored["extractor"], describe(extractor))
+    for key in transform.keys() & stored["transform"].keys():
+        check_same(path, f"transform.{key}", stored["transform"][key], transform[key])
     features = torch.from_numpy(np.array(open_array(path, "features")))
     if features.ndim != 2 or features.shape[1] != extractor.dimension or len(features) < 2:
         raise LoadError(f"{path}: features are {tuple(features.shape)}, not (N, {extractor.dimension})")
-    return Reference(said, features)
+    return Reference(stored, features)
 
 
 def check_same(path: Path, what: str, there: Any, here: Any) -> None:  # noqa: ANN401
-    """Raise `LoadError` where a statistics file says something else than what it is compared with."""
+    """Raise `LoadError` if an entry of a statistics file differs from that of the evaluated images."""
     if there != here:
         raise LoadError(
             f"{path}: other statistics: {what} is {there} there and {here} here; distances would be wrong. Give the"
@@ -129,7 +129,7 @@ def check_same(path: Path, what: str, there: Any, here: Any) -> None:  # noqa: A
 
 
 def _foreign(path: Path, extractor: Extractor) -> Reference:
-    """Statistics that do not say of what: taken for Inception's alone, whose features all tools mean by them."""
+    """Statistics without a header: accepted only for Inception, whose features all tools store."""
     if not {"mu", "sigma"} <= set(names(path)):
         raise LoadError(f"{path}: has neither a header, nor mu and sigma, nor images (arr_0)")
     mean, covariance = (torch.from_numpy(np.array(open_array(path, name))).double() for name in ("mu", "sigma"))

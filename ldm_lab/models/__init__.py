@@ -1,1 +1,1 @@
-"""The networks: autoencoders and UNet, with the constructor arguments and state dicts of diffusers."""
+"""Networks: autoencoders and UNet, with the constructor arguments and state dicts of diffusers."""

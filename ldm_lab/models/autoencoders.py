@@ -1,4 +1,4 @@
-"""First stages of every kind, and how one is loaded from wherever it lies."""
+"""Loads first stages of any kind from any source."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FIRST_STAGES = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 
 
 def load_autoencoder(source: str | Path, plugins: Sequence[str] = ()) -> FirstStage:
-    """A first stage of any kind from wherever one may lie.
+    """Load a first stage of any kind.
 
     Args:
-        source: a model folder or the weights in it, a pipeline folder (the first stage lies in `vqvae` or in `vae`), a
-            run folder, a training checkpoint, a checkpoint of CompVis of either stage, or a name on the hub.
-        plugins: packages whose classes it may name too.
+        source: a model folder or its weights file, a pipeline folder (its first stage is in `vqvae` or `vae`), a run
+            folder, a training checkpoint, a CompVis checkpoint of either stage, or a name on the hub.
+        plugins: packages whose classes the config may name too.
 
     Raises:
-        LoadError: none is there, or it is damaged; the message says how one is made.
+        LoadError: the first stage is missing or corrupt; the message says how to make one.
     """
     source, kinds = hub.local(source), tuple(FIRST_STAGES.values())
     beside = source.with_name(FirstStage.config_name)

@@ -1,4 +1,4 @@
-"""What keeps the codes of a codebook alive during training; none of it belongs to the trained network."""
+"""Keeps the codes of a codebook in use during training; not part of the trained network."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ldm_lab.utils.randomness import generator
 from ldm_lab.utils.reading import MAX_CODES
 from ldm_lab.utils.transfer import to_device
 
-JITTER = 0.01  # standard deviations of the latents
+JITTER = 0.01  # in standard deviations of the latents
 
 
 class CodebookUsage(nn.Module):
-    """Starts a codebook from latents, follows how often each code is used, and re-uses those that are not.
+    """Initialises a codebook from latents, tracks the usage of each code, and replaces unused codes.
 
-    A code that no latent is nearest to gets no gradient and stays unused for ever. So the codebook is
-    replaced once, at `init_step`, by latents drawn from the batch, and whenever a code's share of the latents
-    falls under `threshold` of the mean share, it becomes a latent of the current batch (as in Dhariwal et al.
-    2020, arXiv 2005.00341, section 3.1) and counts as used averagely, so that it has time to find its place.
+    A code that is nearest to no latent gets no gradient and stays unused forever. So at `init_step` the codebook
+    is replaced once by latents drawn from the batch. Later, a code whose share of the latents falls below
+    `threshold` times the mean share becomes a latent of the current batch (as in Dhariwal et al. 2020, arXiv
+    2005.00341, section 3.1), and its usage is set to the mean, so that it has time to adapt.
 
     With `torch.distributed` initialised, counts are summed and latents gathered over all ranks, and every rank
-    makes the same choice: equal codebooks stay equal. After the start nothing here makes the host wait for the
+    makes the same choice, so equal codebooks stay equal. After initialisation the host never waits for the
     device.
 
     Args:
-        num_codes: codes of the quantizer.
-        init_step: the first update at this step or a later one draws the codebook from its batch: a few steps
-            into training, when the encoder has left its random start. None keeps the codebook (for weights
-            that were trained before).
-        decay: of the moving average of usage; a code that is never used is noticed after about
+        num_codes: number of codes of the quantizer.
+        init_step: the first update at or after this step draws the codebook from its batch; use a few steps,
+            so that the encoder has left its random initialisation. None keeps the codebook (for trained
+            weights).
+        decay: decay of the moving average of usage; an unused code is replaced after about
             log(threshold) / log(decay) steps.
-        threshold: share of the latents, relative to the mean share 1/n, under which a code is re-used.
-        max_replaced: at most so many codes are re-used in one step.
-        until_step: from this step on no code is re-used, so that training can converge; None means never.
+        threshold: a code with less than this share, relative to the mean share 1/n, is replaced.
+        max_replaced: maximum number of codes replaced in one step.
+        until_step: no code is replaced from this step on, so that training can converge; None: no limit.
 
     Attributes:
         usage: moving average of each code's share of the latents, `(num_codes,)`; saved in the state dict.
@@ -66,30 +66,30 @@ class CodebookUsage(nn.Module):
         self.until_step = until_step
         self.register_buffer("usage", torch.full((num_codes,), 1 / num_codes))
         self.register_buffer("initialised", torch.tensor(init_step is None))
-        self._known_initialised = False  # spares asking the device again once it said yes
+        self._known_initialised = False  # avoids further reads from the device once true
 
     @property
     def used_fraction(self) -> Tensor:
-        """Fraction of the codes whose share lies above the threshold; 0-dim."""
+        """Fraction of the codes whose share is above the threshold; 0-dim."""
         return (self.usage >= self.threshold / self.num_codes).float().mean()
 
     @property
     def perplexity(self) -> Tensor:
-        """Exp of the entropy of the shares: `num_codes` if all codes are used alike; 0-dim."""
+        """Exp of the entropy of the shares: `num_codes` if all codes are used equally; 0-dim."""
         return perplexity(self.usage)
 
     @torch.no_grad()
     def update(self, quantizer: VectorQuantizer, latents: Tensor, indices: Tensor, step: int, seed: int) -> None:
-        """Take note of one batch and change `quantizer.embedding.weight` in place where needed.
+        """Update the usage from one batch, and change `quantizer.embedding.weight` in place if needed.
 
-        To be called by every rank, once for each optimizer step, after it.
+        Every rank must call it once after each optimizer step.
 
         Args:
-            quantizer: the quantizer that was used.
-            latents: what it quantized, `(B, C, H, W)`; B may differ between the ranks.
-            indices: the codes it chose, `(B*H*W,)` or `(B, H, W)`.
-            step: number of the step, alike on all ranks.
-            seed: seed of the run, alike on all ranks.
+            quantizer: the quantizer.
+            latents: its input, `(B, C, H, W)`; B may differ between ranks.
+            indices: its chosen codes, `(B*H*W,)` or `(B, H, W)`.
+            step: number of the step, the same on all ranks.
+            seed: seed of the run, the same on all ranks.
         """
         counts = _sum_over_ranks(code_counts(indices.flatten(), self.num_codes))
         self.usage.lerp_(counts / counts.sum(), 1 - self.decay)
@@ -108,11 +108,11 @@ class CodebookUsage(nn.Module):
         return self._known_initialised
 
     def _replace_unused(self, codebook: Tensor, latents: Tensor) -> None:
-        """Of the least used codes, overwrite those under the threshold: as many as there are `latents`, at most."""
+        """Replace the least used codes below the threshold, at most as many as there are `latents`."""
         codes = self.usage.argsort(stable=True)[: len(latents)]
         share = self.usage[codes]
         unused = share < self.threshold / self.num_codes
-        # Chosen by `where` and not by indexing: a size that depends on values would make the host wait.
+        # `where` instead of indexing, as a size that depends on values would make the host wait.
         codebook[codes] = torch.where(unused[:, None], latents.to(codebook.dtype), codebook[codes])
         self.usage[codes] = torch.where(unused, 1 / self.num_codes, share)
 
@@ -120,7 +120,7 @@ class CodebookUsage(nn.Module):
 def draw_latents(rows: Tensor, count: int, step: int, seed: int) -> Tensor:
     """`count` random rows of the latents `(N, C)` of all ranks, the same on every rank: `(count, C)`.
 
-    Every rank gives its part. Where it has fewer rows than that, rows are repeated, and jitter parts the copies.
+    Every rank gives an equal part. A rank with too few rows repeats rows, and jitter separates the copies.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
     random = generator(seed, "codebook", step, rank)

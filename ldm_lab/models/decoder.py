@@ -1,4 +1,4 @@
-"""The decoder of an autoencoder: feature maps back to images."""
+"""The decoder of an autoencoder: feature maps to images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ HAS_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
 class Decoder(nn.Module):
-    """The encoder mirrored, with one residual block more per resolution.
+    """The mirrored encoder, with one more residual block per resolution.
 
     Args:
         in_channels: channels of the latents.
         out_channels: channels of the image.
         up_block_types: per resolution, lowest first: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D`.
-        block_out_channels: width per resolution, highest resolution first, as for the encoder.
+        block_out_channels: width per resolution, highest resolution first, as in the encoder.
         layers_per_block: residual blocks per resolution of the encoder.
         norm_num_groups: groups of every normalisation.
         mid_block_add_attention: whether the middle block has attention (one head).

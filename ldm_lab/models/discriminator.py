@@ -1,4 +1,4 @@
-"""The patch discriminator of the adversarial loss (Isola et al. 2017, pix2pix, arXiv 1611.07004, §3.2.2)."""
+"""Patch discriminator of the adversarial loss (Isola et al. 2017, pix2pix, arXiv 1611.07004, §3.2.2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from ldm_lab.utils.arguments import require_positive
 
 
 class PatchDiscriminator(LaidOut):
-    """PatchGAN: a small convolutional network that calls each patch of an image real or generated.
+    """PatchGAN: a small convolutional network that classifies each patch of an image as real or generated.
 
-    The layers, their names (`main.0.weight`, ...) and initialisation are those of the discriminator that
-    latent diffusion trains its first stages with. With three layers each logit sees 70 × 70 pixels,
-    with two 34 × 34.
+    Layers, names (`main.0.weight`, ...) and initialisation are those of latent diffusion's discriminator.
+    The receptive field of a logit is 70 × 70 pixels with three layers, 34 × 34 with two.
 
     Args:
         in_channels: channels of the images.
-        channels: width of the first convolution; doubled by each further layer up to eight times.
+        channels: width of the first convolution; each further layer doubles it, up to eight times.
         num_layers: number of convolutions with stride 2.
     """
 
@@ -28,7 +27,7 @@ class PatchDiscriminator(LaidOut):
         layers = [nn.Conv2d(in_channels, channels, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, num_layers + 1):
             stride = 2 if i < num_layers else 1
-            # The normalisation that follows takes any bias away again.
+            # No bias, as the following normalisation removes it.
             layers += [
                 nn.Conv2d(widths[i - 1], widths[i], kernel_size=4, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(widths[i]),
@@ -40,12 +39,12 @@ class PatchDiscriminator(LaidOut):
         self.lay_out()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, positive for real: `(B, C, H, W)` in [-1, 1] -> `(B, 1, h, w)`, 30 × 30 of them for 256 × 256."""
+        """Logits, positive for real: `(B, C, H, W)` in [-1, 1] -> `(B, 1, h, w)`, 30 × 30 logits for 256 × 256."""
         return self.main(images)
 
 
 def _initialise(module: nn.Module) -> None:
-    """The DCGAN initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of BatchNorm."""
+    """DCGAN initialisation: N(0, 0.02) for convolutions, N(1, 0.02) for the scales of BatchNorm."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):

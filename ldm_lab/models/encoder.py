@@ -15,15 +15,15 @@ from ldm_lab.models.layers.resnet import ResnetBlock
 from ldm_lab.utils.arguments import by_block
 
 HAS_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-EPS = 1e-6  # of every normalisation of an autoencoder; the UNet's is an argument
+EPS = 1e-6  # epsilon of every normalisation in autoencoders; an argument in the UNet
 
 
 class Encoder(nn.Module):
-    """Convolution, one block per resolution, the middle block, normalisation, convolution.
+    """Convolution, one block per resolution, middle block, normalisation, convolution.
 
     Args:
         in_channels: channels of the image.
-        out_channels: channels of the result.
+        out_channels: channels of the output.
         down_block_types: per resolution, highest first: `DownEncoderBlock2D`, or `AttnDownEncoderBlock2D` with
             attention after each residual block.
         block_out_channels: width per resolution; every block but the last halves height and width.

@@ -1,4 +1,4 @@
-"""What the autoencoders of both kinds have in common: the first stage, as diffusion and sampling see it."""
+"""Base class of first stages (autoencoders): the interface for diffusion and sampling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ldm_lab.utils.arguments import (
 )
 from ldm_lab.utils.reading import MAX_LAYERS, LoadError
 
-# Of either kind.
+# Arguments of both kinds.
 _SWITCHES = (
     "force_upcast", "lookup_from_codebook", "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv",
 )  # fmt: skip
@@ -37,12 +37,12 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
     """Base of `VQModel` and `AutoencoderKL`: stage 1 of latent diffusion (Rombach et al. 2022, section 3.1).
 
     Images are `(B, 3, H, W)` in [-1, 1], H and W multiples of f = `downsample_factor`. Latents are
-    `(B, embed_dim, H/f, W/f)`, unscaled: diffusion runs on `config.scaling_factor * latents`, and whoever
-    decodes divides first.
+    `(B, embed_dim, H/f, W/f)`, unscaled: diffusion runs on `config.scaling_factor * latents`, so divide by
+    the factor before decoding.
 
     Attributes:
-        draws_latents: whether latents are drawn from a distribution, so that `latents` takes noise.
-        tiles: how large maps are decoded part by part; None decodes them at once. See `enable_tiling`.
+        draws_latents: whether latents are drawn from a posterior, so that `latents` takes noise.
+        tiles: settings of tiled decoding; None: no tiling. See `enable_tiling`.
         slicing: whether the images of a batch are decoded one by one.
     """
 
@@ -61,27 +61,27 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> unscaled latents `(B, embed_dim, H/f, W/f)`, as diffusion learns them.
+        """Images `(B, 3, H, W)` in [-1, 1] -> unscaled latents `(B, embed_dim, H/f, W/f)` for diffusion.
 
         Args:
-            images: what is encoded.
-            noise: standard normal, in the shape of the latents, where latents are drawn; None takes their mode.
+            images: images to encode.
+            noise: standard normal, in the shape of the latents, if latents are drawn; None: their mode.
 
         Raises:
-            UserError: the images do not fit, or noise for latents that are not drawn.
+            UserError: the images do not fit, or noise is given but latents are not drawn.
         """
         return self.from_moments(self.moments(images), noise)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> all that is random-free in their latents, `(B, M, H/f, W/f)`.
+        """Images `(B, 3, H, W)` in [-1, 1] -> deterministic moments of their latents, `(B, M, H/f, W/f)`.
 
-        Where latents are drawn, these are means and logarithms of variances (M = 2 * embed_dim); else the latents
-        themselves. They can be kept: `latents(images, noise)` is `from_moments(moments(images), noise)`.
+        If latents are drawn, these are means and log variances (M = 2 * embed_dim); else the latents themselves.
+        They can be cached: `latents(images, noise)` is `from_moments(moments(images), noise)`.
         """
         raise NotImplementedError
 
     def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """`(B, M, h, w)` -> unscaled latents `(B, embed_dim, h, w)`; the noise is that of `latents`."""
+        """Moments `(B, M, h, w)` -> unscaled latents `(B, embed_dim, h, w)`; for the noise see `latents`."""
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> DecoderOutput:
@@ -89,7 +89,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         raise NotImplementedError
 
     def to_pixels(self, z: Tensor) -> Tensor:
-        """What the decoder makes of its input `(B, latent_channels, h, w)`, in the parts that are asked for."""
+        """Run the decoder on `(B, latent_channels, h, w)`, with slicing and tiling if enabled."""
         if self.slicing and len(z) > 1:
             return torch.cat([self._tiled(part) for part in z.split(1)])  # (1, 3, f*h, f*w) each
         return self._tiled(z)
@@ -98,11 +98,11 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         return self.decoder(z) if self.tiles is None else self.tiles.decode(self.decoder, z, self.downsample_factor)
 
     def enable_tiling(self, size: int = 64, overlap: int = 16) -> None:
-        """Decode maps larger than `size` positions in tiles of that size: memory is that of one tile.
+        """Decode latents larger than `size` in tiles of that size, with the memory of one tile.
 
         Args:
-            size: positions of latents along one side of a tile.
-            overlap: positions over which neighbours are blended.
+            size: latent positions along one side of a tile.
+            overlap: latent positions over which neighbouring tiles are blended.
 
         Raises:
             UserError: the overlap is negative, or more than half of the size.
@@ -110,15 +110,15 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         self.tiles = Tiles(size, overlap)
 
     def disable_tiling(self) -> None:
-        """Decode images of any size at once, as at first."""
+        """Decode images of any size at once (the default)."""
         self.tiles = None
 
     def enable_slicing(self) -> None:
-        """Decode the images of a batch one by one: memory is that of one image."""
+        """Decode the images of a batch one by one, with the memory of one image."""
         self.slicing = True
 
     def disable_slicing(self) -> None:
-        """Decode a batch at once, as at first."""
+        """Decode a whole batch at once (the default)."""
         self.slicing = False
 
     @classmethod
@@ -132,12 +132,12 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
 
         Args:
             path: the file, `model.ckpt`.
-            original_config: its YAML file; None takes the one beside it, else what the tensors tell.
-            torch_dtype: floating-point type of the weights; None keeps that of the file.
+            original_config: its YAML file; None: the YAML file beside it, else inferred from the tensors.
+            torch_dtype: dtype of the weights; None keeps the dtype of the file.
 
-        Raises:
-            LoadError: a file is missing or damaged, holds another kind of first stage, or a tensor is missing or left
-                over; one line says which.
+            Raises:
+                LoadError: a file is missing or corrupt, holds another kind of first stage, or a tensor is missing or
+                    surplus; the one-line message names it.
         """
         path = shell.path(path)
         config, tensors = compvis.read_first_stage(path, original_config)

@@ -1,22 +1,22 @@
-"""The distribution that a KL autoencoder encodes an image to (Kingma & Welling 2014, arXiv 1312.6114)."""
+"""Posterior distribution of a KL autoencoder (Kingma & Welling 2014, arXiv 1312.6114)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-LOG_VARIANCE = (-30.0, 20.0)  # beyond these the exponential of the logarithm is of no use in float32
+LOG_VARIANCE = (-30.0, 20.0)  # beyond these limits the variance is useless in float32
 
 
 class DiagonalGaussian:
-    """A Gaussian for each entry of the latents, independent of the others.
+    """An independent Gaussian for each entry of the latents.
 
     Args:
-        moments: means, then logarithms of the variances: `(B, 2C, h, w)`.
+        moments: means, then log variances: `(B, 2C, h, w)`.
 
     Attributes:
         mean: `(B, C, h, w)`.
-        logvar: logarithm of the variance, clamped to [-30, 20]; `(B, C, h, w)`.
+        logvar: log variance, clamped to [-30, 20]; `(B, C, h, w)`.
         std: standard deviation, `(B, C, h, w)`.
         var: variance, `(B, C, h, w)`.
     """
@@ -28,20 +28,20 @@ class DiagonalGaussian:
         self.var = torch.exp(self.logvar)
 
     def mode(self) -> Tensor:
-        """The most probable latents, which are the mean."""
+        """The mode, which is the mean."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw latents; a generator may be of another device than they are."""
+        """Draw latents; the generator may be on another device."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.from_noise(noise)
 
     def from_noise(self, noise: Tensor) -> Tensor:
-        """The draw that standard normal `noise` `(B, C, h, w)` stands for: `mean + std * noise`."""
+        """The draw for standard normal `noise` `(B, C, h, w)`: `mean + std * noise`."""
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, in nats, summed over C, h and w: `(B,)`, float32 (appendix B there)."""
+        """KL divergence from N(0, 1), in nats, summed over C, h and w: `(B,)`, float32 (appendix B of the paper)."""
         mean, logvar = self.mean.float(), self.logvar.float()
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3))

@@ -1,4 +1,4 @@
-"""The autoencoder with a Gaussian latent: the other stage 1 of latent diffusion (Rombach et al. 2022)."""
+"""KL autoencoder: stage 1 of latent diffusion with Gaussian latents (Rombach et al. 2022)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ldm_lab.utils.arguments import require_choice, require_input
 
 
 class AutoencoderKL(LaidOut, FirstStage):
-    """Encoder, Gaussian and decoder, with the arguments and state dict of `diffusers.AutoencoderKL`.
+    """Encoder, Gaussian posterior and decoder, with the arguments and state dict of `diffusers.AutoencoderKL`.
 
-    Diffusion learns latents drawn from the Gaussian that an image is encoded to; a weak KL term kept them near
-    the standard normal when the autoencoder was trained (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
+    Diffusion trains on latents drawn from the posterior of an image; a weak KL term in the autoencoder's training
+    keeps them near the standard normal (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
 
     Args:
         in_channels: channels of the image.
@@ -29,21 +29,21 @@ class AutoencoderKL(LaidOut, FirstStage):
         up_block_types: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D` per resolution, lowest first.
         block_out_channels: width per resolution, highest first; f is 2^(their number - 1).
         layers_per_block: residual blocks per resolution (the decoder has one more).
-        act_fn: `silu` alone is supported.
+        act_fn: only `silu` is supported.
         latent_channels: channels of the latents.
         norm_num_groups: groups of every normalisation.
         sample_size: resolution of the training images; information only.
-        scaling_factor: by which diffusion multiplies the latents. The default is Stable Diffusion's.
-        shift_factor: None alone is supported.
-        latents_mean: None alone is supported.
-        latents_std: None alone is supported.
-        force_upcast: has no effect here; pipelines of diffusers that run in float16 ask for it.
+        scaling_factor: factor by which diffusion multiplies the latents. The default is Stable Diffusion's.
+        shift_factor: only None is supported.
+        latents_mean: only None is supported.
+        latents_std: only None is supported.
+        force_upcast: has no effect here; diffusers' pipelines read it in float16.
         use_quant_conv: whether a 1x1 convolution follows the encoder.
         use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
         mid_block_add_attention: whether the middle blocks have attention (one head).
 
     Raises:
-        UserError: a value is impossible or not supported.
+        UserError: a value is invalid or not supported.
     """
 
     draws_latents: ClassVar[bool] = True
@@ -75,7 +75,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         for key in ("shift_factor", "latents_mean", "latents_std"):
             require_choice(key, self.config[key], [None])
 
-        moments = 2 * latent_channels  # mean and logarithm of the variance
+        moments = 2 * latent_channels  # mean and log variance
         self.encoder = self._make_encoder(moments)
         self.decoder = self._make_decoder()
         self.quant_conv = nn.Conv2d(moments, moments, 1) if use_quant_conv else nn.Identity()
@@ -88,7 +88,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         return self.config.latent_channels
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> means, then clamped logarithms of the variances.
+        """Images `(B, 3, H, W)` in [-1, 1] -> means, then clamped log variances.
 
         `(B, 2 * embed_dim, H/f, W/f)`.
         """
@@ -98,7 +98,7 @@ class AutoencoderKL(LaidOut, FirstStage):
     def from_moments(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """`(B, 2 * embed_dim, h, w)` -> latents `(B, embed_dim, h, w)`, not scaled: mean + std * noise.
 
-        `noise` is standard normal, in the shape of the latents; None gives the mean.
+        `noise` is standard normal, in the shape of the latents; None returns the mean.
         """
         posterior = DiagonalGaussian(moments)
         return posterior.mode() if noise is None else posterior.from_noise(noise)
@@ -107,7 +107,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         """Images `(B, in_channels, H, W)` -> `.latent_dist` over `(B, latent_channels, H/f, W/f)`, not scaled.
 
         Raises:
-            UserError: another number of channels, or a side that is no multiple of `downsample_factor`.
+            UserError: wrong number of channels, or a side that is not a multiple of `downsample_factor`.
         """
         require_input(x.shape, self.config.in_channels, self.downsample_factor, "AutoencoderKL.encode")
         posterior = DiagonalGaussian(self.quant_conv(self.encoder(x)))
@@ -120,11 +120,11 @@ class AutoencoderKL(LaidOut, FirstStage):
 
         Args:
             z: the latents.
-            return_dict: False gives a tuple.
-            generator: has no effect, as in the namesake.
+            return_dict: False returns a tuple.
+            generator: has no effect, as in diffusers.
 
-        Raises:
-            UserError: another number of channels.
+            Raises:
+                UserError: wrong number of channels.
         """
         require_input(z.shape, self.embed_dim, 1, "AutoencoderKL.decode")
         sample = self.to_pixels(self.post_quant_conv(z))
@@ -137,13 +137,13 @@ class AutoencoderKL(LaidOut, FirstStage):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Images -> their reconstruction `.sample` in the same shape, from the mean of the latents or a draw.
+        """Images -> reconstructions `.sample` of the same shape, from the mean of the latents or a draw.
 
         Args:
             sample: the images.
             sample_posterior: decode latents drawn with `generator` instead of the mean.
-            return_dict: False gives a tuple.
-            generator: source of the draw.
+            return_dict: False returns a tuple.
+            generator: generator of the draw.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()

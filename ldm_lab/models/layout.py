@@ -1,4 +1,4 @@
-"""In which order a network's weights lie in memory, by device."""
+"""Memory layout of a network's weights, by device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing_extensions import Self
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Channels innermost (`channels_last`) where every layer keeps them so, else outermost (`contiguous_format`).
+    """Channels innermost (`channels_last`) if every layer keeps this layout, else `contiguous_format`.
 
-    A convolution's output lies as its weights do, so that the weights decide for all feature maps.
+    A convolution's output has the layout of its weights, so the weights decide for all feature maps.
 
-    - CPU: innermost, measured (docs/performance.md). So is the meta device: weights that are loaded into a network
-      made there come from the CPU.
+    - CPU: innermost, measured (docs/performance.md). The meta device too, as weights loaded into a network on
+      meta come from the CPU.
     - CUDA: innermost from torch 2.15 on. Before, GroupNorm returned channels-outermost maps for channels-innermost
-      ones (pytorch issue 111824, mended by pull request 191945), and the next convolution turned each of them back.
-    - ROCm (it calls its devices `cuda`), MPS and others: outermost, which their libraries are tuned for.
+      maps (pytorch issue 111824, fixed by pull request 191945), and the next convolution converted each map back.
+    - ROCm (its devices are called `cuda`), MPS and others: outermost, for which their libraries are tuned.
     """
     if device.type in ("cpu", "meta"):
         return torch.channels_last
@@ -28,26 +28,26 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 class LaidOut(nn.Module):
-    """A network whose weights lie as `memory_format` says, wherever it is moved to; its constructor calls `lay_out`.
+    """A network that keeps the layout of `memory_format` on every device; its constructor must call `lay_out`.
 
-    Parameters stay the objects they are: optimizers, DDP and compiled code go on. An optimizer that has state already
-    needs `follow_parameters`.
+    Parameters stay the same objects, so optimizers, DDP and compiled code still work. An optimizer that already has
+    state needs `follow_parameters`.
 
     Attributes:
-        layout: where the weights shall lie instead, on every device; None: as `memory_format` says.
+        layout: layout to use on every device instead; None: `memory_format` decides.
     """
 
     layout: torch.memory_format | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda`, `float` and the like are made of, for this network and for those that contain it."""
+        """Hook of `to`, `cuda`, `float` and the like, for this network and for modules that contain it."""
         super()._apply(fn, recurse)
         self.lay_out()
         return self
 
     @torch.no_grad()
     def lay_out(self) -> None:
-        """Lay weights, buffers and gradients out for the device they are on."""
+        """Convert weights, buffers and gradients to the layout of their device."""
         for tensor in (*self.parameters(), *self.buffers()):
             for one in (tensor, tensor.grad):
                 if one is not None and one.ndim == 4:
@@ -56,9 +56,9 @@ class LaidOut(nn.Module):
 
 @torch.no_grad()
 def follow_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Lay an optimizer's state out as its parameters: one that was saved on another device may lie otherwise.
+    """Convert an optimizer's state to the layout of its parameters, as a state from another device may differ.
 
-    Fused optimizers go through parameter and state by address: on a CPU they would mix the numbers up without a word.
+    Fused optimizers iterate over memory addresses, so on a CPU they would silently mix up the numbers.
     """
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -67,7 +67,7 @@ def follow_parameters(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _lay(tensor: Tensor, layout: torch.memory_format) -> None:
-    # Not `contiguous`: for it a 1x1 kernel lies in both orders, but what decides over feature maps are its strides.
+    # Not `contiguous`: a 1x1 kernel is contiguous in both layouts, but its strides decide the layout of feature maps.
     laid = tensor.data.to(memory_format=layout)
     if laid.stride() != tensor.stride():
         tensor.data = laid

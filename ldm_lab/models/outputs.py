@@ -1,4 +1,4 @@
-"""What networks return."""
+"""Return types of networks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class EncoderOutput(BaseOutput):
 
 @dataclass
 class AutoencoderKLOutput(BaseOutput):
-    """The distribution of the latents, a Gaussian of mean and variance `(B, C, h, w)`, not scaled."""
+    """The posterior of the latents, a Gaussian of mean and variance `(B, C, h, w)`, not scaled."""
 
     latent_dist: DiagonalGaussian
 
 
 @dataclass
 class DecoderOutput(BaseOutput):
-    """Images `(B, C, H, W)`, about in [-1, 1], and the loss of the quantizer (0-dim) where there is one."""
+    """Images `(B, C, H, W)`, about in [-1, 1], and the quantizer's loss (0-dim) if there is a quantizer."""
 
     sample: Tensor
     commit_loss: Tensor | None = None
@@ -34,6 +34,6 @@ class DecoderOutput(BaseOutput):
 
 @dataclass
 class UNet2DOutput(BaseOutput):
-    """What the UNet predicts, in the shape of its input: noise, clean latents or velocity, as it was trained."""
+    """Prediction of the UNet, in the shape of its input: noise, clean latents or velocity, as trained."""
 
     sample: Tensor

@@ -1,7 +1,7 @@
-"""How networks write and read their folders: a JSON config and their weights (see `ldm_lab.utils.weights`).
+"""Base class of networks that save to and load from folders: a JSON config and weights (`ldm_lab.utils.weights`).
 
-The layout is the one of diffusers (`config.json` and `diffusion_pytorch_model.safetensors`), so that folders move
-between the two libraries unconverted.
+The layout is that of diffusers (`config.json` and `diffusion_pytorch_model.safetensors`), so that both libraries
+read the folders without conversion.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ldm_lab.utils.reading import LoadError, blaming, check_plain
 
 __all__ = ["Configurable", "FrozenConfig", "PretrainedModel", "register_to_config"]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that networks compute with
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # ways of accelerate to spread a network over devices
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of networks
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a network over devices
 
 
 def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """`torch_dtype=` as a type: torch's own, or its name. None and "auto" are None: as the file has it.
+    """`torch_dtype=` as a dtype, from a dtype or its name. None and "auto" give None: the dtype of the file.
 
     Raises:
-        UserError: it is another thing, or networks do not compute with it.
+        UserError: it is no dtype, or not a dtype of networks.
     """
     if dtype is None or dtype == "auto":
         return None
@@ -42,10 +42,10 @@ def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def one_device(device_map: Any) -> torch.device | None:  # noqa: ANN401
-    """`device_map=` as the device that holds everything: its name, index, or `{"": device}`; "auto" is the best here.
+    """`device_map=` as a single device, from a name, an index or `{"": device}`; "auto" is the best available.
 
     Raises:
-        UserError: it names no device that is here, or several.
+        UserError: it names several devices, or a device that is not available.
     """
     if device_map is None:
         return None
@@ -62,8 +62,8 @@ def one_device(device_map: Any) -> torch.device | None:  # noqa: ANN401
 class PretrainedModel(Configurable, nn.Module):
     """A network with a config: `from_pretrained`, `save_pretrained`, `device`, `dtype`.
 
-    The order in which weights lie in memory is for the network to choose (see `models.layout`): files do not show it,
-    and `load_weights` keeps it.
+    The network chooses the memory layout of its weights (see `models.layout`); files do not record the layout, and
+    `load_weights` keeps it.
     """
 
     @property
@@ -73,7 +73,7 @@ class PretrainedModel(Configurable, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the parameters."""
+        """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
     def num_parameters(self, only_trainable: bool = False) -> int:
@@ -81,12 +81,12 @@ class PretrainedModel(Configurable, nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def exported_state_dict(self) -> dict[str, Tensor]:
-        """The tensors that the namesake knows: what goes into a folder. State of training stays out."""
+        """The tensors to save, which diffusers' class of the same name has too; without training state."""
         return self.state_dict()
 
     @property
     def weights_stem(self) -> str:
-        """What the names of its files of weights begin with: where its namesake computes the same, as diffusers'."""
+        """Stem of its weight files: diffusers' stem if diffusers' class of the same name is equivalent."""
         return weights.STEM if self.library == "diffusers" else weights.OWN_STEM
 
     def save_pretrained(
@@ -97,20 +97,20 @@ class PretrainedModel(Configurable, nn.Module):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write the weights and `config.json` into `folder`, each file whole or not at all.
+        """Write the weights and `config.json` into `folder`, each file atomically.
 
         Args:
-            folder: it is made where there is none; earlier weights of the same variant in it are replaced.
-            safe_serialization: False pickles the weights.
-            variant: a word in the names of the files, such as "fp16".
-            max_shard_size: bytes of a file, also as "5GB" (10 GB by default); more weights make several, and an index.
+            folder: target folder, created if missing; earlier weights of the same variant are replaced.
+            safe_serialization: False writes pickles.
+            variant: variant in the file names, such as "fp16".
+            max_shard_size: maximum bytes of a file, also as "5GB" (default 10 GB); larger weights are sharded.
 
         Raises:
-            SaveError: the disk refused.
-            UserError: an argument cannot be used; the message names it.
+            SaveError: a file cannot be written.
+            UserError: an argument is invalid; the message names it.
         """
         folder = shell.path(folder)
-        named = unwrapped(self.exported_state_dict())  # a part of the network may have been compiled
+        named = unwrapped(self.exported_state_dict())  # a submodule may be compiled
         tensors = {key: value.detach().contiguous().cpu() for key, value in named.items()}
         weights.write(folder, tensors, self.weights_stem, variant, safe_serialization, max_shard_size)
         self.save_config(folder)
@@ -134,28 +134,28 @@ class PretrainedModel(Configurable, nn.Module):
         force_download: bool = False,
         **overrides: Any,  # noqa: ANN401
     ) -> Self:
-        """Load a folder written by `save_pretrained`, ours or the namesake's, in evaluation mode.
+        """Load a folder of `save_pretrained`, of this package or of diffusers, in evaluation mode.
 
         Args:
             source: the folder, or `owner/model` on the Hugging Face hub.
-            subfolder: the network's place in there, such as "unet" of a pipeline.
-            torch_dtype: floating-point type of the weights, or its name; None and "auto" keep that of the file.
-            dtype: the same.
-            device_map: the device where the network goes: "cuda", `{"": "cuda:1"}`, or "auto".
-            variant: load the weights of this variant ("fp16"); None: the plain ones, or the only ones.
-            use_safetensors: False loads pickled weights, True never does; None does for want of others.
-            low_cpu_mem_usage: has no effect, for a network is always made around the weights of its file.
+            subfolder: subfolder of the network, such as "unet" in a pipeline.
+            torch_dtype: dtype of the weights, or its name; None and "auto" keep the dtype of the file.
+            dtype: another name for `torch_dtype`.
+            device_map: target device of the network: "cuda", `{"": "cuda:1"}`, or "auto".
+            variant: load the weights of this variant ("fp16"); None: the plain weights, or the only variant.
+            use_safetensors: False: only pickles; True: only safetensors; None: pickles only without safetensors.
+            low_cpu_mem_usage: has no effect, as a network always adopts the tensors of its file.
             revision: branch, tag or commit on the hub.
-            cache_dir: where models of the hub are kept; None leaves it to `huggingface_hub`.
-            token: of the hub; None: the one you have logged in with.
-            local_files_only: of a model on the hub, take what was downloaded before, or fail.
-            force_download: of a model on the hub, download it anew.
-            overrides: arguments of the constructor, in place of the config's.
+            cache_dir: cache folder of hub models; None: the default of `huggingface_hub`.
+            token: hub token; None: the token of your login.
+            local_files_only: for a hub model, use only the cache, or fail.
+            force_download: for a hub model, download it again.
+            overrides: constructor arguments that replace the config's.
 
         Raises:
-            LoadError: the folder, its config or its weights are missing, damaged or of another
-                architecture. A tensor missing or left over is an error: nothing is initialised silently.
-            UserError: an argument cannot be used; the message names it.
+            LoadError: the folder, its config or its weights are missing, corrupt or of another architecture.
+                A missing or surplus tensor is an error: no tensor is initialised silently.
+            UserError: an argument is invalid; the message names it.
         """
         cls.check_arguments(overrides)
         dtype, device = floating_type(dtype or torch_dtype), one_device(device_map)
@@ -168,10 +168,10 @@ class PretrainedModel(Configurable, nn.Module):
 
     @classmethod
     def from_tensors(cls, config: dict[str, Any], tensors: dict[str, Tensor], origin: str) -> Self:
-        """Build from a config and the weights themselves, in evaluation mode.
+        """Build from a config and tensors, in evaluation mode.
 
         Raises:
-            LoadError: the config or a tensor is not of this class; the message begins with `origin`.
+            LoadError: the config or a tensor does not fit this class; the message begins with `origin`.
         """
         model = cls.skeleton(config, origin)
         model.load_weights(tensors, origin, assign=True)
@@ -179,20 +179,20 @@ class PretrainedModel(Configurable, nn.Module):
 
     @classmethod
     def skeleton(cls, config: dict[str, Any], origin: str, **overrides: Any) -> Self:  # noqa: ANN401
-        """The network of a config that a file holds, on the meta device. Raises `LoadError` where there is none."""
+        """Build the network of a file's config on the meta device. Raises `LoadError` if the config is invalid."""
         with blaming(origin), torch.device("meta"):
             return cls.from_config(check_plain(config, origin), **overrides)
 
     def load_weights(self, state: dict[str, Tensor], origin: str, assign: bool = False) -> None:
-        """Load `state` after checking that names and shapes are exactly those of this network.
+        """Load `state`, whose names and shapes must be exactly those of this network.
 
         Args:
-            state: tensors by name; names of 2022 are understood where the class knows them, and wrappers' words passed.
-            origin: where they come from, for the message.
-            assign: take the tensors themselves instead of copying their values.
+            state: tensors by name; known names of 2022 are translated, and wrapper prefixes removed.
+            origin: source of the tensors, for the message.
+            assign: adopt the tensors instead of copying their values.
 
         Raises:
-            LoadError: a tensor is missing, left over or of another shape or kind.
+            LoadError: a tensor is missing, surplus, or of another shape or kind.
         """
         own, name = self.exported_state_dict(), type(self).__name__
         with blaming(origin):
@@ -213,7 +213,7 @@ class PretrainedModel(Configurable, nn.Module):
             if not state[key].isfinite().all():
                 raise LoadError(f"{origin}: {key} holds values that are not finite (NaN or infinity)")
         state = _alike(state)
-        if assign:  # they come as their file has them
+        if assign:  # they have the file's dtypes and layout
             state = {key: _laid_out(value, own[key].stride()) for key, value in state.items()}
         self.load_state_dict(state, strict=False, assign=assign)
 
@@ -225,14 +225,14 @@ class PretrainedModel(Configurable, nn.Module):
 
 
 def _alike(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All numbers with a point in the largest type among them: layers cannot multiply different ones."""
+    """Cast all floating-point tensors to the largest dtype among them, as layers cannot mix dtypes."""
     types = [value.dtype for value in state.values() if value.dtype in FLOATS]
     largest = functools.reduce(torch.promote_types, types, types[0]) if types else None
     return {key: value.to(largest) if value.dtype in FLOATS else value for key, value in state.items()}
 
 
 def _laid_out(value: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """A tensor with `stride`: itself, or a copy."""
+    """A tensor with `stride`: the tensor itself, or a copy."""
     if value.stride() == stride:
         return value
     return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)

@@ -1,4 +1,4 @@
-"""Vector quantization (van den Oord et al. 2017, arXiv 1711.00937): latents replaced by their nearest codes."""
+"""Vector quantization (van den Oord et al. 2017, arXiv 1711.00937): replaces latents by their nearest codes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-MOST_DISTANCES = 2**25  # that are in memory together: 128 MiB
+MOST_DISTANCES = 2**25  # maximum number of distances in memory: 128 MiB
 
 
 class QuantizerInfo(NamedTuple):
-    """Which codes a batch was given.
+    """The codes of a batch.
 
     Attributes:
-        perplexity: exp of the entropy of the codes' frequencies in the batch (0-dim); n if all are used alike.
-        min_encodings: always None, as in the namesake; one-hot rows would take N x n entries.
-        indices: the number of each latent's code, `(B*H*W,)`, int64.
+        perplexity: exp of the entropy of the code frequencies in the batch (0-dim); n if all are used equally.
+        min_encodings: always None, as in diffusers, as one-hot rows would take N x n entries.
+        indices: code index of each latent, `(B*H*W,)`, int64.
     """
 
     perplexity: Tensor
@@ -26,7 +26,7 @@ class QuantizerInfo(NamedTuple):
 
 
 class QuantizerOutput(NamedTuple):
-    """Quantized latents `(B, C, H, W)`, the loss of codebook and commitment (0-dim, float32), and the codes."""
+    """Quantized latents `(B, C, H, W)`, the codebook and commitment loss (0-dim, float32), and the codes."""
 
     quantized: Tensor
     loss: Tensor
@@ -34,21 +34,21 @@ class QuantizerOutput(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `n_e` vectors; gradients pass the choice straight through.
+    """A codebook of `n_e` vectors, with straight-through gradients.
 
     The loss is (van den Oord et al. 2017, equation 3, second and third term; sg stops the gradient, the mean
     is over all entries):
 
-        legacy=True:   mean((z - sg e)^2) + beta mean((sg z - e)^2)    what CompVis trained with
-        legacy=False:  beta mean((z - sg e)^2) + mean((sg z - e)^2)    what the paper says
+        legacy=True:   mean((z - sg e)^2) + beta mean((sg z - e)^2)    CompVis's training
+        legacy=False:  beta mean((z - sg e)^2) + mean((sg z - e)^2)    the paper
 
-    Both have the same value; in the first the codes follow the latents slowly, in the second quickly.
+    Both have the same value; with `legacy=True` the codes follow the latents slowly, else quickly.
 
     Args:
         n_e: number of codes.
         vq_embed_dim: length of a code; 3 or 4 in latent diffusion.
         beta: the smaller of the two weights.
-        legacy: which term it stands before. Like `beta`, an attribute that may be set later.
+        legacy: the term that `beta` weights, see above. Both attributes may be changed later.
     """
 
     def __init__(self, n_e: int, vq_embed_dim: int, beta: float = 0.25, legacy: bool = True) -> None:
@@ -61,7 +61,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents `(B, C, H, W)`. Distances and loss are float32 whatever the type of `z`."""
+        """Quantize latents `(B, C, H, W)`. Distances and loss are float32 for any dtype of `z`."""
         latents = z.float().permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         indices = self.nearest(latents.flatten(0, 2))  # (B*H*W,)
         codes = self.embedding(indices).float().view(latents.shape)  # (B*H*W, C) -> (B, H, W, C)
@@ -78,11 +78,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """The number of the nearest code for each row: `(N, C) -> (N,)`.
+        """Index of the nearest code for each row: `(N, C) -> (N,)`.
 
         |z|^2 is the same for all codes, so |e|^2 - 2 z.e decides. It is summed channel by channel, in an
-        n x n_e matrix for n rows at a time: as a matrix product it would run in TF32 or bf16 where these are
-        allowed, whose errors are as large as the distance between neighbouring codes.
+        n x n_e matrix for n rows at a time. A matrix product might run in TF32 or bf16, whose errors are as
+        large as the distance between neighbouring codes.
         """
         codes = self.embedding.weight.float()
         squares = codes.square().sum(1)  # (n_e,)
@@ -95,14 +95,14 @@ class VectorQuantizer(nn.Module):
         return torch.cat(found)
 
     def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """The codes with these numbers: `(..., C)`, or `(B, C, H, W)` if `shape` gives `(B, H, W, C)`."""
+        """The codes with these indices: `(..., C)`, or `(B, C, H, W)` if `shape` is `(B, H, W, C)`."""
         codes = self.embedding(indices)
         return codes if shape is None else codes.view(*shape).permute(0, 3, 1, 2)
 
 
 def code_counts(indices: Tensor, n: int) -> Tensor:
-    """How often each of `n` codes occurs among `indices` `(N,)`: `(n,)`, float32."""
-    # bincount would make the host wait for the device, to learn the size of its result
+    """Number of occurrences of each of `n` codes in `indices` `(N,)`: `(n,)`, float32."""
+    # bincount would make the host wait for the device to get the size of its result
     return torch.zeros(n, device=indices.device).index_add_(0, indices, torch.ones(len(indices), device=indices.device))
 
 

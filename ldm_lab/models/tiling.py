@@ -1,4 +1,4 @@
-"""Decoding in overlapping tiles: memory that does not grow with the image."""
+"""Decoding in overlapping tiles, so that memory does not grow with the image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ldm_lab.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Tiles:
-    """Squares of a map of latents that are decoded one by one, and blended linearly where they overlap.
+    """Decodes square tiles of latents one by one, and blends their overlaps linearly.
 
-    Normalisation and attention then see a tile and not the whole image, so that its colours and contrast may differ
-    a little from those of an image decoded at once.
+    Normalisation and attention then see a tile instead of the whole image, so colours and contrast may differ
+    slightly from an image decoded at once.
 
     Args:
-        size: positions along one side of a tile.
-        overlap: positions that neighbours share, at least; at most half of `size`.
+        size: latent positions along one side of a tile.
+        overlap: minimum number of positions that neighbouring tiles share; at most half of `size`.
 
     Raises:
         UserError: a value is out of its range.
@@ -38,7 +38,7 @@ class Tiles:
             )
 
     def decode(self, decoder: Callable[[Tensor], Tensor], z: Tensor, factor: int) -> Tensor:
-        """`(B, C, h, w) -> (B, C_out, factor*h, factor*w)`; `decoder` does the same for a tile."""
+        """`(B, C, h, w) -> (B, C_out, factor*h, factor*w)`; `decoder` does this for a tile."""
         height, width = z.shape[2:]
         if max(height, width) <= self.size:
             return decoder(z)
@@ -53,11 +53,11 @@ class Tiles:
         return image
 
     def _along(self, length: int, factor: int, like: Tensor) -> list[tuple[int, Tensor]]:
-        """First position and pixels' weights of each tile along a side; the weights of all tiles add up to one."""
-        size = min(self.size, length)  # all tiles are of one size: compiled networks know one shape
+        """First position and pixel weights of each tile along a side; at each pixel the weights sum to one."""
+        size = min(self.size, length)  # all tiles have one size, as compiled networks have one shape
         step = max(size - self.overlap, 1)
         starts = [*range(0, length - size, step), length - size]
-        distance = torch.arange(1, factor * size + 1, dtype=torch.float32, device=like.device)  # to the outside
+        distance = torch.arange(1, factor * size + 1, dtype=torch.float32, device=like.device)  # from the outside
         ramp = torch.minimum(distance, distance.flip(0)).clamp(max=max(factor * self.overlap, 1))
         total = torch.zeros(factor * length, device=like.device)
         for start in starts:

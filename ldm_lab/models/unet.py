@@ -1,4 +1,4 @@
-"""The denoising network: stage 2 of latent diffusion (Rombach et al. 2022, arXiv 2112.10752)."""
+"""The UNet: denoising network of stage 2 of latent diffusion (Rombach et al. 2022, arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -33,55 +33,55 @@ from ldm_lab.utils.arguments import (
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import MAX_LAYERS
 
-DEFAULT_HEAD_DIM = 8  # the namesake's
+DEFAULT_HEAD_DIM = 8  # diffusers' default
 
 
 class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
-    """A UNet that knows the timestep, with the arguments and state dict of `diffusers.UNet2DModel`.
+    """A UNet with a timestep input, with the arguments and state dict of `diffusers.UNet2DModel`.
 
-    The last argument is ours: the namesake cannot express a number of heads that is the same at every width. A
-    folder of such a network names our class, and diffusers refuses it.
+    The last argument is our addition: diffusers does not support an equal number of heads at every width. A
+    folder of such a network names our class, so diffusers refuses to load it.
 
     Args:
-        sample_size: resolution of what it denoises, an integer or (height, width); information only.
+        sample_size: resolution of its input, an integer or (height, width); information only.
         in_channels: channels of the input.
         out_channels: channels of the prediction.
-        center_input_sample: whether the input is in [0, 1], and moved to [-1, 1].
-        time_embedding_type: `positional`, or `fourier`: random frequencies of the logarithm of a noise level above 0,
-            by which the output is divided.
-        time_embedding_dim: length of the time embedding; None means four times the first width.
-        freq_shift: see `nn.embedding.sinusoid`.
-        flip_sin_to_cos: see `nn.embedding.sinusoid`.
+        center_input_sample: whether the input is in [0, 1] and is mapped to [-1, 1].
+        time_embedding_type: `positional`, or `fourier`: random frequencies of the logarithm of a noise level above 0;
+            the output is then divided by the noise level.
+        time_embedding_dim: length of the time embedding; None: four times the first width.
+        freq_shift: see `layers.embedding.sinusoid`.
+        flip_sin_to_cos: see `layers.embedding.sinusoid`.
         down_block_types: per resolution, highest first: `DownBlock2D`, `AttnDownBlock2D`, or
             `ResnetDownsampleBlock2D`, which has no attention and downsamples by a residual block.
-        mid_block_type: `UNetMidBlock2D`, or None for no block in the middle.
+        mid_block_type: `UNetMidBlock2D`, or None for no middle block.
         up_block_types: per resolution, lowest first: `UpBlock2D`, `AttnUpBlock2D` or `ResnetUpsampleBlock2D`.
         block_out_channels: width per resolution, highest first.
         layers_per_block: residual blocks per resolution on the way down; one more on the way up.
-        mid_block_scale_factor: 1 alone is supported.
+        mid_block_scale_factor: only 1 is supported.
         downsample_padding: 1, or 0 for the asymmetric padding of autoencoders.
-        downsample_type: how an `AttnDownBlock2D` downsamples (the other blocks say it themselves): `conv`, a
+        downsample_type: downsampling of an `AttnDownBlock2D` (other block types imply theirs): `conv`, a
             convolution of stride 2, or `resnet`, a residual block with average pooling.
-        upsample_type: how an `AttnUpBlock2D` upsamples: `conv`, or `resnet`, a residual block that repeats pixels.
-        dropout: probability, in every residual block.
-        act_fn: `silu` alone is supported.
-        attention_head_dim: channels of one attention head, see `nn.attention.AttentionBlock`; None means one head.
-            Without effect where `num_attention_heads` is given.
+        upsample_type: upsampling of an `AttnUpBlock2D`: `conv`, or `resnet`, a residual block that repeats pixels.
+        dropout: dropout probability in every residual block.
+        act_fn: only `silu` is supported.
+        attention_head_dim: channels of one attention head, see `layers.attention.AttentionBlock`; None: one head.
+            It has no effect with `num_attention_heads`.
         norm_num_groups: groups of every normalisation.
-        attn_norm_num_groups: groups of the middle attention's; None means `norm_num_groups`, but with
-            `scale_shift` no normalisation, as in the namesake.
+        attn_norm_num_groups: groups of the middle attention's normalisation; None: `norm_num_groups`, but with
+            `scale_shift` no normalisation, as in diffusers.
         norm_eps: added to the variance by every normalisation.
         resnet_time_scale_shift: `default` adds the time embedding, `scale_shift` scales and shifts by it; see
-            `nn.resnet.ResnetBlock`.
+            `layers.resnet.ResnetBlock`.
         add_attention: whether the middle block has attention.
-        class_embed_type: None alone is supported.
-        num_class_embeds: None alone is supported.
-        num_train_timesteps: has no effect with positional embeddings, as in the namesake.
-        num_attention_heads: number of heads at every width, in place of `attention_head_dim`; None means that
-            `attention_head_dim` decides.
+        class_embed_type: only None is supported.
+        num_class_embeds: only None is supported.
+        num_train_timesteps: has no effect with positional embeddings, as in diffusers.
+        num_attention_heads: number of heads at every width, instead of `attention_head_dim`; None: use
+            `attention_head_dim`.
 
-    Raises:
-        UserError: a value is impossible or not supported.
+        Raises:
+            UserError: a value is invalid or not supported.
     """
 
     @register_to_config
@@ -144,12 +144,12 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
 
     @property
     def library(self) -> str:
-        """`ldm_lab` with a fixed number of heads, which the namesake cannot express."""
+        """`ldm_lab` with a fixed number of heads, which diffusers does not support, else as the base class."""
         library, heads = super().library, self.config.num_attention_heads
         return "ldm_lab" if library == "diffusers" and heads is not None else library
 
     def to_json(self) -> dict[str, Any]:
-        """The config; `num_attention_heads`, of which diffusers would warn, is left out where it says nothing."""
+        """The config, without `num_attention_heads` if it is None, as diffusers would warn of the key."""
         return {key: value for key, value in super().to_json().items() if (key, value) != ("num_attention_heads", None)}
 
     def _check_arguments(self) -> None:
@@ -200,7 +200,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         }
         kinds = by_block("up_block_types", config.up_block_types, _UP_BLOCKS)
         widths, layers_per_block, last = config.block_out_channels, config.layers_per_block, len(kinds) - 1
-        # What the way down leaves: conv_in, then every residual block and, but for the last level, the downsampler.
+        # Skip connections: conv_in, then every residual block and every downsampler (the last level has none).
         skips = [widths[0], *(width for width in widths for _ in range(layers_per_block + 1))][:-1]
         width = widths[-1]
         for level, out_width in enumerate(reversed(widths)):
@@ -221,13 +221,13 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         class_labels: None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Predict noise, clean latents or velocity, whichever the network was trained for.
+        """Predict noise, clean latents or velocity, as the network was trained.
 
         Args:
             sample: noisy input `(B, in_channels, H, W)`; H and W multiples of 2^(number of resolutions - 1).
-            timestep: of the training schedule: one number, a 0-dim tensor, or one for each sample `(B,)`.
-            class_labels: None alone is possible.
-            return_dict: False gives a tuple.
+            timestep: timestep of the training schedule: a number, a 0-dim tensor, or one per sample `(B,)`.
+            class_labels: must be None.
+            return_dict: False returns a tuple.
 
         Returns:
             `.sample` `(B, out_channels, H, W)`.
@@ -256,14 +256,14 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
 
     @property
     def downsample_factor(self) -> int:
-        """Height and width of what comes in must be multiples of this."""
+        """Height and width of the input must be multiples of this factor."""
         return 2 ** (len(self.down_blocks) - 1)
 
     @torch.no_grad()
     def zero_residuals(self) -> None:
-        """Let every residual branch and the output begin at zero, as a training from scratch does (CompVis).
+        """Initialise every residual branch and the output with zeros, for training from scratch (as CompVis).
 
-        Not done on construction: a network whose output is zero whatever comes in is of no use but to be trained.
+        The constructor does not do this, as a network with constant zero output is only useful for training.
         """
         last = [self.conv_out]
         for module in self.modules():
@@ -277,7 +277,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
 
     @staticmethod
     def _timesteps(timestep: Tensor | float, sample: Tensor) -> Tensor:
-        """One number or `(B,)` -> `(B,)`."""
+        """A number or `(B,)` -> `(B,)`."""
         if not isinstance(timestep, Tensor):
             timestep = torch.full((), timestep, device=sample.device)
         if timestep.shape not in ((), (1,), sample.shape[:1]):
@@ -285,7 +285,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         return timestep.to(sample.device).expand(len(sample))
 
 
-# Of these arguments of the namesake, the values that the architecture here covers.
+# Arguments of diffusers' class, with the values that this architecture supports.
 _SUPPORTED = {
     "time_embedding_type": ("positional", "fourier"),
     "mid_block_type": ("UNetMidBlock2D", None),
@@ -299,8 +299,8 @@ _SUPPORTED = {
     "num_class_embeds": (None,),
 }
 
-# Block type -> whether it has attention, and how it changes the resolution: None means as `downsample_type` or
-# `upsample_type` says. That these have no effect on the plain blocks is the namesake's way.
+# Block type -> whether it has attention, and its resampling; None: `downsample_type` or `upsample_type`. As in
+# diffusers, these arguments have no effect on plain blocks.
 _DOWN_BLOCKS = {
     "DownBlock2D": (False, "conv"),
     "AttnDownBlock2D": (True, None),

@@ -1,4 +1,4 @@
-"""The autoencoder with a codebook: stage 1 of latent diffusion (Rombach et al. 2022, arXiv 2112.10752)."""
+"""VQ autoencoder: stage 1 of latent diffusion with a codebook (Rombach et al. 2022, arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class VQModel(LaidOut, FirstStage):
 
     Images are `(B, in_channels, H, W)` in [-1, 1], H and W multiples of `downsample_factor`. Latents are the
     output of the encoder *before* quantization, `(B, vq_embed_dim, H/f, W/f)`, unscaled: diffusion runs on
-    `config.scaling_factor * latents`, and whoever decodes divides first.
+    `config.scaling_factor * latents`, so divide by the factor before decoding.
 
     Args:
         in_channels: channels of the image.
@@ -31,20 +31,20 @@ class VQModel(LaidOut, FirstStage):
         up_block_types: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D` per resolution, lowest first.
         block_out_channels: width per resolution, highest first; f is 2^(their number - 1).
         layers_per_block: residual blocks per resolution (the decoder has one more).
-        act_fn: `silu` alone is supported.
+        act_fn: only `silu` is supported.
         latent_channels: channels between the encoder and `quant_conv`.
         sample_size: resolution of the training images; information only.
         num_vq_embeddings: number of codes.
         norm_num_groups: groups of every normalisation.
         vq_embed_dim: length of a code; None means `latent_channels`.
-        scaling_factor: by which diffusion multiplies the latents.
-        norm_type: `group` alone is supported.
+        scaling_factor: factor by which diffusion multiplies the latents.
+        norm_type: only `group` is supported.
         mid_block_add_attention: whether the middle blocks have attention (one head).
-        lookup_from_codebook: whether `decode(..., force_not_quantize=True)` takes indices of codes.
-        force_upcast: has no effect here, as in the namesake.
+        lookup_from_codebook: whether `decode(..., force_not_quantize=True)` takes code indices.
+        force_upcast: has no effect, as in diffusers.
 
-    Raises:
-        UserError: a value is impossible or not supported.
+        Raises:
+            UserError: a value is invalid or not supported.
     """
 
     draws_latents: ClassVar[bool] = False
@@ -64,8 +64,8 @@ class VQModel(LaidOut, FirstStage):
         num_vq_embeddings: int = 256,
         norm_num_groups: int = 32,
         vq_embed_dim: int | None = None,
-        # The namesake's default is 0.18215, which was measured for Stable Diffusion's KL autoencoder. The published
-        # VQ folders leave the key out, and their diffusion models were trained without scaling.
+        # diffusers' default is 0.18215, which was measured for Stable Diffusion's KL autoencoder. Published VQ folders
+        # omit the key, and their diffusion models were trained without scaling.
         scaling_factor: float = 1.0,
         norm_type: str = "group",
         mid_block_add_attention: bool = True,
@@ -92,11 +92,11 @@ class VQModel(LaidOut, FirstStage):
         return self.quantize.vq_embed_dim
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> the latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
+        """Images `(B, 3, H, W)` in [-1, 1] -> latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
         return self.encode(images).latents
 
     def from_moments(self, moments: Tensor, noise: None = None) -> Tensor:
-        """The latents as they are. Raises `UserError` where noise is given."""
+        """The latents, unchanged. Raises `UserError` if noise is given."""
         if noise is not None:
             raise UserError("noise was given, but the latents of a VQModel are not drawn")
         return moments
@@ -105,7 +105,7 @@ class VQModel(LaidOut, FirstStage):
         """Images `(B, in_channels, H, W)` -> `.latents` `(B, vq_embed_dim, H/f, W/f)`, not quantized, not scaled.
 
         Raises:
-            UserError: another number of channels, or a side that is no multiple of `downsample_factor`.
+            UserError: wrong number of channels, or a side that is not a multiple of `downsample_factor`.
         """
         require_input(x.shape, self.config.in_channels, self.downsample_factor, "VQModel.encode")
         latents = self.quant_conv(self.encoder(x))
@@ -121,13 +121,13 @@ class VQModel(LaidOut, FirstStage):
         """Latents `(B, vq_embed_dim, h, w)`, not scaled -> `.sample` `(B, out_channels, f*h, f*w)` and `.commit_loss`.
 
         Args:
-            h: the latents, which are quantized first.
-            force_not_quantize: decode `h` as it is; with `config.lookup_from_codebook`, `h` holds indices of codes.
-            return_dict: False gives `(sample, commit_loss)`.
-            shape: `(B, h, w, vq_embed_dim)`, for indices.
+            h: the latents; they are quantized first.
+            force_not_quantize: decode `h` without quantization; with `config.lookup_from_codebook`, `h` holds indices.
+            return_dict: False returns `(sample, commit_loss)`.
+            shape: `(B, h, w, vq_embed_dim)`, for code indices.
 
-        Raises:
-            UserError: another number of channels.
+            Raises:
+                UserError: wrong number of channels.
         """
         if force_not_quantize and self.config.lookup_from_codebook:
             h = self.quantize.get_codebook_entry(h, shape)
@@ -140,5 +140,5 @@ class VQModel(LaidOut, FirstStage):
         return DecoderOutput(sample, loss) if return_dict else (sample, loss)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor, Tensor]:
-        """Images -> their reconstruction `.sample` in the same shape, and `.commit_loss`."""
+        """Images -> reconstructions `.sample` of the same shape, and `.commit_loss`."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)

@@ -156,8 +156,8 @@ class Workshop:
     def run_training(self, name: str, seed: int, settings: list[str]) -> None:
         """Run `train.py`, which does nothing for a finished run."""
         cache = [f"paths.cache={self.options.cache.absolute()}"] if self.options.cache else []
-        own = [f"name={name}", f"seed={seed}", f"paths.runs={self.runs}", "logger=csv", *cache]
-        self.command(str(TRAIN), *settings, *own, *self.options.settings)
+        common = [f"name={name}", f"seed={seed}", f"paths.runs={self.runs}", "logger=csv", *cache]
+        self.command(str(TRAIN), *settings, *common, *self.options.settings)
 
     def evaluate_first_stage(self, name: str, seed: int) -> Evaluation:
         """Evaluate reconstructions of held-out images."""

@@ -1,1 +1,1 @@
-"""Blocks that networks are built from: torch only, parameters named as in diffusers."""
+"""Building blocks of networks: pure torch, parameters named as in diffusers."""

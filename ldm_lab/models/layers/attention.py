@@ -10,18 +10,18 @@ from ldm_lab.utils.errors import UserError
 
 
 class AttentionBlock(Recomputed):
-    """GroupNorm, multi-head self-attention over all positions, and the input added.
+    """GroupNorm and multi-head self-attention over all positions, with a residual connection.
 
     Args:
         channels: channels of the feature map.
-        dim_head: channels of one head; None means one head that has them all. Where it does not divide `channels`,
-            there are as many whole heads as fit, on fewer channels.
-        groups: groups of the normalisation; None leaves it out.
+        dim_head: channels of one head; None: one head with all channels. If it does not divide `channels`, there are
+            as many complete heads as fit, on fewer channels.
+        groups: groups of the normalisation; None: no normalisation.
         eps: added to the variance by the normalisation.
-        num_heads: number of heads, in place of `dim_head`.
+        num_heads: number of heads, instead of `dim_head`.
 
     Raises:
-        UserError: `num_heads` does not divide `channels`, or they are fewer than `dim_head`.
+        UserError: `num_heads` does not divide `channels`, or `channels` is less than `dim_head`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class AttentionBlock(Recomputed):
         self.to_out = nn.Sequential(nn.Linear(inner, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W) -> (B, C, H, W)`; memory grows with H*W, not with its square, where the kernel is fused."""
+        """`(B, C, H, W) -> (B, C, H, W)`; with a fused kernel memory grows with H*W, not with its square."""
         return self.recomputed(self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:

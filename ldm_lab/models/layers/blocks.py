@@ -1,9 +1,9 @@
-"""One resolution of a network: residual blocks, attention where wanted, and the way to the next resolution.
+"""Blocks of one resolution: residual blocks, optional attention, and down- or upsampling.
 
-The same three blocks make the autoencoder and the UNet. They receive the layers they are made of as functions
-of the numbers of channels (`resnet(in, out)`, `attention(channels)`, ...), with everything else already bound.
-A UNet keeps the state after each layer on its way down for its way up: the list `skips` is filled by the
-`DownBlock`s and emptied, last state first, by the `UpBlock`s; an autoencoder passes none.
+Autoencoder and UNet use the same three blocks. The blocks receive their layers as functions of the numbers
+of channels (`resnet(in, out)`, `attention(channels)`, ...), with all other arguments bound. For a UNet's skip
+connections, `DownBlock`s append their states to the list `skips`, and `UpBlock`s pop them, last state first;
+an autoencoder passes no list.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 MakeResnet = Callable[[int, int], nn.Module]
-MakeLayer = Callable[[int], nn.Module]  # `nn.Identity` is the layer that is not there: it has no parameters
+MakeLayer = Callable[[int], nn.Module]  # `nn.Identity` stands for no layer, as it has no parameters
 
 
 class DownBlock(nn.Module):
@@ -65,7 +65,7 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """Residual blocks, each followed by `attention`; then `upsample`, if given.
 
-    `skip_channels` has one entry for each residual block: the channels of the skip it concatenates, 0 for none.
+    `skip_channels` has one entry per residual block: the channels of the skip connection to concatenate; 0: none.
     """
 
     def __init__(

@@ -1,28 +1,28 @@
-"""On which processors layers take another way than the library's, because that way was measured to be faster there."""
+"""Selects the CPUs on which layers use our own faster algorithms instead of torch's kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-MEASURED = ("AVX2", "AVX512")  # instruction sets, see docs/performance.md
+MEASURED = ("AVX2", "AVX512")  # instruction sets of measured CPUs, see docs/performance.md
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 numbers itself; others emulate that, at a hundredth of the speed."""
+    """Whether the CPU has bfloat16 multiplication; emulation runs at a hundredth of the speed."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def takes_own_way(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether a layer computes on a CPU of a measured kind, eagerly, and in one of `dtypes`.
+    """Whether a layer runs eagerly on a measured kind of CPU, in one of `dtypes`.
 
-    GPUs, Apple's devices, compiled networks and other processors keep the library's operation: there it is fast, or
-    nobody has measured another. (AMD's transposed convolutions were reported 19.6 times slower than NVIDIA's.)
+    GPUs, Apple's devices, compiled networks and other CPUs use torch's kernels, which are fast there, or whose
+    alternatives are not measured. (AMD's transposed convolutions were reported 19.6 times slower than NVIDIA's.)
 
     Args:
         x: the input.
-        weight: of the layer.
-        dtypes: in which the other way was measured.
+        weight: weight of the layer.
+        dtypes: dtypes in which our algorithm was measured.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False

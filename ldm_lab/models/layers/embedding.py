@@ -1,4 +1,4 @@
-"""How a network is told the timestep: waves of many frequencies, then a small perceptron."""
+"""Timestep embedding: sines and cosines of many frequencies, then a small MLP."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shi
     has the frequency 10000^(-i / (dim/2 - freq_shift)).
 
     Args:
-        timesteps: `(B,)`, in steps of the training schedule; fractions are allowed.
-        dim: length of the embedding; an odd one ends in a zero.
-        flip_sin_to_cos: cosines first, as CompVis has them; otherwise sines first.
-        freq_shift: 1 makes the last frequency exactly 1/10000, 0 leaves it just above.
+        timesteps: `(B,)`, in steps of the training schedule; may be fractional.
+        dim: length of the embedding; an odd length ends in a zero.
+        flip_sin_to_cos: cosines first, as in CompVis; otherwise sines first.
+        freq_shift: with 1 the last frequency is exactly 1/10000, with 0 slightly above.
 
     Returns:
         `(B, dim)`, float32.
@@ -32,10 +32,10 @@ def sinusoid(timesteps: Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shi
 
 
 class FourierFeatures(nn.Module):
-    """Waves of random frequencies, which training leaves as they are (Song et al. 2021, arXiv 2011.13456, app. C.1).
+    """Sines and cosines of fixed random frequencies (Song et al. 2021, arXiv 2011.13456, app. C.1).
 
     Args:
-        features: how many frequencies.
+        features: number of frequencies.
     """
 
     SCALE = 16.0  # standard deviation of the frequencies
@@ -60,5 +60,5 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = nn.Linear(features, features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the sinusoid to what every residual block receives."""
+        """Map the sinusoid to the embedding that every residual block receives."""
         return self.linear_2(self.act(self.linear_1(x)))

@@ -1,4 +1,4 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): memory of a training step for time."""
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): less memory for more computation."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recomputed(nn.Module):
-    """A block whose inner activations may be computed again in the backward pass instead of being kept.
+    """A block that can recompute its inner activations in the backward pass instead of storing them.
 
     Attributes:
-        recompute: whether they are; results and gradients are the same.
+        recompute: whether to recompute; results and gradients are the same.
     """
 
     recompute = False
 
     def recomputed(self, compute: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """`compute(*inputs)`, of which the inputs alone are kept for the backward pass where `recompute` says so."""
+        """`compute(*inputs)`; with `recompute`, only the inputs are stored for the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(compute, *inputs, use_reentrant=False)
         return compute(*inputs)
 
 
 class GradientCheckpointing:
-    """The switch, for a network made of such blocks."""
+    """Mixin that switches gradient checkpointing for all `Recomputed` blocks of a network."""
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute the blocks' activations again in the backward pass: less memory, one more forward pass a step."""
+        """Recompute activations in the backward pass: less memory, one more forward pass per step."""
         self._set_recompute(True)
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep the activations for the backward pass, as at first."""
+        """Store the activations for the backward pass (the default)."""
         self._set_recompute(False)
 
     def _set_recompute(self, recompute: bool) -> None:

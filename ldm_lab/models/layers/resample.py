@@ -1,7 +1,6 @@
-"""Halving and doubling of a feature map's resolution.
+"""Layers that halve or double the resolution of a feature map.
 
-The layers are called as residual blocks are, one of which may stand in their place: they take a time embedding, and
-make no use of it.
+The layers accept and ignore a time embedding, as a residual block may replace them.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ class Downsample(nn.Module):
 
     Args:
         channels: channels of the feature map.
-        padding: 1 pads all four sides (UNets); 0 pads the right and the bottom only (autoencoders). Both halve
-            an even resolution, but their pixels lie differently, so that weights fit one of them only.
+        padding: 1 pads all four sides (UNets); 0 pads only right and bottom (autoencoders). Both halve an even
+            resolution, but at different pixel positions, so trained weights fit only one of them.
     """
 
     def __init__(self, channels: int, padding: int = 1) -> None:
@@ -32,17 +31,17 @@ class Downsample(nn.Module):
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
-# Along one side, which of the three taps (columns) of a convolution of the doubled map meet the same input, for each of
-# the four outputs (rows) that this input reaches.
+# Along one side, the taps (columns) of a convolution of the doubled map that meet the same input, for each of the four
+# outputs (rows) of this input.
 _SHARED_TAPS = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))
 
 
 class Upsample(nn.Module):
-    """Every pixel four times, then a 3x3 convolution.
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution.
 
-    Both are one transposed convolution: an output pixel meets 2x2 pixels of the small map, each under the sum of the
-    taps that would meet its copies, which is 16 multiplications instead of 36. CPUs compute it so (see
-    `takes_own_way`) where the map is not so small that making the kernel takes longer.
+    Both together are one transposed convolution: an output pixel depends on 2x2 pixels of the small map, each with the
+    sum of the taps of its copies, which takes 16 multiplications instead of 36. CPUs use this form (see
+    `takes_own_way`), unless the map is so small that computing the kernel takes longer.
     """
 
     SMALL = 16 * 16  # positions
@@ -62,7 +61,7 @@ class Upsample(nn.Module):
         return large and takes_own_way(x, self.conv.weight, torch.float32, torch.bfloat16)
 
     def _kernel(self) -> Tensor:
-        """The weights of the transposed convolution, `(C_in, C_out, 4, 4)`."""
+        """Kernel of the transposed convolution, `(C_in, C_out, 4, 4)`."""
         weight = self.conv.weight
         shared = weight.new_tensor(_SHARED_TAPS)
         taps = weight.permute(2, 3, 0, 1).reshape(9, -1)  # (C_out, C_in, 3, 3) -> (9, C_out*C_in)

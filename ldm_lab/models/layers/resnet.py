@@ -1,4 +1,4 @@
-"""The residual block of both stages."""
+"""Residual block of autoencoders and UNet."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ldm_lab.models.layers.winograd import Conv3x3
 
 
 class ResnetBlock(Recomputed):
-    """Two times GroupNorm, SiLU, 3x3 convolution, around which the input is added.
+    """Twice GroupNorm, SiLU and 3x3 convolution, with a residual connection.
 
-    Time, where it is known, is projected and told between the two convolutions: added before the second
-    normalisation (Ho et al. 2020, arXiv 2006.11239), or, with `scale_shift`, as a scale s and a shift b after it,
+    A time embedding is projected and enters between the convolutions: added before the second normalisation (Ho
+    et al. 2020, arXiv 2006.11239), or with `scale_shift` as a scale s and a shift b after it,
     `(1 + s) GroupNorm(h) + b` (Dhariwal & Nichol 2021, arXiv 2105.05233, section 3.1, "AdaGN").
 
     Args:
         in_channels: channels of the input.
-        out_channels: channels of the output, None for as many; where they differ, a 1x1 convolution carries the
-            input over.
+        out_channels: channels of the output; None: as the input. If they differ, a 1x1 convolution maps the input
+            for the residual connection.
         groups: groups of the normalisation; must divide both numbers of channels.
         eps: added to the variance by the normalisation (1e-6 in autoencoders, 1e-5 in UNets).
-        time_channels: length of the time embedding; None in an autoencoder, which knows no time.
-        dropout: probability, before the second convolution.
-        scale_shift: how time is told.
-        resample: a layer without parameters that halves or doubles the resolution, of the input that is added and
-            of what the first convolution receives.
+        time_channels: length of the time embedding; None: no time embedding (autoencoders).
+        dropout: dropout probability before the second convolution.
+        scale_shift: whether the time embedding scales and shifts instead of being added.
+        resample: a layer without parameters that halves or doubles the resolution of the residual connection and
+            of the first convolution's input.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ResnetBlock(Recomputed):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
     def _normalise(self, h: Tensor, time_embedding: Tensor | None) -> Tensor:
-        """The second normalisation, and what it is told of the time."""
+        """The second normalisation with the time embedding."""
         if self.time_emb_proj is None:
             return self.norm2(h)
         time = self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]  # (B, C) -> (B, C, 1, 1)

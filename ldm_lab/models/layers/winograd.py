@@ -1,8 +1,8 @@
 """3x3 convolutions with fewer multiplications: F(2x2, 3x3) of Lavin & Gray 2015 (arXiv 1509.09308, section 4.1).
 
-Each 2x2 of the output is made from 4x4 of the input. Along one side, two outputs of three taps take four products
-instead of six, in both directions 16 instead of 36: `Y = A^T [(G g G^T) * (B^T d B)] A` (equation 8), where the
-products of all tiles are 16 products of matrices. Rounding errors in float32 are those of the sum in another order.
+Each 2x2 tile of the output is computed from a 4x4 tile of the input. Along one side, two outputs of three taps take
+four products instead of six, in both directions 16 instead of 36: `Y = A^T [(G g G^T) * (B^T d B)] A` (equation 8).
+The products of all tiles are 16 matrix products. Rounding errors in float32 are those of a reordered sum.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ldm_lab.models.layers.cpu import takes_own_way
 
 _G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # three taps (columns) -> four factors (rows)
-_CACHED = 2**21  # numbers of transformed tiles at a time, 8 MiB: what is written stays near the core that reads it
+_CACHED = 2**21  # numbers in transformed tiles at a time, 8 MiB, so that they stay in the core's cache
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1, in float32 on CPUs by Winograd's way where that is faster.
+    """A 3x3 convolution of stride 1 and padding 1; uses Winograd's algorithm in float32 on CPUs if it is faster.
 
-    It is for wide and large maps: in others the tiles' additions, which memory bounds, cost what the products save.
-    In bfloat16 it would lose digits. Elsewhere the library chooses (see `takes_own_way`).
+    It is faster for wide and large maps; for other maps the memory-bound additions cost as much as the products save.
+    bfloat16 would lose precision. In all other cases torch's kernel runs (see `takes_own_way`).
     """
 
     WIDE = 192  # channels
@@ -47,7 +47,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class _Winograd(torch.autograd.Function):
-    """The convolution and its gradients, that of the input by the same way."""
+    """The convolution and its gradients; the input's gradient uses the same algorithm."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ANN001
@@ -68,7 +68,7 @@ class _Winograd(torch.autograd.Function):
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of padding 1 without bias: `(B, C_in, H, W)` and `(C_out, C_in, 3, 3) -> (B, C_out, H, W)`.
 
-    H and W must be even. The result of an image does not depend on the others.
+    H and W must be even. The result of an image does not depend on the other images.
     """
     batch, channels, height, width = x.shape
     kernel = transformed(weight)
@@ -82,7 +82,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def transformed(weight: Tensor) -> Tensor:
-    """`G g G^T`: `(C_out, C_in, 3, 3) -> (16, C_in, C_out)`, of the 4x4 factors of a tile, column by column."""
+    """`G g G^T`: `(C_out, C_in, 3, 3) -> (16, C_in, C_out)`, the 4x4 factors of a tile in column order."""
     out_channels, in_channels = weight.shape[:2]
     g = weight.new_tensor(_G)
     taps = weight.permute(3, 2, 0, 1).reshape(9, -1)  # (C_out, C_in, 3, 3) -> (9, C_out*C_in)
@@ -90,7 +90,7 @@ def transformed(weight: Tensor) -> Tensor:
 
 
 def _convolve_rows(x: Tensor, kernel: Tensor, out: Tensor) -> None:
-    """Tiles of some rows: `(H + 2, W + 2, C_in)` into `out`, `(H, W, C_out)`."""
+    """Convolve the tiles of some rows: `(H + 2, W + 2, C_in)` into `out`, `(H, W, C_out)`."""
     height, width, _ = out.shape
     channels = x.shape[-1]
     lines = x.new_empty(4, height // 2, width + 2, channels)
@@ -106,7 +106,7 @@ def _convolve_rows(x: Tensor, kernel: Tensor, out: Tensor) -> None:
 
 
 def _factors(inputs: Sequence[Tensor], out: Tensor) -> None:
-    """`B^T d`: four neighbours along one side to the four factors."""
+    """`B^T d`: four neighbours along one side -> four factors."""
     torch.sub(inputs[0], inputs[2], out=out[0])
     torch.add(inputs[1], inputs[2], out=out[1])
     torch.sub(inputs[2], inputs[1], out=out[2])
@@ -114,6 +114,6 @@ def _factors(inputs: Sequence[Tensor], out: Tensor) -> None:
 
 
 def _outputs(products: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """`A^T m`: four products along one side to the two outputs."""
+    """`A^T m`: four products along one side -> two outputs."""
     torch.add(products[0], products[1], out=out[0]).add_(products[2])
     torch.sub(products[1], products[2], out=out[1]).sub_(products[3])

@@ -176,11 +176,11 @@ def compare(own: Timing, peer: Timing, own_images: int = 1, peer_images: int = 1
 
     The distance is the maximum difference of the tensors, absolute and relative to the peer's maximum value.
     """
-    each = [theirs / mine * own_images / peer_images for mine, theirs in zip(own.seconds, peer.seconds, strict=True)]
+    each = [peers / ours * own_images / peer_images for ours, peers in zip(own.seconds, peer.seconds, strict=True)]
     low, _, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
     found = {"ratio": peer.median / own.median * own_images / peer_images, "quartiles": [low, high]}
     if own.output is not None and peer.output is not None:
-        mine, theirs = own.output.double().cpu(), peer.output.double().cpu()
-        off = (mine - theirs).abs().max().item()
-        found |= {"largest_difference": off, "relative": off / theirs.abs().max().item()}
+        ours, peers = own.output.double().cpu(), peer.output.double().cpu()
+        off = (ours - peers).abs().max().item()
+        found |= {"largest_difference": off, "relative": off / peers.abs().max().item()}
     return found

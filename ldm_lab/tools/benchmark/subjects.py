@@ -156,9 +156,9 @@ def train(subject: Subject) -> list[Contestant]:
     if subject.against:
         from diffusers.training_utils import EMAModel
 
-        theirs, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
+        unet, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
         images = subject.images()
-        average = Step(subject, theirs, lambda network: EMAModel(network.parameters(), decay=0.9999))
+        average = Step(subject, unet, lambda network: EMAModel(network.parameters(), decay=0.9999))
         average.encode = _peers(subject, lambda: _encoded(vqvae, images))
         average.dtype = subject.peer_dtype
         steps.append(average)

@@ -59,11 +59,11 @@ class Evaluator:
         if self.kind != kinds.OWN or self.target.known is not None:
             device = self.trainer.strategy.root_device
             return kinds.make(self.kind, self.weights, self.target.known, self.cache_dir, device)
-        said = (reference.read_header(self.target.statistics) or {}).get("extractor", {})
-        found = own.kept(self.cache_dir, str(said.get("fingerprint")))
+        stored = (reference.read_header(self.target.statistics) or {}).get("extractor", {})
+        found = own.kept(self.cache_dir, str(stored.get("fingerprint")))
         if found is None:
             raise LoadError(
-                f"{self.target.statistics}: its extractor {said.get('name')} is not in {own.folder(self.cache_dir)}:"
+                f"{self.target.statistics}: its extractor {stored.get('name')} is not in {own.folder(self.cache_dir)}:"
                 " give the images with --data FOLDER, or --features as they were when it was saved"
             )
         return found

@@ -16,7 +16,7 @@ from ldm_lab.utils.limits import Count
 
 
 class Checkpoint(Callback):
-    """Write `last.ckpt` every so many images and at the end; the one before stays as `previous.ckpt`.
+    """Writes `last.ckpt` every so many images and at the end; the checkpoint before stays as `previous.ckpt`.
 
     Training goes on while a file is written. If writing fails, training stops at the next step with a one-line error:
     hours of training that no file keeps would be worse.

@@ -17,7 +17,7 @@ from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils.signals import BROKEN_PIPE, Interrupted, heeded
 from ldm_lab.utils.terminal import cry
 
-NOT_REPEATED = (getattr(signal, "SIGHUP", None), BROKEN_PIPE)  # the sender is gone: nobody is impatient
+NOT_REPEATED = (getattr(signal, "SIGHUP", None), BROKEN_PIPE)  # their sender is gone, so a repeat is no new request
 
 
 class BrokenOff(Exception):  # noqa: N818  it is no error
@@ -79,7 +79,7 @@ class Interrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: StageModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Save and stop if a signal or a callback asks for it; a callback need not ask at the last step."""
+        """Save and stop if a signal or a callback asks for it; at the last step ignore callbacks, as training ends."""
         if module.images_seen % trainer.datamodule.global_batch_size:
             return
         wish = self._asked(trainer, trainer.global_step)
@@ -151,7 +151,7 @@ class Interrupt(Callback):
 def without_own_handlers(trainer: Trainer) -> None:
     """Disables Lightning's signal handlers, and its broadcast of SIGTERM to all ranks in every step.
 
-    Lightning's SIGTERM handler waits for the other ranks in the middle of a step, so a signal to one rank is a
+    Lightning's SIGTERM handler waits for the other ranks in the middle of a step, so a signal to one rank causes a
     deadlock. Under Slurm its SIGUSR1 handler saves a checkpoint that no run would look for.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ def shared(trainer: Trainer, count: int, make: Callable[[Sequence[int]], Tensor]
         make: maps n indices to `(n, 3, H, W)` or `(n, F, 3, H, W)`; no image may depend on the other indices.
     """
     each = -(-count // trainer.world_size)
-    indices = [min(trainer.global_rank * each + place, count - 1) for place in range(each)]  # the last index pads
+    indices = [min(trainer.global_rank * each + place, count - 1) for place in range(each)]  # the last one pads
     images = make(indices).contiguous()
     if trainer.world_size == 1:
         return images

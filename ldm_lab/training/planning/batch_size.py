@@ -18,7 +18,7 @@ from ldm_lab.utils.terminal import say
 def find(trial: Trial, budget: Callable[[torch.device], int] = memory.budget) -> int:
     """The largest batch size that fits this process's device and divides its share of the global batch; prints it.
 
-    Every rank tests its own device before there is a process group; `SmallestBatchSize` then takes the minimum.
+    Every rank tests its own device before there is a process group; `SmallestBatchSize` takes the minimum later.
 
     Args:
         trial: trial of the stage.
