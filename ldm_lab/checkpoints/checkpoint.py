@@ -218,8 +218,8 @@ def network(parts: Mapping[str, Part], name: str, kinds: Sequence[type], plugins
         plugins: packages whose classes the config may name too.
         origin: the file, for the message.
 
-        Raises:
-            LoadError: the checkpoint lacks the network, or some of its tensors.
+    Raises:
+        LoadError: the checkpoint lacks the network, or some of its tensors.
     """
     if name not in parts:
         raise LoadError(f"{origin}: this checkpoint holds no {name}, only {', '.join(parts)}")

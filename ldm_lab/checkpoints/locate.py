@@ -57,8 +57,8 @@ def find(
         local_files_only: use only the cache, or fail.
         download: see `hub.fetch`.
 
-        Raises:
-            LoadError: there is no such pipeline; for a missing snapshot the message lists the existing snapshots.
+    Raises:
+        LoadError: there is no such pipeline; for a missing snapshot the message lists the existing snapshots.
     """
     if hub.is_name(source):
         model = str(source).partition("@")[0].rpartition("/")[2]  # samples go beside that name, not into the cache

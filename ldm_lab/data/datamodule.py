@@ -42,9 +42,8 @@ class ImageDataModule(lightning.LightningDataModule):
         latents_precision: precision of encoding for the cache, "float32" or "bfloat16".
         cache_dir: parent folder of the caches.
 
-        Attributes:
-            images_seen: position in the stream at which training begins. To resume a run, set it before
-                `Trainer.fit`.
+    Attributes:
+        images_seen: position in the stream at which training begins. To resume a run, set it before `Trainer.fit`.
         stop: position at which the training loader ends; None: never.
         compare_with_training: whether validation also runs over training images.
         cached: cached latents to train on; None: train on images.

@@ -57,8 +57,8 @@ class FolderImages(ImageDataset):
         max_pixels: maximum pixels of an image; None: Pillow's limit.
         seed: seed of crops and flips.
 
-        Attributes:
-            pixels_key: the setting of `max_pixels`, for messages.
+    Attributes:
+        pixels_key: the setting of `max_pixels`, for messages.
 
     Raises:
         UserError: an argument is invalid, or the folder is missing or holds no images.

@@ -160,9 +160,9 @@ class LatentCache:
             skipped: image -> the errors of the skipped files that another file replaced, a line each.
             error: error of the stored latents.
 
-            Raises:
-                UserError: a number is too large for the dtype, or not finite.
-                SaveError: the file cannot be written.
+        Raises:
+            UserError: a number is too large for the dtype, or not finite.
+            SaveError: the file cannot be written.
         """
         kept = moments.to(DTYPES[self.dtype])
         if not kept.isfinite().all():

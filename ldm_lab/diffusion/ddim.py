@@ -100,9 +100,9 @@ class DDIMScheduler(Scheduler):
             return_dict: `False` returns a plain tuple.
             prev_timestep: go to this earlier timestep instead; below 0: the end of the chain.
 
-            Raises:
-                UserError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction with ᾱ_t = 0;
-                    shapes or the number of generators do not fit.
+        Raises:
+            UserError: t is not within 0..T-1; eta is below 0 or too large; epsilon prediction with ᾱ_t = 0;
+                shapes or the number of generators do not fit.
         """
         require(is_number(eta) and eta >= 0, "eta", eta, "a number, at least 0")
         t, earlier = self._step_times(timestep, prev_timestep)

@@ -108,9 +108,9 @@ class DDPMScheduler(Scheduler):
             variance_noise: z itself, instead of a generator.
             prev_timestep: go to this earlier timestep instead; below 0: the end of the chain.
 
-            Raises:
-                UserError: t is not within 0..T-1; epsilon prediction with ᾱ_t = 0; shapes or the number of generators
-                do not fit.
+        Raises:
+            UserError: t is not within 0..T-1; epsilon prediction with ᾱ_t = 0; shapes or the number of generators
+            do not fit.
         """
         t, earlier = self._step_times(timestep, prev_timestep)
         x_t = at_least_float32(sample)

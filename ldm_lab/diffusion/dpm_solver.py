@@ -250,9 +250,9 @@ class DPMSolverMultistepScheduler(Scheduler):
             variance_noise: z itself, instead of a generator.
             return_dict: `False` returns a tuple of only the sample, as in diffusers.
 
-            Raises:
-                UserError: `set_timesteps` was not called; t is out of order; epsilon prediction with ᾱ_t = 0; shapes
-                    or the number of generators do not fit.
+        Raises:
+            UserError: `set_timesteps` was not called; t is out of order; epsilon prediction with ᾱ_t = 0; shapes
+                or the number of generators do not fit.
         """
         place = self._place(index_of(timestep))
         here, target = self._levels[place : place + 2]

@@ -34,8 +34,8 @@ def randn(
         device: device of the result.
         dtype: floating-point dtype of the draw.
 
-        Raises:
-            UserError: the list of generators does not have length B.
+    Raises:
+        UserError: the list of generators does not have length B.
     """
     if generator is None:
         return torch.randn(*shape, device=device, dtype=dtype)

@@ -50,8 +50,8 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
         scheduler: the model's scheduler; it is not changed.
         eta: η for later steps.
 
-        Raises:
-            UserError: there is no such sampler, or it does not support this eta.
+    Raises:
+        UserError: there is no such sampler, or it does not support this eta.
     """
     kind = named(name)
     if eta and not takes_eta(kind):

@@ -30,8 +30,8 @@ def adaptive_weight(nll: Tensor, generator: Tensor, last_layer: Tensor, max_weig
         last_layer: weight of the decoder's last layer; gradients are with respect to it.
         max_weight: upper end of the clamp.
 
-        Returns:
-            0-dim, detached; zero without gradients (in validation).
+    Returns:
+        0-dim, detached; zero without gradients (in validation).
     """
     if not generator.requires_grad:
         return torch.zeros_like(generator)

@@ -135,9 +135,9 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
             original_config: its YAML file; None: the YAML file beside it, else inferred from the tensors.
             torch_dtype: dtype of the weights; None keeps the dtype of the file.
 
-            Raises:
-                LoadError: a file is missing or corrupt, holds another kind of first stage, or a tensor is missing or
-                    surplus; the one-line message names it.
+        Raises:
+            LoadError: a file is missing or corrupt, holds another kind of first stage, or a tensor is missing or
+                surplus; the one-line message names it.
         """
         path = shell.path(path)
         config, tensors = compvis.read_first_stage(path, original_config)

@@ -123,8 +123,8 @@ class AutoencoderKL(LaidOut, FirstStage):
             return_dict: False returns a tuple.
             generator: has no effect, as in diffusers.
 
-            Raises:
-                UserError: wrong number of channels.
+        Raises:
+            UserError: wrong number of channels.
         """
         require_input(z.shape, self.embed_dim, 1, "AutoencoderKL.decode")
         sample = self.to_pixels(self.post_quant_conv(z))

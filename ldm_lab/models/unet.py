@@ -80,8 +80,8 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         num_attention_heads: number of heads at every width, instead of `attention_head_dim`; None: use
             `attention_head_dim`.
 
-        Raises:
-            UserError: a value is invalid or not supported.
+    Raises:
+        UserError: a value is invalid or not supported.
     """
 
     @register_to_config

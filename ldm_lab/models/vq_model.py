@@ -43,8 +43,8 @@ class VQModel(LaidOut, FirstStage):
         lookup_from_codebook: whether `decode(..., force_not_quantize=True)` takes code indices.
         force_upcast: has no effect, as in diffusers.
 
-        Raises:
-            UserError: a value is invalid or not supported.
+    Raises:
+        UserError: a value is invalid or not supported.
     """
 
     draws_latents: ClassVar[bool] = False
@@ -126,8 +126,8 @@ class VQModel(LaidOut, FirstStage):
             return_dict: False returns `(sample, commit_loss)`.
             shape: `(B, h, w, vq_embed_dim)`, for code indices.
 
-            Raises:
-                UserError: wrong number of channels.
+        Raises:
+            UserError: wrong number of channels.
         """
         if force_not_quantize and self.config.lookup_from_codebook:
             h = self.quantize.get_codebook_entry(h, shape)

@@ -93,9 +93,9 @@ def fetch(
         variant: variant of the weights; a network without it uses its plain weights, but some network must have it.
         use_safetensors: see `weights.choose`.
 
-        Raises:
-            LoadError: `huggingface_hub` is not installed; the model, its revision or the variant does not exist or is
-                not accessible; the hub is unreachable and the cache has no copy; or this is another kind of pipeline.
+    Raises:
+        LoadError: `huggingface_hub` is not installed; the model, its revision or the variant does not exist or is
+            not accessible; the hub is unreachable and the cache has no copy; or this is another kind of pipeline.
     """
     try:
         from huggingface_hub import snapshot_download

@@ -60,8 +60,8 @@ def unet(state: State, image_size: int) -> dict[str, Any]:
         state: `time_embed.*`, `input_blocks.*`, `middle_block.*`, `output_blocks.*`, `out.*`.
         image_size: positions along one side of the latents.
 
-        Raises:
-            LoadError: the tensors do not belong to a `UNetModel`.
+    Raises:
+        LoadError: the tensors do not belong to a `UNetModel`.
     """
     conv_in = _find(state, "input_blocks.0.0.weight")
     blocks = len(_count(state, "input_blocks.{}.0."))  # the first convolution and the layers, including downsamplers

@@ -118,8 +118,8 @@ def sections(stage: str, logged: Collection[str] | None = None) -> list[Section]
         logged: metrics and pictures, with prefix, of the compared runs: others are omitted, and unknown metrics get a
             section at the end. None: everything that a default run logs.
 
-        Returns:
-            Sections without empty panels and empty sections.
+    Returns:
+        Sections without empty panels and empty sections.
     """
     usual = foreseen(stage)
     if logged is None:
