@@ -1,10 +1,8 @@
 """Runs that several tests look at: `debug=tiny` trained once a session, in this process."""
 
-import contextlib
 import os
 import tempfile
 
-import filelock
 import lightning
 import pytest
 import torch
@@ -23,27 +21,17 @@ os.environ["LDM_LAB_CACHE"] = CACHE.name
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory):
-    """A folder with a finished `debug=tiny` run of each experiment. Nobody may change it: see `tests.trained.copy`.
-
-    The workers of one session share it: each trains the experiments that no other has begun, then waits for the rest.
-    """
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
-    shared.mkdir(exist_ok=True)
-    waiting = list(EXPERIMENTS)
-    while waiting:
-        for experiment in list(waiting):
-            with contextlib.suppress(filelock.Timeout), filelock.FileLock(shared / f"{experiment}.lock", timeout=0.5):
-                if not (shared / experiment).exists():
-                    train_tiny(shared / "runs", experiment)
-                    (shared / experiment).touch()
-                waiting.remove(experiment)
-    return shared / "runs"
-
-
-def train_tiny(runs, experiment):
-    journal = ("+callbacks.journal._target_=tests.callbacks.Journal", "+callbacks.journal.folder=${paths.stage}")
-    train(runs, f"experiment={experiment}", "plugins=[tests]", *journal)
+    """A folder with a finished `debug=tiny` run of each experiment. Nobody may change it: see `tests.trained.copy`."""
+    runs = tmp_path_factory.mktemp("tiny") / "runs"
+    for experiment in EXPERIMENTS:
+        train(
+            runs,
+            f"experiment={experiment}",
+            "plugins=[tests]",
+            "+callbacks.journal._target_=tests.callbacks.Journal",
+            "+callbacks.journal.folder=${paths.stage}",
+        )
+    return runs
 
 
 @pytest.fixture

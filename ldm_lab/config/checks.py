@@ -44,7 +44,7 @@ def check(config: dict[str, Any]) -> None:
         if (value := find(config, key, ...)) is not ...:
             signatures.require(key, value, hint)
     _check_texts(config)
-    _check_precision(config)
+    check_precision(config)
     check_trainer(config)
     cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
     if cached and find(config, "data.module.train_set.random_crop"):
@@ -60,7 +60,8 @@ def _check_texts(config: dict[str, Any]) -> None:
             raise UserError(f"{key}={shown(value)}: is no text; in a YAML file, put it in quotes")
 
 
-def _check_precision(config: dict[str, Any]) -> None:
+def check_precision(config: dict[str, Any]) -> None:
+    """Refuse a precision that training or sampling does not have. Raises `UserError`."""
     known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
     value = find(config, "trainer.precision")
     if value is not None and str(value) not in (*known, *ALIASES):

@@ -205,7 +205,8 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
             raise ConfigError(
                 f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
             )
-        checks.check_code(plain(config))  # before an epoch is counted, for which data sets are built
+        for check_early in (checks.check_code, checks.check_precision):
+            check_early(plain(config))  # before an epoch is counted, for which data sets are built
         _refuse_other_lengths(config)
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):

@@ -147,7 +147,6 @@ def test_groups_can_be_exchanged():
         (["max_images=many"], ["max_images=many", "whole number"]),
         (["max_images=0"], ["max_images=0", "at least 1"]),
         (["checkpoint_every=0"], ["checkpoint_every=0", "at least 1"]),
-        (["data.batch_size=2.5"], ["data.batch_size=2.5", "whole number"]),
         (["seed=-1"], ["seed=-1", "at least 0"]),
         (["seed=18446744073709551616"], ["seed=18446744073709551616", "at most 9223372036854775807"]),
         (["max_images=null"], ["max_images=null", "whole number"]),
