@@ -102,7 +102,8 @@ def test_null_is_refused_at_every_key_that_does_not_declare_it(composed, name):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("seed", 2**64), ("seed", 1.0), ("seed", True), ("data.num_workers", -1), ("data.num_workers", "two"), ("data.batch_size", 2.5),
+        ("seed", 2**64), ("seed", 1.0), ("seed", True), ("data.num_workers", -1), ("data.num_workers", "two"),
+        ("data.batch_size", 2.5),
         ("data.flip", "yes"), ("data.flip", 1), ("data.val_fraction", float("nan")), ("data.val_fraction", True),
         ("callbacks.sample_grid.every_images", 0), ("callbacks.sample_grid.steps", 0), ("callbacks.health.patience", 0),
         ("callbacks.sample_grid.raw", -1), ("callbacks.sample_grid.seed", 2.5), ("callbacks.sample_grid.images", "all"),
