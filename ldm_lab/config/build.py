@@ -15,7 +15,7 @@ from ldm_lab.config.files import ConfigError
 from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, doing, one_line
 
-LIBRARIES = ("torch", "lightning")  # of whose public classes a config may name some (see `settings.PUBLIC`)
+LIBRARIES = ("torch", "lightning")  # of whose public classes a config may name some (see `checks.PUBLIC`)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

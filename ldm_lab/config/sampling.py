@@ -44,8 +44,9 @@ def sample(config: DictConfig) -> None:
     folder = Path(config.output or generate.default_folder(state, settings))
     with locks.alone(folder, "another output=", is_first_process()):
         if is_first_process():
-            stands = "finished" if state.images_seen is None else f"not finished, at {state.images_seen:,} images"
-            say(f"{config.ckpt}: {stands}{'' if state.images_seen is None else f': {state.path}'}")
+            images = state.images_seen
+            stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
+            say(f"{config.ckpt}: {stands}")
             manifest = generate.describe(pipe, config.ckpt, settings)
             generate.claim(folder, manifest)
         drawn = draw(config, pipe, settings, trainer, folder)

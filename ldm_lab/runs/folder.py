@@ -85,7 +85,7 @@ class RunFolder:
         return config
 
     def clear_leftovers(self) -> None:
-        """Remove what a killed process was writing (see `saving.replacing`)."""
+        """Remove what a killed process was writing (see `writing.replacing`)."""
         for path in [path for path in self.folder.rglob(".*.tmp") if path.is_file()]:
             path.unlink()
 

@@ -1,1 +1,1 @@
-"""The small tools: `python -m ldm_lab NAME ...`. A tool is one module here; its docstring's first line is its entry."""
+"""The small tools: `python -m ldm_lab NAME ...`. A tool is a module, or a folder with a `command`."""

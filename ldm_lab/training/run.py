@@ -115,7 +115,7 @@ def begin(run: RunFolder, module: StageModule, data: ImageDataModule, trainer: T
         logger.log_hyperparams(config)
     for logger in run_loggers(trainer):
         logger.forget_after(data.images_seen)
-        logger.log_facts(facts(module, data))
+        logger.log_facts(lambda: facts(module, data))
         if config["autoencoder_hash"]:
             logger.use_artifact("autoencoder", config["autoencoder_hash"])
 

@@ -224,7 +224,7 @@ def test_artifacts_can_be_left_out(tmp_path, service):
 
 def test_what_the_stage_is_made_of_stands_beside_its_config(tmp_path, service):
     one = logger(tmp_path)
-    one.log_facts({"parameters": 7})
+    one.log_facts(lambda: {"parameters": 7})
     assert service.runs[0].params == {"facts": {"parameters": 7}}
 
 

@@ -37,8 +37,9 @@ class Export(Callback):
             module.autoencoder.save_pretrained(self.folder / "final")
         _, network = next(iter(module.exported().values()))
         where = {"folder": str(self.folder / "final"), "images_seen": module.images_seen}
+        content = fingerprint(network)
         for logger in run_loggers(trainer):
-            logger.log_artifact(module.stage, fingerprint(network), **where)
+            logger.log_artifact(module.stage, content, **where)
 
 
 def publish(pipeline: Path, run: Path) -> None:

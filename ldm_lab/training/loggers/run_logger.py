@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
@@ -17,8 +18,8 @@ class RunLogger(Logger):
     def log_picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         """Show a picture."""
 
-    def log_facts(self, facts: dict[str, Any]) -> None:
-        """Record facts about the stage that are not in its config (see `ldm_lab.training.facts`)."""
+    def log_facts(self, facts: Callable[[], dict[str, Any]]) -> None:
+        """Record facts that are not in the config (see `ldm_lab.training.facts`); making them takes seconds."""
 
     def log_artifact(self, kind: str, content: str, **facts: Any) -> None:  # noqa: ANN401
         """Record an output of the stage (an "autoencoder", "latents" ...), identified by the hash of its content."""

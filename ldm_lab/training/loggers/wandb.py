@@ -130,9 +130,10 @@ class WandbLogger(RunLogger):
         self._safely(lambda run: run.config.update(params, allow_val_change=True))
 
     @rank_zero_only
-    def log_facts(self, facts: dict[str, Any]) -> None:
+    def log_facts(self, facts: Callable[[], dict[str, Any]]) -> None:
         """Log facts about the stage that are not in its config (see `ldm_lab.training.facts`)."""
-        self._safely(lambda run: run.config.update({"facts": facts}, allow_val_change=True))
+        found = facts()
+        self._safely(lambda run: run.config.update({"facts": found}, allow_val_change=True))
 
     @rank_zero_only
     def log_artifact(self, kind: str, content: str, **facts: Any) -> None:  # noqa: ANN401
