@@ -1,5 +1,6 @@
 """Runs that several tests look at: `debug=tiny` trained once a session, in this process."""
 
+import gc
 import os
 import tempfile
 
@@ -63,3 +64,9 @@ def pytest_collection_modifyitems(items):
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: ("rehearsal" in getattr(item, "fixturenames", ()), item.path not in slow))
+
+
+def pytest_collection_finish():
+    """Python's garbage collector need not look again and again at what was imported: a million objects."""
+    gc.collect()
+    gc.freeze()

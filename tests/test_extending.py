@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import ldm_lab.config.compose
-import ldm_lab.config.files
 import sample
+from ldm_lab.config import files
 from ldm_lab.config.compose import Recipe, build
 from ldm_lab.config.files import CONFIGS
 from ldm_lab.models.vq_model import VQModel
@@ -55,8 +55,7 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
-        for module in (ldm_lab.config.compose, ldm_lab.config.files):
-            patch.setattr(module, "CONFIGS", folder / "configs")
+        patch.setattr(files, "CONFIGS", folder / "configs")
         yield folder
         forget()
 

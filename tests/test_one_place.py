@@ -6,9 +6,7 @@ from typing import Annotated
 import pytest
 from omegaconf import OmegaConf
 
-import ldm_lab.config.compose
-import ldm_lab.config.files
-from ldm_lab.config import kinds
+from ldm_lab.config import files, kinds
 from ldm_lab.config.build import build
 from ldm_lab.config.compose import Recipe, compose_sample, plain
 from ldm_lab.config.files import CONFIGS, ConfigError
@@ -31,8 +29,7 @@ def configs(tmp_path, monkeypatch):
     """A copy of `configs/`, which files can be added to."""
     folder = tmp_path / "configs"
     shutil.copytree(CONFIGS, folder, ignore=shutil.ignore_patterns("local"))
-    for module in (ldm_lab.config.compose, ldm_lab.config.files):
-        monkeypatch.setattr(module, "CONFIGS", folder)
+    monkeypatch.setattr(files, "CONFIGS", folder)
     return folder
 
 

@@ -7,7 +7,6 @@ goes to every stage that knows its key. A stage on its own is a recipe of one.
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -17,28 +16,24 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab.config import checks, kinds
+from ldm_lab.config import checks, files, kinds
+from ldm_lab.config.bases import base, settable
 from ldm_lab.config.build import build, build_all, plain  # noqa: F401  the door to all of it
 from ldm_lab.config.files import (
-    CONFIGS,
     ConfigError,
     choices,
     local_plugins,
     option_for,
-    read_yaml,
     searched,
     stages,
 )
 from ldm_lab.config.keys import takers, where_known
-from ldm_lab.config.overrides import as_typed, first, one_job, parse_overrides
+from ldm_lab.config.overrides import apply, as_typed, first, one_job, parse_overrides
 from ldm_lab.config.sweep import job_name, pack, unpack
 from ldm_lab.utils import nested, shell
 from ldm_lab.utils.errors import one_line, reporting
@@ -94,19 +89,11 @@ class Recipe:
                 raise ConfigError(f"{o.input_line}: is not of {' or '.join(self.stages)}; there are: {there}")
             if o.is_delete() and not is_group(o) and not o.key_or_group.startswith(("callbacks.", "logger.", "model.")):
                 raise ConfigError(f"{o.input_line}: is needed; give it another value")
-        bases = [_base("train", (f"experiment={stage}", *self._groups(stage)), _versions()) for stage in self.stages]
-        lines = [where_known(base) for base in bases]
-        for o in self.overrides:
-            adds = o.is_add() or o.is_force_add()
-            for stage in [] if is_group(o) else takers(o.input_line, o.key_or_group, adds, bases):
-                lines[stage].append(o.input_line)
-        configs = [
-            _compose("train", [f"experiment={stage}", *self._groups(stage), *mine])
-            for stage, mine in zip(self.stages, lines, strict=True)
-        ]
+        bases = [base("train", (f"experiment={stage}", *self._groups(stage))) for stage in self.stages]
+        configs = [_changed(settable(one), where_known(one)) for one in bases]
+        _apply(self.overrides, bases, configs)
         for config in configs:
-            for key, value in changes.get(config.stage, {}).items():
-                OmegaConf.update(config, key, value, force_add=True)
+            _changed(config, changes.get(config.stage, {}))
         plugins = plugins_given(self.overrides)
         return [check(config, plugins) for config in configs]
 
@@ -134,7 +121,7 @@ def _kind(stage: str) -> str:
 
 def is_group(override: Override) -> bool:
     """Whether an override picks a config file (`trainer=ddp`) rather than sets a value."""
-    return (CONFIGS / override.key_or_group).is_dir()
+    return (files.CONFIGS / override.key_or_group).is_dir()
 
 
 def option(override: Override, stage: str) -> str | None:
@@ -151,44 +138,23 @@ def plugins_given(overrides: Iterable[Override]) -> Any:  # noqa: ANN401
 def compose_sample(overrides: list[str]) -> DictConfig:
     """The config of `sample.py`."""
     parsed = one_job(parse_overrides(overrides))
-    lines = [option(o, "sample") if is_group(o) else o.input_line for o in parsed]
-    base = _base("sample", (), _versions())
-    for o in parsed:
-        if not is_group(o):
-            takers(o.input_line, o.key_or_group, o.is_add() or o.is_force_add(), [base])
-    config = _compose("sample", lines)
+    plain_base = base("sample", tuple(line for o in parsed if is_group(o) and (line := option(o, "sample"))))
+    _apply(parsed, [plain_base], [config := settable(plain_base)])
     config.plugins = plugins_given(parsed)  # those of local/, too, which has no other settings for sampling
     return check(config, config.plugins)
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
-    try:
-        if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
-            return compose(name, overrides)
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose(name, overrides)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-        for path in sorted(CONFIGS.rglob("*.yaml")):
-            read_yaml(path)  # names the file, which Hydra does not always
-        raise ConfigError(one_line(error)) from error
+def _apply(overrides: Iterable[Override], bases: list[dict[str, Any]], configs: list[DictConfig]) -> None:
+    """Set the keys of a command in the configs of the stages that have them, in place."""
+    for o in overrides:
+        for stage in [] if is_group(o) else takers(o.input_line, o.key_or_group, o.is_add() or o.is_force_add(), bases):
+            apply(o, configs[stage])
 
 
-@functools.lru_cache(maxsize=64)
-def _base(name: str, groups: tuple[str, ...], versions: object) -> dict[str, Any]:
-    """A config before keys are set, as plain data: missing values and references to other keys are text.
-
-    Args:
-        name: of the primary file.
-        groups: the overrides that pick files.
-        versions: of the files; a config is composed anew where they have changed, which takes half a second.
-    """
-    return OmegaConf.to_container(_compose(name, list(groups)), resolve=False)  # type: ignore[return-value]
-
-
-def _versions() -> tuple[tuple[str, int, int], ...]:
-    """Each YAML file with its size and time of change."""
-    found = [(path, path.lstat()) for path in sorted(CONFIGS.rglob("*.yaml"))]
-    return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
+def _changed(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    for key, value in values.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    return config
 
 
 def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
@@ -199,14 +165,16 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
         plugins: those that the user has named.
     """
     try:
-        if missing := sorted(OmegaConf.missing_keys(config)):
+        raw = nested.flatten(OmegaConf.to_container(config, resolve=False))
+        if missing := sorted(key for key, value in raw.items() if value == "???"):
             raise ConfigError(f"{missing[0]}= must be given")
         if config.plugins != plugins:
             raise ConfigError(
                 f"plugins={config.plugins} stands in a config file: name it on the command line or in configs/local/"
             )
+        resolved = plain(config)
         for check_early in (checks.check_code, checks.check_precision):
-            check_early(plain(config))  # before an epoch is counted, for which data sets are built
+            check_early(resolved)  # before an epoch is counted, for which data sets are built
         _refuse_other_lengths(config)
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):
@@ -282,7 +250,7 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
     shared = [f"autoencoder={shell.quoted(configs[0].autoencoder)}"] if configs[0].autoencoder and not given else []
 
-    @hydra.main(config_path=str(CONFIGS), config_name="sweep", version_base="1.3")
+    @hydra.main(config_path=str(files.CONFIGS), config_name="sweep", version_base="1.3")
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]

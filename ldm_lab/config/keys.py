@@ -23,9 +23,9 @@ def keys(config: dict[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def where_known(config: dict[str, Any]) -> list[str]:
-    """The overrides that a config file (`debug=tiny`) has for keys that not every stage has."""
-    return [f"{key}={value}" for key, value in config.get("where_known", {}).items() if knows(config, key)]
+def where_known(config: dict[str, Any]) -> dict[str, Any]:
+    """The values that a config file (`debug=tiny`) has for keys that not every stage has."""
+    return {key: value for key, value in config.get("where_known", {}).items() if knows(config, key)}
 
 
 def takers(line: str, key: str, adds: bool, configs: list[dict[str, Any]]) -> list[int]:

@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 
-import ldm_lab.config.compose
-import ldm_lab.config.files
+from ldm_lab.config import files
 from ldm_lab.config.compose import Recipe, build, build_all, plain
 from ldm_lab.config.files import CONFIGS, experiments
 from ldm_lab.utils.lengths import parse_images
@@ -297,8 +296,7 @@ def test_a_size_brings_networks_batch_and_length_for_both_stages(size):
 def test_only_the_command_line_and_local_settings_may_name_plugins(tmp_path, monkeypatch):
     root = tmp_path / "configs"
     shutil.copytree(CONFIGS, root)
-    for module in (ldm_lab.config.compose, ldm_lab.config.files):
-        monkeypatch.setattr(module, "CONFIGS", root)
+    monkeypatch.setattr(files, "CONFIGS", root)
     assert compose("plugins=[tests]")[0].plugins == ["tests"]
     (root / "local/default.yaml").write_text("# @package _global_\nplugins: [tests]\n")
     assert compose()[0].plugins == ["tests"]
@@ -313,8 +311,7 @@ def test_only_the_command_line_and_local_settings_may_name_plugins(tmp_path, mon
 def test_a_file_that_is_no_yaml_is_one_line(tmp_path, monkeypatch, text):
     root = tmp_path / "configs"
     shutil.copytree(CONFIGS, root)
-    for module in (ldm_lab.config.compose, ldm_lab.config.files):
-        monkeypatch.setattr(module, "CONFIGS", root)
+    monkeypatch.setattr(files, "CONFIGS", root)
     for file in ("experiment/mine.yaml", "local/default.yaml"):
         (root / file).write_bytes(text if isinstance(text, bytes) else text.encode())
         assert file.partition("/")[0] in one_line_error("experiment=mine" if "mine" in file else "experiment=celebahq")

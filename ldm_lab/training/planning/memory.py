@@ -34,8 +34,8 @@ def budget(device: torch.device) -> int:
 
 def free(device: torch.device) -> int:
     """Free bytes of a GPU, or of the machine's memory within the limit of its control group."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     machine = _kilobytes("/proc/meminfo", "MemAvailable")
