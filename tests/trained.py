@@ -16,6 +16,7 @@ from train import job
 
 RECIPES = ("celebahq", "ffhq", "lsun_bedrooms", "lsun_churches")  # the published ones
 EXPERIMENTS = ("avatars", "celebahq", "lsun_churches")  # those that tests train
+SMALL = "model.loss.discriminator.channels=8"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -38,10 +39,18 @@ def undisturbed():
         assert [signal.getsignal(number) for number in SIGNALS] == handlers, "a signal was not given back"
 
 
+def small(overrides):
+    """The override that makes the discriminator small, where there is one: a quarter of the time of a training."""
+    experiment = next((o.partition("=")[2] for o in overrides if o.startswith("experiment=")), "avatars")
+    recipe, _, stage = experiment.partition("/")
+    typed = any(o.startswith("model.loss.discriminator") for o in overrides)
+    return [] if recipe not in RECIPES or stage == "diffusion" or typed else [SMALL]
+
+
 def train(runs, *overrides):
     """`python train.py debug=tiny logger=csv paths.runs=<runs> <overrides>`; returns the last `val/loss`."""
     with undisturbed():
-        return job(["debug=tiny", "logger=csv", f"paths.runs={runs}", *overrides])
+        return job(["debug=tiny", "logger=csv", f"paths.runs={runs}", *small(overrides), *overrides])
 
 
 def copy(runs, target, name="celebahq"):

@@ -12,10 +12,17 @@ from ldm_lab.data.images import FolderImages, ImageError
 from ldm_lab.data.sampler import permutation
 from tests.reliability import kills
 from tests.reliability.commands import TWO
-from tests.trained import metrics, train
+from tests.trained import SMALL, metrics, train
 
 STAGE = "celebahq/autoencoder"
-TRAINING = (f"experiment={STAGE}", "debug=tiny", "logger=csv", "plugins=[tests]", "trainer.log_every_n_steps=1000")
+TRAINING = (
+    f"experiment={STAGE}",
+    SMALL,
+    "debug=tiny",
+    "logger=csv",
+    "plugins=[tests]",
+    "trainer.log_every_n_steps=1000",
+)
 HALVES = ("data.global_batch_size=40", "data.val_batch_size=40")
 
 

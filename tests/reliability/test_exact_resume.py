@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from tests.helpers import assert_close_relative
 from tests.reliability.kills import ROOT, SEED, TALLY, TIME_LIMIT, Moment, start
 from tests.reliability.sameness import assert_same_run
-from tests.trained import assert_equal, final_weights
+from tests.trained import SMALL, assert_equal, final_weights
 
 INTERVAL, STEP = 16, 8  # images between checkpoints, and of a step, of debug=tiny
 
-VQ = ("experiment=celebahq", "model.loss.discriminator.channels=8")
-KL = ("experiment=lsun_churches", "model.loss.discriminator.channels=8", "model.loss.adversarial.start_images=16")
+VQ = ("experiment=celebahq", SMALL)
+KL = ("experiment=lsun_churches", SMALL, "model.loss.adversarial.start_images=16")
 CSV = "logger=csv"
 LOADERS = "data.num_workers=2"
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
@@ -135,7 +135,7 @@ def assert_little_is_repeated(before, now=None):
 @contextlib.contextmanager
 def typed(runs, *overrides):
     """A command as users type it, in a shell of its own; what is left of it is killed."""
-    command = [sys.executable, "train.py", "experiment=celebahq", "debug=tiny", f"paths.runs={runs}", *overrides]
+    command = [sys.executable, "train.py", *VQ, "debug=tiny", f"paths.runs={runs}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
@@ -154,7 +154,7 @@ def test_a_run_killed_three_times(tiny_runs, tmp_path):
         while not (runs / "celebahq/autoencoder/checkpoints/last.ckpt").is_file() and process.poll() is None:
             time.sleep(0.01)
     assert process.returncode == -signal.SIGKILL
-    command = ["experiment=celebahq", "debug=tiny", CSV]
+    command = [*VQ, "debug=tiny", CSV]
     first, *others = [
         start(runs, command, moment)
         for moment in (
@@ -248,11 +248,11 @@ def test_another_number_of_devices_goes_on_with_the_same_images_and_noise(tiny_r
     (The discriminator's BatchNorm sees the images of one process.)
     """
     stream = ["plugins=[tests]", "+callbacks.stream._target_=tests.callbacks.Stream"]
-    command = ["experiment=celebahq", "debug=tiny", CSV, *stream]
+    settings = ["debug=tiny", CSV, *stream]
     given = f"autoencoder={tiny_runs}/celebahq"
-    start(tmp_path / "whole", [*command, f"+callbacks.stream.folder={tmp_path}/drawn"])
-    for stage, own in (("autoencoder", ()), ("diffusion", (given,))):
-        mine = [f"experiment=celebahq/{stage}", *command[1:], f"+callbacks.stream.folder={tmp_path}/drawn again", *own]
+    start(tmp_path / "whole", [*VQ, *settings, f"+callbacks.stream.folder={tmp_path}/drawn"])
+    for stage, own in (("autoencoder", (SMALL,)), ("diffusion", (given,))):
+        mine = [f"experiment=celebahq/{stage}", *settings, f"+callbacks.stream.folder={tmp_path}/drawn again", *own]
         for world_size, images in ((1, 24), (2, 48)):
             moment = Moment(f"hook {stage} on_train_batch_end {images}")
             now = start(tmp_path / "runs", [*mine, *(TWO if world_size == 2 else ())], moment, world_size)

@@ -9,10 +9,10 @@ import torch
 
 from tests.helpers import contents
 from tests.reliability.commands import TWO, Command, python, torchrun
-from tests.trained import assert_equal, metrics
+from tests.trained import SMALL, assert_equal, metrics
 
 MINUTE = 60
-TINY = ("experiment=celebahq", "debug=tiny", "logger=csv", "plugins=[tests]")
+TINY = ("experiment=celebahq", SMALL, "debug=tiny", "logger=csv", "plugins=[tests]")
 STAGES = ("autoencoder", "diffusion")
 OTHER = {0: 1, 1: 0}
 

@@ -124,7 +124,7 @@ def test_latents_are_encoded_in_float32_whatever_the_training_computes_in(experi
         assert all(torch.equal(*pair) for pair in zip(kept, [moments.half() for moments in exact], strict=True))
         if experiment == "celebahq":
             codes = [autoencoder.quantize(torch.cat(m).flatten(0, 1).float()).info.indices for m in (kept, exact)]
-            assert (codes[0] == codes[1]).float().mean() > 0.999
+            assert (codes[0] == codes[1]).float().mean() > 0.995
     assert read_json(cached()[0].with_name("meta.json"))["precision"] == "32-true"  # and so their key is as it was
     made = {path: path.stat().st_mtime_ns for path in cached()}
     stage_2(tmp_path / "float32", tiny_runs, experiment, "trainer.precision=32-true", "max_images=8")

@@ -11,7 +11,7 @@ import pytest
 
 from ldm_lab.utils.errors import reporting
 from ldm_lab.utils.signals import STOPPING, listen
-from tests.trained import assert_equal, final_weights, last_checkpoint, metrics, train
+from tests.trained import assert_equal, final_weights, last_checkpoint, metrics, small, train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = "experiment=celebahq"
@@ -29,7 +29,7 @@ def start(runs, *overrides):
     """`python train.py debug=tiny ...` in a group of processes of its own."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.Popen(
-        [sys.executable, "train.py", "debug=tiny", "logger=csv", f"paths.runs={runs}", *overrides],
+        [sys.executable, "train.py", "debug=tiny", "logger=csv", f"paths.runs={runs}", *small(overrides), *overrides],
         cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from ldm_lab.training.planning import memory
 from ldm_lab.training.planning.memory import num_bytes
 from ldm_lab.training.planning.trial import Trial
-from tests.trained import last_checkpoint, undisturbed
+from tests.trained import last_checkpoint, small, undisturbed
 from tests.training.stages import trial
 
 GB = 2**30
@@ -19,7 +19,7 @@ def test_a_trial_measures_and_leaves_nothing(experiment, tiny_runs, tmp_path, mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
-    tried = trial(experiment, "data.batch_size=auto")
+    tried = trial(experiment, "data.batch_size=auto", *small([f"experiment={experiment}"]))
     before = {key: value.clone() for key, value in tried.module.state_dict().items()}
     with undisturbed():
         measured = tried.run(batch_size=2, images=8, steps=4)
