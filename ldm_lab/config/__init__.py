@@ -1,1 +1,1 @@
-"""From a command line to built objects; Hydra and OmegaConf are imported here alone."""
+"""Turns a command line into built objects; the only package that imports Hydra and OmegaConf."""

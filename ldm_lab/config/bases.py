@@ -1,4 +1,4 @@
-"""Composed configs before keys are set: files picked and merged by Hydra, once a process."""
+"""Composes configs from YAML files with Hydra, before the keys of a command are set; caches the results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ldm_lab.utils.errors import one_line
 
 
 def base(name: str, groups: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A config before keys are set, as plain data: missing values and references to other keys are text.
+    """A composed config as plain data, before keys are set; missing values and interpolations stay text.
 
-    Composing takes half a second, so each config is composed again only after a YAML file has changed.
+    Composing takes half a second, so the result is cached until a YAML file changes.
 
     Args:
-        name: the primary file, `train` or `sample`.
-        groups: the overrides that pick files.
+        name: name of the primary file, `train` or `sample`.
+        groups: overrides that choose config files.
 
     Raises:
         ConfigError: a file cannot be read, or a group has no such file.
@@ -38,13 +38,13 @@ def _base(name: str, groups: tuple[str, ...], versions: object) -> dict[str, Any
 
 
 def _versions() -> tuple[tuple[str, int, int], ...]:
-    """Each YAML file with its size and time of change."""
+    """Path, size and modification time of each YAML file, as a cache key."""
     found = [(path, path.lstat()) for path in sorted(files.CONFIGS.rglob("*.yaml"))]
     return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def composed(name: str, overrides: list[str]) -> DictConfig:
-    """What Hydra composes. Raises `ConfigError`, see `base`."""
+    """Compose a config with Hydra. Raises `ConfigError`, see `base`."""
     try:
         if GlobalHydra.instance().is_initialized():  # inside a job of a sweep
             return compose(name, overrides)
@@ -52,10 +52,10 @@ def composed(name: str, overrides: list[str]) -> DictConfig:
             return compose(name, overrides)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
         for path in sorted(files.CONFIGS.rglob("*.yaml")):
-            read_yaml(path)  # names the file, which Hydra does not always
+            read_yaml(path)  # its error names the file; Hydra's may not
         raise ConfigError(one_line(error)) from error
 
 
 def settable(base: dict[str, Any]) -> DictConfig:
-    """A config of a base, to which only `+key=` adds keys."""
+    """A base as a `DictConfig`, to which only `+key=` adds keys."""
     return OmegaConf.create(base, flags={"struct": True})

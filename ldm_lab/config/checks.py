@@ -1,4 +1,4 @@
-"""What a resolved config may hold: pure checks of plain data, each refusal one line that names the key."""
+"""Checks a resolved config, as plain data; each error is one line that names the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldm_lab.utils.moved import current
 from ldm_lab.utils.nested import find, flatten, shown, targets
 from ldm_lab.utils.shell import is_text
 
-# Arguments of `lightning.Trainer` that do nothing here, or harm: what to type instead.
+# Arguments of `lightning.Trainer` that have no effect here, or do harm -> advice.
 _LENGTH = "the length of a stage is max_images=; debug=tiny tries everything in seconds"
 _ACCUMULATION = "gradients are accumulated until data.global_batch_size= is complete; a device holds data.batch_size="
 ELSEWHERE = {
@@ -34,12 +34,12 @@ ELSEWHERE = {
 }
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# What `_target_` may name beside this package and plugins: public classes that make a training and read no files.
+# Allowed in `_target_` beside this package and plugins: public classes that training needs and that read no files.
 PUBLIC = re.compile(r"(torch\.(nn|optim|optim\.lr_scheduler)|lightning|lightning\.pytorch(\.[a-z_]+)*)\.[A-Z]\w*")
 
 
 def check(config: dict[str, Any]) -> None:
-    """Refuse what is missing, numbers out of range and classes from elsewhere. Raises `UserError`."""
+    """Reject missing values, numbers out of range and classes of other packages. Raises `UserError`."""
     for key, hint in SETTINGS.items():
         if (value := find(config, key, ...)) is not ...:
             signatures.require(key, value, hint)
@@ -48,7 +48,7 @@ def check(config: dict[str, Any]) -> None:
     check_trainer(config)
     cached = find(config, "stage") == "diffusion" and find(config, "data.latents") == "cached"
     if cached and find(config, "data.module.train_set.random_crop"):
-        raise UserError("data.random_crop=true: latents are cached of one crop of each image; add data.latents=online")
+        raise UserError("data.random_crop=true: the latent cache holds one crop of each image; add data.latents=online")
     check_code(config)
 
 
@@ -61,7 +61,7 @@ def _check_texts(config: dict[str, Any]) -> None:
 
 
 def check_precision(config: dict[str, Any]) -> None:
-    """Refuse a precision that training or sampling does not have. Raises `UserError`."""
+    """Reject a precision that training or sampling does not support. Raises `UserError`."""
     known = PRECISIONS if "stage" in config else (*PRECISIONS, *SAMPLING_PRECISIONS)
     value = find(config, "trainer.precision")
     if value is not None and str(value) not in (*known, *ALIASES):
@@ -70,7 +70,7 @@ def check_precision(config: dict[str, Any]) -> None:
 
 
 def check_trainer(config: dict[str, Any]) -> None:
-    """Refuse arguments of Lightning's trainer that do nothing here. Raises `UserError` with what to type instead."""
+    """Reject arguments of Lightning's trainer that have no effect here. Raises `UserError` with advice."""
     for key, value in (config.get("trainer") or {}).items():
         if key in ELSEWHERE and value not in (None, -1) and value is not False:
             instead = ELSEWHERE[key] if "stage" in config else "num_samples= says how many to draw"
@@ -78,7 +78,7 @@ def check_trainer(config: dict[str, Any]) -> None:
 
 
 def check_code(config: dict[str, Any]) -> None:
-    """Refuse classes from elsewhere. Raises `UserError`."""
+    """Reject classes of other packages. Raises `UserError`."""
     plugins = config.get("plugins", [])
     check_plugins(plugins)
     for key, target in targets(config):
@@ -86,7 +86,7 @@ def check_code(config: dict[str, Any]) -> None:
 
 
 def check_plugins(plugins: Any) -> None:  # noqa: ANN401
-    """Refuse what is not a list of packages that are there. Raises `UserError`."""
+    """Reject anything but a list of installed packages. Raises `UserError`."""
     if not isinstance(plugins, list) or not all(isinstance(name, str) and name.isidentifier() for name in plugins):
         raise UserError(f"plugins={shown(plugins)}: must be a list of package names, such as plugins=[my_pkg]")
     for name in plugins:
@@ -95,11 +95,11 @@ def check_plugins(plugins: Any) -> None:  # noqa: ANN401
 
 
 def check_target(key: str, target: str, plugins: list[str]) -> None:
-    """Refuse a `_target_` that is neither of this package, nor of a plugin, nor public (see `PUBLIC`)."""
+    """Raise `UserError` unless a `_target_` belongs to this package or a plugin, or matches `PUBLIC`."""
     module = current(target).rpartition(".")[0]
     package = module.split(".")[0]
     if package == PACKAGE.name:
-        # A module, not what one has imported: ldm_lab.utils.images.os.system would be a way to run anything.
+        # Only files count as modules, not their imports: ldm_lab.utils.images.os.system could run any command.
         if not PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").is_file():
             raise UserError(f"{key}={target}: {module} is no module of {PACKAGE.name}")
     elif package not in plugins and not PUBLIC.fullmatch(target):

@@ -1,8 +1,8 @@
-"""The module that knows Hydra, beside `overrides`, which knows its grammar: from a command line to built objects.
+"""Composes the configs of a command line, and runs it as one job or as a sweep of jobs.
 
-A recipe (`experiment=celebahq`) lists stages (`celebahq/autoencoder`, `celebahq/diffusion`). It is
-expanded here, before Hydra composes anything: each stage is an ordinary, flat config, and an override
-goes to every stage that knows its key. A stage on its own is a recipe of one.
+A recipe (`experiment=celebahq`) lists stages (`celebahq/autoencoder`, `celebahq/diffusion`). This module expands
+a recipe before Hydra composes anything: each stage is an ordinary, flat config, and an override goes to every stage
+that has its key. A single stage is a recipe of one stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_lab.config import checks, files, kinds
 from ldm_lab.config.bases import base, settable
-from ldm_lab.config.build import build, build_all, plain  # noqa: F401  the door to all of it
+from ldm_lab.config.build import build, build_all, plain  # noqa: F401  re-exported
 from ldm_lab.config.files import (
     ConfigError,
     choices,
@@ -42,14 +42,14 @@ from ldm_lab.utils.signals import listen
 from ldm_lab.utils.terminal import lenient
 from ldm_lab.utils.threads import wait_asleep
 
-# Numbers of images, which may be typed as 250k, 2M or 100ep.
+# Keys with a number of images, which may be typed as 250k, 2M or 100ep.
 LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
 
 
 def stem(path: str | None) -> str:
     """`${stem:PATH}` in a config: the last part of a path, `flowers` of `/data/flowers` or `/data/flowers.zip`.
 
-    What a shell would need quoted becomes `_`: it is a name that people type.
+    Characters that a shell would need quoted become `_`, as users type this name.
     """
     path = shell.path(path or "folder").absolute()
     name = path.name if path.is_dir() or not path.suffix else path.stem
@@ -61,7 +61,7 @@ OmegaConf.register_new_resolver("stem", stem, replace=True)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one command asks for: the stages in their order, and the overrides as they were typed."""
+    """The stages of a command in their order, and its overrides as typed."""
 
     experiment: str
     stages: tuple[str, ...]
@@ -69,7 +69,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, overrides: list[str], default: str = "avatars") -> Recipe:
-        """Read `key=value` strings. Raises `ConfigError` for bad syntax or an unknown experiment."""
+        """Parse `key=value` strings. Raises `ConfigError` for bad syntax or an unknown experiment."""
         parsed = one_job(parse_overrides(overrides))
         if searches := [o for o in parsed if o.key_or_group == "hparams_search"]:
             raise ConfigError(f"{searches[0].input_line} is a sweep of many jobs: add -m")
@@ -78,17 +78,17 @@ class Recipe:
         return cls(experiment, stages(experiment), tuple(o for o in parsed if o.key_or_group != "experiment"))
 
     def compose(self, changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> list[DictConfig]:
-        """One resolved config a stage. Raises `ConfigError` for a key that no stage knows, or a bad value.
+        """Compose one resolved config per stage. Raises `ConfigError` for an unknown key or a bad value.
 
         Args:
-            changes: stage -> dotted key -> value: what takes the place of settings that were not typed.
+            changes: stage -> dotted key -> value that replaces a setting that the user has not typed.
         """
         for o in self.overrides:
             if is_group(o) and not any(option(o, _kind(stage)) for stage in self.stages):
                 there = ", ".join(choices(o.key_or_group, _kind(self.stages[-1])))
-                raise ConfigError(f"{o.input_line}: is not of {' or '.join(self.stages)}; there are: {there}")
+                raise ConfigError(f"{o.input_line}: no such option for {' or '.join(self.stages)}; there are: {there}")
             if o.is_delete() and not is_group(o) and not o.key_or_group.startswith(("callbacks.", "logger.", "model.")):
-                raise ConfigError(f"{o.input_line}: is needed; give it another value")
+                raise ConfigError(f"{o.input_line}: the key is needed; give it another value")
         bases = [base("train", (f"experiment={stage}", *self._groups(stage))) for stage in self.stages]
         configs = [_changed(settable(one), where_known(one)) for one in bases]
         _apply(self.overrides, bases, configs)
@@ -99,18 +99,18 @@ class Recipe:
 
     @property
     def typed(self) -> set[str]:
-        """The keys that the user has given a value."""
+        """The keys that the user has set."""
         return {override.key_or_group for override in self.overrides if not is_group(override)}
 
     def command(self, stage: str) -> str:
-        """What to type for one stage of this run."""
+        """The shell command that trains one stage of this run."""
         experiment = self.stages[-1].rpartition("/")[0]
         where = ("debug", "model", "plugins", "name", "data", "data.root", "paths.runs")
         mine = [o for o in self.overrides if o.key_or_group in where and (not is_group(o) or option(o, stage))]
         return shell.command("train.py", f"experiment={experiment}/{stage}", *map(as_typed, mine))
 
     def _groups(self, stage: str) -> list[str]:
-        """The overrides that pick a file (`trainer=ddp`), for one stage."""
+        """The overrides that choose a config file (`trainer=ddp`), for one stage."""
         kind = _kind(stage)
         return [line for o in self.overrides if is_group(o) and (line := option(o, kind))]
 
@@ -120,32 +120,32 @@ def _kind(stage: str) -> str:
 
 
 def is_group(override: Override) -> bool:
-    """Whether an override picks a config file (`trainer=ddp`) rather than sets a value."""
+    """Whether an override chooses a config file (`trainer=ddp`) instead of setting a value."""
     return (files.CONFIGS / override.key_or_group).is_dir()
 
 
 def option(override: Override, stage: str) -> str | None:
-    """An override that picks a file, as one stage takes it; see `option_for`."""
+    """An override that chooses a config file, in the form for one stage (see `option_for`)."""
     return option_for(override.input_line, override.key_or_group, override.value(), stage)
 
 
 def plugins_given(overrides: Iterable[Override]) -> Any:  # noqa: ANN401
-    """The packages named on the command line, else in `local/`: no other file may let code in."""
+    """The packages named on the command line, else in `configs/local/`; no other file may allow code."""
     typed = [override.value() for override in overrides if override.key_or_group == "plugins"]
     return typed[-1] if typed else local_plugins()
 
 
 def compose_sample(overrides: list[str]) -> DictConfig:
-    """The config of `sample.py`."""
+    """Compose the config of `sample.py`."""
     parsed = one_job(parse_overrides(overrides))
     plain_base = base("sample", tuple(line for o in parsed if is_group(o) and (line := option(o, "sample"))))
     _apply(parsed, [plain_base], [config := settable(plain_base)])
-    config.plugins = plugins_given(parsed)  # those of local/, too, which has no other settings for sampling
+    config.plugins = plugins_given(parsed)  # also those of local/, which this config does not include
     return check(config, config.plugins)
 
 
 def _apply(overrides: Iterable[Override], bases: list[dict[str, Any]], configs: list[DictConfig]) -> None:
-    """Set the keys of a command in the configs of the stages that have them, in place."""
+    """Set the keys of a command, in place, in the configs of the stages that have them."""
     for o in overrides:
         for stage in [] if is_group(o) else takers(o.input_line, o.key_or_group, o.is_add() or o.is_force_add(), bases):
             apply(o, configs[stage])
@@ -158,11 +158,11 @@ def _changed(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
 
 
 def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
-    """Resolve, and refuse values of the wrong kind before anything is built or read.
+    """Resolve a config, and reject invalid values before anything is built or read.
 
     Args:
-        config: composed; changed in place.
-        plugins: those that the user has named.
+        config: the composed config; changed in place.
+        plugins: packages that the user has named.
     """
     try:
         raw = nested.flatten(OmegaConf.to_container(config, resolve=False))
@@ -174,7 +174,7 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
             )
         resolved = plain(config)
         for check_early in (checks.check_code, checks.check_precision):
-            check_early(resolved)  # before an epoch is counted, for which data sets are built
+            check_early(resolved)  # before `_epoch`, which builds data sets
         _refuse_other_lengths(config)
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):
@@ -197,7 +197,7 @@ def _epoch(config: DictConfig) -> int:
 
 
 def _refuse_other_lengths(config: DictConfig) -> None:
-    """Epochs and steps are answered with the equal number of images."""
+    """Reject lengths in epochs and steps; the error gives the equal number of images."""
     for unit in ("epochs", "steps"):
         value = config.trainer.get(f"max_{unit}")
         if "stage" in config and isinstance(value, int) and value > 0:
@@ -207,12 +207,12 @@ def _refuse_other_lengths(config: DictConfig) -> None:
 
 
 def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
-    """What both entries do: flags, one job or a sweep of jobs, and errors of the user as one line.
+    """Run a command: handle its flags, run one job or a sweep of jobs, and print user errors as one line.
 
     Args:
         script: "train" or "sample".
-        job: takes the overrides of one job.
-        usage: the text of `--help`.
+        job: function that runs one job, given its overrides.
+        usage: text of `--help`.
     """
     wait_asleep()
     listen()
@@ -232,22 +232,22 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
 
 
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
-    """Run `job` once for each combination of the swept values in `lines`, each under a name of its own."""
+    """Run `job` once for each combination of the swept values in `lines`, each time under another run name."""
     lines = [shell.as_text(mine, several=True) for line in lines for mine in searched(line)]
     ours = [line for line in lines if not line.startswith(("hydra.", "hydra/"))]
     parsed = parse_overrides(ours, several=True)
     recipe = Recipe.parse([first(override) for override in parsed])
     configs = recipe.compose()
     for config in configs:
-        several = config.trainer.devices != 1 or config.trainer.num_nodes != 1  # `strategy=auto` makes ddp of them
+        several = config.trainer.devices != 1 or config.trainer.num_nodes != 1  # `strategy=auto` then means ddp
         if several and not any("submitit" in line for line in lines):
             raise ConfigError(
-                f"-m with trainer.devices={config.trainer.devices}: the children of a sweep would replay the whole"
-                " sweep; start one command per job, or use a launcher (hydra/launcher=submitit_slurm)"
+                f"-m with trainer.devices={config.trainer.devices}: each process of a job would run the whole"
+                " sweep again; start one command per job, or use a launcher (hydra/launcher=submitit_slurm)"
             )
     swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
     given = any(override.key_or_group == "autoencoder" for override in parsed)
-    # A stage 2 on its own has no first stage under the names of its jobs: all take the one of the run swept over.
+    # The jobs of a sweep of stage 2 alone train no first stage, so all jobs use the one of the base config.
     shared = [f"autoencoder={shell.quoted(configs[0].autoencoder)}"] if configs[0].autoencoder and not given else []
 
     @hydra.main(config_path=str(files.CONFIGS), config_name="sweep", version_base="1.3")
@@ -262,5 +262,5 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
 
 
 def is_searched() -> bool:
-    """Whether this is a job of a search, which compares what comes of its jobs."""
+    """Whether this process runs a job of a search, which compares the metrics of its jobs."""
     return HydraConfig.initialized() and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")

@@ -1,4 +1,4 @@
-"""What lies in `configs/`, read as plain YAML: which experiments, options and searches there are."""
+"""Reads `configs/` as plain YAML: its experiments, options and searches."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ OPTIONAL = ("debug", "length", "local")  # groups that may be left out
 
 
 class ConfigError(UserError):
-    """Something the user typed cannot be; the message is one line that says what to change."""
+    """The user typed something invalid; the one-line message says what to change."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a file; none where it is empty. Raises `ConfigError` where it is no mapping in YAML."""
+    """A YAML mapping from a file; empty for an empty file. Raises `ConfigError` for anything else."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold keys with values, and holds a {type(content).__name__}")
+        raise ConfigError(f"{path}: must hold keys with values, but holds a {type(content).__name__}")
     return content
 
 
 def experiments() -> list[str]:
-    """The names that `experiment=` takes."""
+    """The values that `experiment=` accepts."""
     root = CONFIGS / "experiment"
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def stages(experiment: str) -> tuple[str, ...]:
-    """The stages of a recipe; an experiment that lists none is one itself. Raises `ConfigError` for no such file."""
+    """The stages of an experiment; without a list, the experiment itself. Raises `ConfigError` if it does not exist."""
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
     if not path.is_file():
         raise ConfigError(f"experiment={experiment}: no such experiment; {near(experiment, experiments())}")
@@ -46,19 +46,19 @@ def stages(experiment: str) -> tuple[str, ...]:
 
 
 def local_plugins() -> Any:  # noqa: ANN401
-    """The packages that `local/default.yaml` names."""
+    """The packages that `configs/local/default.yaml` names."""
     local = CONFIGS / "local/default.yaml"
     return (read_yaml(local).get("plugins") if local.is_file() else None) or []
 
 
 def option_for(line: str, group: str, value: Any, stage: str) -> str | None:  # noqa: ANN401
-    """An override that picks a file, as one stage takes it; `None` where it is not meant for that stage.
+    """An override that chooses a config file, in the form for one stage; `None` if it is for another stage.
 
-    An option may be a folder with a file per stage (`debug=tiny`), or, for `model=`, belong to one stage.
+    An option may be a folder with a file per stage (`debug=tiny`). An option of `model=` may belong to one stage.
 
     Args:
         line: the override as typed.
-        group: the folder of `configs/`.
+        group: folder in `configs/`.
         value: the option; a list goes to every stage.
         stage: "autoencoder", "diffusion" or "sample".
 
@@ -77,7 +77,7 @@ def option_for(line: str, group: str, value: Any, stage: str) -> str | None:  # 
 
 
 def choices(group: str, stage: str) -> list[str]:
-    """The options of a group that a stage may take."""
+    """The options of a group that are valid for a stage."""
     return [name for name in _options(group) if _is_of(group, CONFIGS / group / name, stage)]
 
 
@@ -93,27 +93,27 @@ def _is_of(group: str, path: Path, stage: str) -> bool:
     module = read_yaml(path.with_suffix(".yaml")).get("_target_")
     if module is None:
         file = path.with_suffix(".yaml")
-        raise ConfigError(f"model={path.name}: {file} needs a `_target_` of its own, which says whose stage it is")
+        raise ConfigError(f"model={path.name}: {file} needs its own `_target_`, which says for which stage it is")
     return f".{stage}_module." in module
 
 
 def searched(line: str) -> list[str]:
-    """`hparams_search=NAME` as the overrides that its file stands for; any other line as it is."""
+    """The overrides in the file that `hparams_search=NAME` chooses; any other line unchanged."""
     key, _, name = line.partition("=")
     if key != "hparams_search":
         return [line]
     path = CONFIGS / key / f"{name}.yaml"
     if not path.is_file():
-        there = sorted(found.stem for found in path.parent.glob("*.yaml"))
-        raise ConfigError(f"{line}: there is no such search; {near(name, there)}")
+        searches = sorted(file.stem for file in path.parent.glob("*.yaml"))
+        raise ConfigError(f"{line}: there is no such search; {near(name, searches)}")
     return search_lines(read_yaml(path))
 
 
 def near(word: str, words: list[str]) -> str:
-    """A hint: the closest of `words`, or all of them where they are few."""
+    """A hint for a misspelt word: the closest of `words`, or all of them if they are few."""
     if len(words) <= 20:
         return f"there are: {', '.join(words)}"
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    ends = [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
-    found = list(dict.fromkeys(ends[:3] + close))
-    return f"did you mean {' or '.join(found)}?" if found else "--cfg shows all keys"
+    similar = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    same_ending = [w for w in words if w.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    hints = list(dict.fromkeys(same_ending[:3] + similar))
+    return f"did you mean {' or '.join(hints)}?" if hints else "--cfg shows all keys"

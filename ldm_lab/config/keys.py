@@ -1,4 +1,4 @@
-"""The keys of composed configs, as plain data: which there are, and which stage an override is for."""
+"""Looks up the keys of composed configs, as plain data, and the stages that an override is for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def knows(config: dict[str, Any], key: str) -> bool:
 
 
 def keys(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """All dotted keys of a config, also of its inner nodes."""
+    """All dotted keys of a config, including its inner nodes."""
     found = []
     for key, value in config.items():
         found.append(f"{prefix}{key}")
@@ -24,23 +24,23 @@ def keys(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def where_known(config: dict[str, Any]) -> dict[str, Any]:
-    """The values that a config file (`debug=tiny`) has for keys that not every stage has."""
+    """The values that a config file (`debug=tiny`) sets only in stages that have their keys."""
     return {key: value for key, value in config.get("where_known", {}).items() if knows(config, key)}
 
 
 def takers(line: str, key: str, adds: bool, configs: list[dict[str, Any]]) -> list[int]:
-    """Which of the stages an override is for, by place: those that have its key.
+    """The positions of the stages that an override is for: the stages that have its key.
 
-    If none has, one that adds a key (`+key=value`) is for those with a place for it, else for all.
+    If no stage has the key, `+key=value` is for the stages that have the key's parent node, else for all.
 
     Args:
         line: the override as typed.
-        key: that it sets.
-        adds: whether it may add one.
-        configs: of the stages, without the override.
+        key: key of the override.
+        adds: whether the override may add its key.
+        configs: configs of the stages, before the override.
 
     Raises:
-        ConfigError: no stage has the key; the message says which are near.
+        ConfigError: no stage has the key; the message suggests similar keys.
     """
     everyone = list(range(len(configs)))
     if key.startswith("hydra."):

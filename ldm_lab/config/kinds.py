@@ -1,4 +1,4 @@
-"""Whether the arguments of components are of the types, and in the limits, that their constructors declare."""
+"""Checks the arguments of components against the types and limits that their constructors declare."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ldm_lab.utils.nested import find, targets
 
 
 def check(config: dict[str, Any]) -> None:
-    """Refuse arguments of another type than declared, and numbers out of range, before anything is built.
+    """Reject arguments of a wrong type, and numbers out of range, before anything is built.
 
     Args:
-        config: resolved, as plain data; its classes are imported, so they must be allowed (see `checks.check_code`).
+        config: resolved config as plain data. Its classes are imported, so call `checks.check_code` first.
 
     Raises:
-        UserError: an argument does not fit; the message names the shortest key that it has.
+        UserError: an argument does not fit; the message names the shortest key that sets it.
     """
     for place, target in targets(config):
         node = place.removesuffix("._target_")
@@ -28,7 +28,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 def _shortest(config: dict[str, Any], key: str) -> str:
-    """What a user types: `data.module.train_set.flip` takes its value from `data.flip`, every seed from `seed`."""
+    """The key that a user types: `data.flip` for `data.module.train_set.flip`, and `seed` for every seed."""
     name = key.rpartition(".")[2]
     short = name if name == "seed" else f"{key.split('.')[0]}.{name}"
     return short if repr(find(config, short, ...)) == repr(find(config, key)) else key

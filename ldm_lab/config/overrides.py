@@ -1,4 +1,4 @@
-"""The lines of a command, parsed by Hydra's grammar."""
+"""Parses overrides by Hydra's grammar, and applies them to composed configs."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from ldm_lab.utils.nested import shown
 
 
 def parse_overrides(lines: list[str], several: bool = False) -> list[Override]:
-    """`key=value` strings, parsed by Hydra's grammar, which paths and names are spared (see `shell.as_text`).
+    """Parse `key=value` strings by Hydra's grammar; paths and names count as literal text (see `shell.as_text`).
 
     Args:
-        lines: as typed.
-        several: whether they are of a sweep.
+        lines: overrides as typed.
+        several: whether the overrides are of a sweep.
 
     Raises:
-        ConfigError: a line is not of that form.
+        ConfigError: a line does not have this form.
     """
     parser, parsed = OverridesParser.create(), []
     for line in lines:
         try:
             parsed.append(parser.parse_override(shell.as_text(line, several)))
         except HydraException as error:
-            signs = "; signs beside letters, digits and ./- stand in quotes of their own: \"key='a (b)'\""
+            signs = "; a value with signs other than letters, digits and ./- needs inner quotes: \"key='a (b)'\""
             raise ConfigError(f"{line}: not of the form key=value{signs if '=' in line else ''}") from error
     return parsed
 
 
 def one_job(overrides: list[Override]) -> list[Override]:
-    """The overrides themselves. Raises `ConfigError` where they stand for several jobs."""
+    """Return the overrides. Raises `ConfigError` if they describe several jobs."""
     for o in overrides:
         if o.is_sweep_override():
             key, _, values = o.input_line.partition("=")
-            raise ConfigError(f"{o.input_line}: a list is {key}=[{values}]; a job for each value takes -m (--multirun)")
+            raise ConfigError(f"{o.input_line}: a list is {key}=[{values}]; a job for each value needs -m (--multirun)")
     return overrides
 
 
 def apply(override: Override, config: DictConfig) -> None:
     """Set, add or remove one key of a composed config, in place, by the rules of Hydra.
 
-    Hydra itself does so only while it composes, which reads every file anew and takes half a second.
+    Hydra itself does this only while composing, which reads every file again and takes half a second.
 
     Raises:
-        ConfigError: `+key=` of a key that has a value, or `~key` of a key that has none or another value than given.
+        ConfigError: `+key=` for a key with a value, `~key` for a key without, or `~key=value` for another value.
     """
     line, key, value = override.input_line, override.key_or_group, override.value()
-    if key.startswith("hydra."):  # Hydra's own settings act on sweeps alone
+    if key.startswith("hydra."):  # Hydra's own settings affect only sweeps
         return
     try:
         old = OmegaConf.select(config, key, throw_on_missing=False)
@@ -73,13 +73,13 @@ def apply(override: Override, config: DictConfig) -> None:
 
 
 def as_typed(override: Override) -> str:
-    """An override without the quotes that it was given for Hydra (see `shell.as_text`)."""
+    """An override without the quotes that `shell.as_text` has added for Hydra."""
     line = f"{override.get_key_element()}={override.value()}"
     return line if shell.as_text(line) == override.input_line else override.input_line
 
 
 def first(override: Override) -> str:
-    """An override with the first of its swept values: what a first job could be."""
+    """An override with only the first of its swept values."""
     if not override.is_sweep_override():
         return override.input_line
     if override.is_interval_sweep():

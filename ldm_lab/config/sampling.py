@@ -1,4 +1,4 @@
-"""A sampling from its config to its files: the model, the trainer, the samples, and the pictures beside them."""
+"""Runs `sample.py`: loads the model, draws the missing samples, and draws pictures beside them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PICTURES = ("denoising", "interpolate", "variation", "strength", "reconstruct", 
 
 
 def sample(config: DictConfig) -> None:
-    """Draw the samples of a config that are missing, and the pictures that it asks for.
+    """Draw the missing samples of a config, and the pictures that it requests.
 
     Raises:
-        UserError: a setting cannot be; the message names its key.
-        LoadError: the model is not there, or damaged.
+        UserError: a setting is invalid; the message names its key.
+        LoadError: the model is missing or corrupt.
     """
     quiet()
     kinds.check(plain(config))
@@ -60,7 +60,7 @@ def sample(config: DictConfig) -> None:
 
 
 def load_pipeline(config: DictConfig, state: State) -> LDMPipeline:
-    """The model of `ckpt=`, with the sampler and the memory switches of the config."""
+    """Load the model of `ckpt=`, with the sampler and the memory options of the config."""
     reading = {"plugins": config.plugins}
     if config.original_config:
         reading = {"single_file": {"original_config": config.original_config}}
@@ -74,7 +74,7 @@ def load_pipeline(config: DictConfig, state: State) -> LDMPipeline:
 
 
 def settings_of(config: DictConfig) -> SampleSettings:
-    """What the samples of a config follow from beside the model."""
+    """The settings that, together with the model, determine the samples."""
     sampler = config.sampler
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
     switches = {"compile": config.compile, "tiling": config.tiling}
@@ -82,16 +82,16 @@ def settings_of(config: DictConfig) -> SampleSettings:
 
 
 def make_trainer(config: DictConfig, precision: str) -> Trainer:
-    """The trainer that shares the work among its devices.
+    """The trainer that distributes the work over devices.
 
-    Networks that are rounded (`bf16-true`) are rounded by `draw`: Lightning would compute all else in that type too.
+    With `bf16-true` and `16-true`, `draw` rounds the networks: Lightning would compute all else in that type too.
     """
     computed = "32-true" if precision in device.ROUNDED else precision
     return build(config.trainer, "trainer", precision=computed, enable_progress_bar=True, logger=False)
 
 
 def requested_pictures(config: DictConfig, pipe: LDMPipeline) -> PictureRequest:
-    """The pictures that a config asks for. Raises `UserError` where they cannot be, or where nothing is to be drawn."""
+    """The pictures that a config requests. Raises `UserError` if one is impossible, or if there is nothing to draw."""
     request = PictureRequest(**{name: plain(config)[name] for name in PICTURES})
     request.check(pipe)
     if not (config.num_samples or request):
@@ -100,7 +100,7 @@ def requested_pictures(config: DictConfig, pipe: LDMPipeline) -> PictureRequest:
 
 
 def draw(config: DictConfig, pipe: LDMPipeline, settings: SampleSettings, trainer: Trainer, folder: Path) -> int:
-    """Draw the missing samples on all devices; returns how many there were."""
+    """Draw the missing samples on all devices; returns their number."""
     pipe.to(dtype=device.ROUNDED.get(settings.precision))
     module = generate.SamplingModule(pipe, folder, settings.seed, settings.steps, settings.eta, settings.compile)
     samples = MissingSamples(folder, config.num_samples, config.batch_size, full=settings.compile)
@@ -113,9 +113,9 @@ def draw(config: DictConfig, pipe: LDMPipeline, settings: SampleSettings, traine
 def write_pictures(
     request: PictureRequest, pipe: LDMPipeline, settings: SampleSettings, trainer: Trainer, folder: Path
 ) -> list[str]:
-    """Draw the pictures of a request on this device; returns the names of their files."""
+    """Draw the requested pictures on this device; returns the names of their files."""
     if not request:
         return []
-    pipe.to(trainer.strategy.root_device)  # from where Lightning has taken it away
+    pipe.to(trainer.strategy.root_device)  # Lightning has moved the networks away
     with trainer.precision_plugin.forward_context():
         return request.write(pipe, folder, settings.seed, settings.steps, settings.eta)

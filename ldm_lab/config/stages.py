@@ -1,4 +1,4 @@
-"""A stage from its config to what becomes of it: refused, measured or trained."""
+"""Checks, plans and trains the stages of `train.py`, from their configs."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from ldm_lab.utils.writing import require_writable
 
 
 def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:
-    """What `init=` changes in a config (see `training.initial.settings`)."""
+    """The changes of `init=` to a config (see `training.initial.settings`)."""
     return initial.settings(plain(config), typed)
 
 
 def given_autoencoder(config: DictConfig, command: str) -> FirstStage | None:
-    """The first stage that a config names, for a stage 2. `command` makes one, for the message where there is none."""
+    """Load the first stage for stage 2; `None` for stage 1. If it is missing, the error shows `command`."""
     if config.stage == "autoencoder":
         return None
     return first_stage(config.autoencoder, command, config.plugins)
 
 
 def networks(config: DictConfig, autoencoder: FirstStage | None) -> dict[str, Any]:
-    """The networks of a stage, and of stage 2 what is made from them.
+    """Build the networks of a stage, and for stage 2 the scheduler and the objective.
 
-    A UNet whose config leaves its channels open has those of the latents of `autoencoder`.
+    If the config leaves the UNet's channels open, the UNet has the channels of the latents of `autoencoder`.
     """
     model = config.model
     if config.stage == "autoencoder":
@@ -64,7 +64,7 @@ def networks(config: DictConfig, autoencoder: FirstStage | None) -> dict[str, An
 def parts(
     config: DictConfig, autoencoder: FirstStage | None
 ) -> tuple[StageModule, ImageDataModule, Callable[..., Any]]:
-    """What a stage is trained with: its module, its images, and what makes a `lightning.Trainer` with its settings."""
+    """Module, data, and factory of the `lightning.Trainer` for a stage."""
     data = build(config.data.module, "data.module")
     module = build(config.model, "model", **networks(config, autoencoder))
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
@@ -72,11 +72,11 @@ def parts(
 
 
 def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
-    """The schedule of the learning rate of a config out of a run's folder; None where it cannot be built any more.
+    """The learning-rate schedule of a config from a run's folder; None if it can no longer be built.
 
     Args:
-        config: as it was read: it may name classes of this package and of plugins alone.
-        plugins: packages that the user has named now.
+        config: the config as read; it may name only classes of this package and of plugins.
+        plugins: packages that the user has named for this command.
     """
     node = find(config, "model.schedule") or {}
     try:
@@ -87,25 +87,28 @@ def schedule(config: dict[str, Any], plugins: Sequence[str]) -> Schedule | None:
 
 
 def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = ()) -> None:
-    """Say what each stage will train; what cannot be is refused before the first of them is trained.
+    """Check all stages before the first one trains, and print what each stage will train.
 
     Args:
-        configs: of the stages.
-        command: makes the autoencoder, for the message where there is none.
-        typed: keys that the user has given a value.
+        configs: configs of the stages.
+        command: command that trains the autoencoder; the error shows it if the autoencoder is missing.
+        typed: keys that the user has set.
+
+    Raises:
+        UserError: a stage cannot train.
     """
     for config in configs:
         kinds.check(plain(config))
         device.check(plain(config.trainer))
     folders = [RunFolder(Path(config.paths.stage)) for config in configs]
-    if is_first_process() and not configs[0].plan:  # the others start when this one has begun to write
+    if is_first_process() and not configs[0].plan:  # other ranks start after this one has begun to write
         for folder, config in zip(folders, configs, strict=True):
             for line in folder.check(plain(config), typed):
                 say(line)
         check_order(folders, [config.max_images for config in configs])
         cached = find(plain(configs[-1]), "data.latents") == "cached"
         if len(configs) > 1 and cached and not folders[0].finished(configs[0].max_images, None):
-            require_writable(configs[0].paths.cache, "paths.cache=")  # stage 2 will keep the latents of stage 1 there
+            require_writable(configs[0].paths.cache, "paths.cache=")  # stage 2 will cache its latents there
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
         if config.model.get("train") == "decoder" and not config.init:
@@ -118,11 +121,11 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
         say(f"  {config.stage}: {size}, {config.max_images:,} images in batches of {config.data.global_batch_size}")
         autoencoder = made["autoencoder"]
         check_fit(config.data.image_size, autoencoder, made.get("unet"))
-        build_all(config.callbacks, "callbacks")  # what they refuse, they refuse before stage 1 is trained
+        build_all(config.callbacks, "callbacks")  # so that bad settings fail before stage 1 trains
 
 
 def try_training(model: DictConfig) -> None:
-    """Make what the module of a stage makes of its weights later: what they refuse, they refuse before stage 1."""
+    """Build the optimizer, schedule and EMA of a dummy layer, so that bad settings fail before stage 1 trains."""
     weights = nn.Linear(1, 1)
     build(model.optimizer, "model.optimizer", params=weights.parameters())
     build(model.schedule, "model.schedule")
@@ -130,7 +133,7 @@ def try_training(model: DictConfig) -> None:
 
 
 def plan(configs: list[DictConfig], command: str) -> None:
-    """Measure what the stages would take, on one device, and show the images; no run is written.
+    """Measure time, memory and disk space of the stages on one device, and show the images; writes no run.
 
     Raises:
         UserError: something does not fit; the message names the key to lower.
@@ -159,9 +162,9 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     """Build one stage and train it to its end; returns the metrics of its last validation.
 
     Args:
-        config: of the stage.
-        command: makes the autoencoder, for the message where there is none.
-        typed: keys that the user has given a value.
+        config: the stage's config.
+        command: command that trains the autoencoder; the error shows it if the autoencoder is missing.
+        typed: keys that the user has set.
     """
     quiet()
     folder = RunFolder(Path(config.paths.stage))
@@ -204,18 +207,18 @@ def _train(
 
 
 def end_by(status: int, line: str) -> NoReturn:
-    """End with the status of a stop. Launchers end all processes when one fails: only the first does."""
+    """Exit with the status of a stop. Only rank 0 returns it, as launchers kill all ranks when one fails."""
     say(line)
     if is_first_process():
         sys.exit(status)
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # on its way out, whatever the launcher now sends
+        signal.signal(number, signal.SIG_IGN)  # exit normally, whatever the launcher sends now
     sys.exit()
 
 
 def optimized(metrics: dict[str, Any], name: str) -> float | None:
-    """The metric that a search compares. Raises `UserError` where a search finds none of that name."""
+    """The metric that a search compares. Raises `UserError` if a search lacks this metric."""
     if name not in metrics and is_searched():
-        there = ", ".join(key for key in metrics if "/" in key) or "no metrics: nothing was validated"
-        raise UserError(f"optimized_metric={name}: the last stage has {there}")
+        known = ", ".join(key for key in metrics if "/" in key) or "no metrics: nothing was validated"
+        raise UserError(f"optimized_metric={name}: the last stage has {known}")
     return metrics.get(name)

@@ -1,8 +1,8 @@
-"""How a recipe travels through Hydra's sweepers: pure text, so that it can be read and tested without them.
+"""Encodes overrides of a recipe for Hydra's sweepers, as plain text and without importing Hydra.
 
 Hydra composes a config for each job of a sweep, but the stages of a recipe have different keys. The job's
-own config is therefore an open dictionary `set`, and `data.root=x` travels in it as `+set.s0.data.root=x`:
-the letter keeps the sigil, the number keeps apart two overrides of one node (`trainer=ddp trainer.devices=2`).
+own config is therefore an open dictionary `set`, in which `data.root=x` becomes `+set.s0.data.root=x`: the
+letter encodes the sigil, and the number separates overrides of one node (`trainer=ddp trainer.devices=2`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PACKED = re.compile(r"^\+{0,2}set\.([safd])\d+\.(.*)$")
 
 
 def pack(lines: list[str]) -> list[str]:
-    """Overrides as they travel through Hydra; those of Hydra itself pass as they are."""
+    """Encode overrides for Hydra; Hydra's own overrides stay unchanged."""
     packed = []
     for number, line in enumerate(lines):
         sigil, rest = re.match(r"^(\+\+|\+|~|)(.*)$", line, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -31,25 +31,25 @@ def pack(lines: list[str]) -> list[str]:
 
 
 def unpack(lines: list[str]) -> list[str]:
-    """The inverse of `pack`, for the overrides of one job."""
+    """Decode the overrides of one job: the inverse of `pack`."""
     found = [_PACKED.match(line) for line in lines]
     return [_SIGILS[match.group(1)] + match.group(2) for match in found if match]
 
 
 def job_name(base: str, swept: list[str], lines: list[str]) -> str:
-    """A job's run name: a function of its swept values, so that the same command finds its runs again.
+    """A job's run name: `base` and its swept values, so that the same command finds its runs again.
 
-    Beside `base` it holds nothing that a shell or Hydra would need quoted: `avatars-seed-1`.
+    The part after `base` needs no quotes in a shell or in Hydra: `avatars-seed-1`.
     """
     settings = [line.lstrip("+~").partition("=") for line in lines]
     return "-".join([base, *(f"{word(key)}-{word(value)}" for key, _, value in settings if key in swept)])
 
 
 def search_lines(search: dict[str, Any]) -> list[str]:
-    """The overrides that a file of `configs/hparams_search/` stands for.
+    """Convert the content of a file in `configs/hparams_search/` to overrides.
 
-    The file has the form that Hydra's sweepers know: the sweeper is chosen under `defaults`, the swept keys are
-    `hydra.sweeper.params`, its other settings stand beside them, and everything else are keys of the stages.
+    The file has the form of Hydra's sweepers: `defaults` chooses the sweeper, `hydra.sweeper` holds its settings, with
+    the swept keys in `params`, and all other keys are keys of the stages.
     """
     sweeper = dict((search.get("hydra") or {}).get("sweeper") or {})
     params = sweeper.pop("params", None) or {}
@@ -64,7 +64,7 @@ def search_lines(search: dict[str, Any]) -> list[str]:
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Nested data as `a.b=value`."""
+    """Yields nested data as lines `a.b=value`."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")

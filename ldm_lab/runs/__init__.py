@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, records, cards, tracked files and diagnosis."""
+"""Files of a run, written and read: folder, record, model card, tracking and diagnosis."""

@@ -1,4 +1,4 @@
-"""The model card of a result: what it is, how good, how it was made, with a picture. For people, and for the hub."""
+"""Writes the model card of a result, for people and for the hub: description, metrics, settings and a picture."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ images = pipe(batch_size=4, num_inference_steps=50).images""",
 
 
 def write(run: RunRecord, stage: str, metrics: dict[str, float]) -> None:
-    """Write the card of a stage's result, and of stage 2 also into the run's folder, with the newest picture.
+    """Write the card of a stage's result, with the newest picture; for stage 2 also into the run's folder.
+
+    A card without `MARK` belongs to the user, and stays unchanged.
 
     Args:
-        run: with the stage.
-        stage: which.
-        metrics: of the result, by name.
-
-    A card that somebody has made their own (see `MARK`) is left alone.
+        run: record of the run, with this stage.
+        stage: name of the stage.
+        metrics: metric -> value of the result.
     """
     record = run.stages[stage]
     pictures = record.pictures.get(PICTURES[stage], {})
@@ -61,11 +61,11 @@ def write(run: RunRecord, stage: str, metrics: dict[str, float]) -> None:
                 shutil.copyfile(picture, temporary)
         with replacing(path) as temporary:
             card = text(run, record, metrics, bool(picture))
-            temporary.write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be no text
+            temporary.write_text(card, encoding="utf-8", errors="backslashreplace")  # names may be invalid text
 
 
 def refresh(folder: Path) -> None:
-    """Write the cards of a run's results again, with its newest evaluations; of a folder that is no run, nothing."""
+    """Rewrite the cards of a run with its newest evaluations; does nothing if the folder is no run."""
     try:
         run = read_run(folder)
     except LoadError:
@@ -76,13 +76,13 @@ def refresh(folder: Path) -> None:
 
 
 def text(run: RunRecord, record: StageRecord, metrics: dict[str, float], pictured: bool) -> str:
-    """The card, in Markdown.
+    """The text of a card, in Markdown.
 
     Args:
-        run: for its evaluations.
-        record: of the stage.
-        metrics: of the result, by name.
-        pictured: whether a picture lies beside it.
+        run: record of the run, for its evaluations.
+        record: record of the stage.
+        metrics: metric -> value of the result.
+        pictured: whether a picture lies beside the card.
     """
     stage, name = record.stage, record.config.get("name") or run.name
     what = "Unconditional latent diffusion" if stage == STAGES[1] else "The first stage of latent diffusion"
@@ -100,16 +100,16 @@ def text(run: RunRecord, record: StageRecord, metrics: dict[str, float], picture
 
 
 def figures(run: RunRecord, record: StageRecord, metrics: dict[str, float]) -> list[tuple[str, str, str]]:
-    """Name, value and what it is of: the last validation's, the evaluations'. No times: equal runs have equal cards."""
+    """Rows (name, value, measured on) of the last validation and the evaluations. No times: equal runs, equal cards."""
     seen = f"{record.config.get('max_images', 0):,} training images"
-    found = [(name, f"{value:.4g}", f"held-out images, after {seen}") for name, value in sorted(metrics.items())]
+    rows = [(name, f"{value:.4g}", f"held-out images, after {seen}") for name, value in sorted(metrics.items())]
     for evaluation in run.evaluations if record.stage == STAGES[1] else []:
-        found += [(name, _interval(one), _of(evaluation)) for name, one in sorted(evaluation.metrics.items())]
-    return found
+        rows += [(name, _interval(metric), _source(evaluation)) for name, metric in sorted(evaluation.metrics.items())]
+    return rows
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A Markdown table; cells are of plain text."""
+    """A Markdown table of plain-text cells."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
 
@@ -119,12 +119,12 @@ def _cell(value: Any) -> str:  # noqa: ANN401
     return plain.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def _interval(found: dict[str, float]) -> str:
-    value = f"{found['value']:.4g}"
-    return f"{value} ({found['low']:.4g} to {found['high']:.4g})" if {"low", "high"} <= found.keys() else value
+def _interval(metric: dict[str, float]) -> str:
+    value = f"{metric['value']:.4g}"
+    return f"{value} ({metric['low']:.4g} to {metric['high']:.4g})" if {"low", "high"} <= metric.keys() else value
 
 
-def _of(evaluation: Evaluation) -> str:
+def _source(evaluation: Evaluation) -> str:
     content = evaluation.content
     sampling = content.get("sampling") or {}
     how = ", ".join(f"{key} {value}" for key, value in sampling.items())
@@ -132,6 +132,6 @@ def _of(evaluation: Evaluation) -> str:
 
 
 def _kind(final: Path) -> str:
-    """The class of a first stage, as its config names it."""
+    """The class name of a first stage, from its config."""
     path = final / "config.json"
     return str(json.loads(path.read_text(encoding="utf-8")).get("_class_name")) if path.is_file() else "VQModel"

@@ -1,7 +1,7 @@
-"""Which settings of a run have changed, where its config may be of an older version of this package.
+"""Compares a run's config, perhaps of an older version of this package, with the current config.
 
-A version adds keys, and drops some. A key that a config lacks stands for what the constructor does without it: its own
-default, and not what today's YAML files say.
+Versions add and drop keys. A key that a config lacks means the constructor's own default, not the value in today's
+YAML files.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ OPEN = signatures.MORE
 
 @dataclass
 class Changes:
-    """Settings that matter and are not those of before.
+    """Settings that differ from the run's and are not `Harmless`.
 
     Attributes:
-        changed: `key: old -> new`.
-        added: `key=value` that was not known before, and has its default now.
-        dropped: `key=value` that is not known any more.
+        changed: changed settings, as `key: old -> new`.
+        added: new keys that have their default, as `key=value`.
+        dropped: keys that no longer exist, as `key=value`.
     """
 
     changed: list[str] = field(default_factory=list)
@@ -36,12 +36,12 @@ class Changes:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], typed: Collection[str] = ()) -> Changes:
-    """What has changed from one config to another.
+    """The changes from one resolved config to another.
 
     Args:
-        old: as the run was started, resolved, perhaps by an older version.
-        new: of now.
-        typed: keys that the user has given a value now: theirs are no defaults.
+        old: config that the run was started with, perhaps by an older version.
+        new: current config.
+        typed: keys that the user has set for this command; their values are no defaults.
     """
     changes, before, after = Changes(), _flat(old), _flat(new)
     for key in {**before, **after}:
@@ -62,13 +62,13 @@ def compare(old: dict[str, Any], new: dict[str, Any], typed: Collection[str] = (
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Its values by dotted key; classes under the names that they have today."""
+    """The values of a config by dotted key, with the current names of moved classes."""
     flat = flatten(config)
     return {key: current(value) if key.endswith("_target_") else value for key, value in flat.items()}
 
 
 def first_lacking(tree: dict[str, Any], key: str) -> str | None:
-    """The shortest part of a dotted key that a tree does not have; `None` where it has a value in that place."""
+    """The shortest prefix of a dotted key that a tree lacks; `None` if there is a value at the key, or above it."""
     node: Any = tree
     parts = key.split(".")
     for depth, part in enumerate(parts, start=1):
@@ -81,9 +81,9 @@ def first_lacking(tree: dict[str, Any], key: str) -> str | None:
 
 
 def default_of(config: dict[str, Any], key: str) -> Any:  # noqa: ANN401
-    """What the constructor of the node around `key` takes where it is not given.
+    """The default of argument `key` of the constructor that the parent node of `key` names.
 
-    `MISSING`: there is none, it asks for the key, or does not know it; `OPEN`: it takes any key.
+    `MISSING`: there is no constructor, or `key` is required or unknown. `OPEN`: the constructor takes any key.
     """
     parent, _, name = key.rpartition(".")
     makes = signatures.named(str(find(config, f"{parent}._target_")))

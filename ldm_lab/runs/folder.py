@@ -1,4 +1,4 @@
-"""A stage's folder: what it holds, whether it is finished, and whether a command may go on in it."""
+"""Reads and writes a stage's folder; checks whether the stage is finished and whether a command may continue it."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from ldm_lab.utils.reading import LoadError, read_json, read_yaml
 from ldm_lab.utils.version import FORMAT, FORMAT_KEY
 from ldm_lab.utils.writing import replacing, write_json
 
-KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # of a config, flattened
+KEY = re.compile(r"[\w-]+([./][\w-]+)*", re.ASCII)  # a dotted key of a config
 
 MARKS = "data.npz"
-SHOWN_IN_LINE = 3  # changed settings; more have a line each
+SHOWN_IN_LINE = 3  # changed settings; if there are more, each has its own line
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`<runs>/<name>/<stage>/`: config.yaml, data.npz, checkpoints/, metrics.csv, samples/, final/, status.json."""
+    """A stage's folder: config.yaml, data.npz, checkpoints/, metrics.csv, samples/, final/, status.json."""
 
-    folder: Path
+    folder: Path  # <runs>/<name>/<stage>/
 
     @property
     def final(self) -> Path:
-        """The result."""
+        """Folder of the stage's result."""
         return self.folder / "final"
 
     @property
     def last(self) -> Path:
-        """The newest state, unless it is damaged."""
+        """Path of the newest checkpoint, which may be corrupt."""
         return self.folder / "checkpoints" / checkpoint.LAST
 
     def newest(self, report: Callable[[str], Any]) -> Path | None:
-        """The newest whole state (see `checkpoint.newest`)."""
+        """The newest intact checkpoint (see `checkpoint.newest`)."""
         return checkpoint.newest(self.last.parent, report)
 
     def images_seen(self) -> int | None:
-        """Training images up to the newest whole state; `None` where there is none."""
+        """Training images up to the newest intact checkpoint; `None` without one."""
         try:
             newest = self.newest(lambda damages: None)
             return newest and checkpoint.describe(newest)["images_seen"]
@@ -56,7 +56,7 @@ class RunFolder:
             return None
 
     def status(self) -> dict[str, Any]:
-        """What `status.json` says; nothing where there is none."""
+        """Content of `status.json`; empty without this file."""
         path = self.folder / checkpoint.STATUS
         return read_json(path) if path.is_file() else {}
 
@@ -65,12 +65,12 @@ class RunFolder:
         write_json(self.folder / checkpoint.STATUS, {FORMAT_KEY: FORMAT, **values})
 
     def has_state(self) -> bool:
-        """Whether anything was trained here; a start that failed before its first checkpoint binds nobody."""
+        """Whether the folder holds a trained state; a start that failed before its first checkpoint leaves none."""
         states = (self.last, self.last.with_name(checkpoint.PREVIOUS))
         return any(path.is_file() for path in states) or self.final.is_dir()
 
     def started_with(self) -> dict[str, Any] | None:
-        """The config of what was trained here; `None` where nothing was. Raises `LoadError` for what is none."""
+        """The config that the run began with; `None` without a state. Raises `LoadError` for an invalid config."""
         path = self.folder / "config.yaml"
         if not self.has_state() or not path.is_file():
             return None
@@ -79,30 +79,30 @@ class RunFolder:
         if not isinstance(config.get("max_images"), int):
             raise LoadError(f"{path}: max_images={config.get('max_images')!r}: is no config of a run")
         for key, value in flatten(config).items():
-            # What was resolved before it was written would be resolved again: ${oc.env:...} tells secrets.
+            # OmegaConf would resolve an interpolation in the file: ${oc.env:...} reveals secrets.
             if not KEY.fullmatch(key) or "${" in str(value):
                 raise LoadError(f"{path}: {key}={value!r}: is no config of a run")
         return config
 
     def clear_leftovers(self) -> None:
-        """Remove what a killed process was writing (see `writing.replacing`)."""
+        """Remove the temporary files of a killed process (see `writing.replacing`)."""
         for path in [path for path in self.folder.rglob(".*.tmp") if path.is_file()]:
             path.unlink()
 
     def check(self, config: dict[str, Any], typed: Collection[str] = ()) -> list[str]:
-        """Compare the folder with the config of a stage that would go on in it; nothing is touched.
+        """Check whether a stage with this config may continue in the folder; changes no file.
 
-        `resume=auto` continues what is there, `never` wants an empty folder, `force` takes changed settings.
+        `resume=auto` continues a run, `never` requires an empty folder, `force` accepts changed settings.
 
         Args:
-            config: the stage's config, resolved, as plain data.
-            typed: keys that the user has given a value.
+            config: the stage's resolved config, as plain data.
+            typed: keys that the user has set.
 
         Returns:
-            What to say of settings that only one of two versions of this package knows, a line each.
+            Lines for the user on settings that the run's version or this version of the package does not know.
 
         Raises:
-            UserError: the folder holds something else.
+            UserError: the folder holds a run with other settings, or `resume` forbids to continue.
         """
         resume, max_images = config["resume"], config["max_images"]
         if resume not in ("auto", "never", "force"):
@@ -128,25 +128,25 @@ class RunFolder:
             )
             error.__notes__ = changed if many else []
             raise error
-        said = {"did not know, with their defaults now": changes.added, "had, and nothing knows now": changes.dropped}
-        start = f"{self.folder} is of another version: settings that it"
-        return [f"{start} {what}: {', '.join(keys)}" for what, keys in said.items() if keys]
+        messages = {"are new, and have their defaults": changes.added, "no longer exist": changes.dropped}
+        start = f"{self.folder} was written by another version: these settings"
+        return [f"{start} {message}: {', '.join(settings)}" for message, settings in messages.items() if settings]
 
     def write_marks(self, marks: dict[str, np.ndarray]) -> None:
-        """Write `data.npz`: which images are trained on (see `ImageDataModule.marks`), four bytes for each."""
+        """Write `data.npz`: a four-byte hash of each image (see `ImageDataModule.marks`)."""
         with replacing(self.folder / MARKS) as temporary, open(temporary, "wb") as file:
             np.savez(file, **marks)
 
     def check_marks(self, marks: dict[str, np.ndarray], resume: str) -> None:
-        """Compare the images with those that were trained on, wherever they lie now; nothing is touched.
+        """Compare the current images with the run's, by content and not by path; changes no file.
 
         Args:
-            marks: see `ImageDataModule.marks`.
-            resume: `force` takes others.
+            marks: hashes of the current images, see `ImageDataModule.marks`.
+            resume: `force` accepts other images.
 
         Raises:
-            UserError: they are others.
-            LoadError: `data.npz` is damaged.
+            UserError: the images differ.
+            LoadError: `data.npz` is corrupt.
         """
         path = self.folder / MARKS
         if resume == "force" or not self.has_state() or not path.is_file():
@@ -158,18 +158,18 @@ class RunFolder:
             raise LoadError(f"{path}: not readable ({error}); resume=force takes the images as they are") from error
         if all(np.array_equal(before[name], now) for name, now in marks.items()):
             return
-        old, new = (Counter((name, mark) for name in marks for mark in some[name].tolist()) for some in (before, marks))
+        old, new = (Counter((name, mark) for name in marks for mark in sets[name].tolist()) for sets in (before, marks))
         raise UserError(
             f"{self.folder} was started with other images: {(new - old).total():,} added and"
-            f" {(old - new).total():,} missing of {old.total():,} (one that has changed counts as both)."
+            f" {(old - new).total():,} missing of {old.total():,} (a changed image counts as both)."
             " Choose another name=, or resume=force to go on with these"
         )
 
     def finished(self, max_images: int, autoencoder: str | None) -> dict[str, Any] | None:
-        """The status, if this stage is done at that length and with that first stage (its fingerprint).
+        """The status, if the stage is finished at this length and with this autoencoder (a fingerprint); else `None`.
 
         Raises:
-            UserError: it was trained on another first stage.
+            UserError: the stage was trained on another autoencoder.
         """
         status = self.status()
         if self.has_state() and status.get("autoencoder", autoencoder) != autoencoder:
@@ -181,6 +181,6 @@ class RunFolder:
         return status if done else None
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Write `config.yaml`, making the folder where there is none."""
+        """Write `config.yaml`; creates the folder if there is none."""
         with replacing(self.folder / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump({FORMAT_KEY: FORMAT, **config}, sort_keys=False), encoding="utf-8")

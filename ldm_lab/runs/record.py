@@ -1,13 +1,11 @@
-"""What a run leaves behind, read again: settings, metrics, pictures, evaluations.
+"""Reads the files of a run: settings, metrics, pictures, evaluations. Writes nothing.
 
-<run>/<stage>/config.yaml    the settings
+<run>/<stage>/config.yaml    settings
 <run>/<stage>/metrics.csv    a row for each number of images seen
-<run>/<stage>/status.json    whether it has ended
-<run>/<stage>/data.npz       which images it is trained on
+<run>/<stage>/status.json    whether the stage is finished
+<run>/<stage>/data.npz       hashes of the stage's images
 <run>/<stage>/samples/       pictures, `<name>_<images seen>.png`
 <run>/eval/*.json            evaluations, see `Evaluation`
-
-Nothing here knows how it came about, and nothing is written.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from ldm_lab.utils.version import FORMAT_KEY
 
 AXIS = "images_seen"
 EVALUATIONS = "eval"
-MAX_PIXELS = 2**26  # of a picture in a folder that anybody may have made
+MAX_PIXELS = 2**26  # of a picture; the folder may come from a stranger
 PICTURE = re.compile(r"(?P<name>.+)_(?P<images>\d{9,})\.png")
 
 Row = dict[str, str]
@@ -40,10 +38,10 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What one stage has recorded; each part is read when it is first asked for.
+    """The files of one stage, each read at its first use.
 
     Attributes:
-        folder: of the stage.
+        folder: the stage's folder.
         stage: "autoencoder" or "diffusion".
     """
 
@@ -52,18 +50,18 @@ class StageRecord:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """All settings, resolved. Raises `LoadError` where they cannot be read."""
+        """All settings, resolved. Raises `LoadError` if they cannot be read."""
         return {key: value for key, value in read_yaml(self.folder / "config.yaml").items() if key != FORMAT_KEY}
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """`finished`, `max_images`, the last metrics; nothing before the first step."""
+        """`finished`, `max_images` and the last metrics; empty before the first step."""
         path = self.folder / "status.json"
         return read_json(path) if path.is_file() else {}
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """Metric -> its values over images seen, those that are finite numbers or say that they are not."""
+        """Metric -> its values over images seen, including NaN and infinite values; skips cells that are no numbers."""
         path, found = self.folder / "metrics.csv", {}
         rows = read_metrics(path) if path.is_file() else {}
         for images_seen, row in sorted(rows.items()):
@@ -83,9 +81,9 @@ class StageRecord:
 
     @cached_property
     def images(self) -> dict[str, tuple[int, int]]:
-        """What stands for the images of each set ("train", "val"), equal for equal ones; nothing where it is not known.
+        """Set ("train", "val") -> length and CRC-32 of its part of `data.npz`: equal for equal images.
 
-        Of `data.npz`, whose numbers are not even unpacked: the archive itself knows their length and a sum of them.
+        Empty without this file. Reads only the archive's directory. Raises `LoadError` if the archive is corrupt.
         """
         path = self.folder / "data.npz"
         if not path.is_file():
@@ -104,12 +102,12 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A file that `python -m ldm_lab evaluate` has written.
+    """A file written by `python -m ldm_lab evaluate`.
 
     Attributes:
         path: the file.
-        content: all of it: `kind` ("samples", "images", "reconstructions"), `images_seen`, `num_samples`, `sampling`,
-            `extractor`, `reference`, `versions`, and `metrics`, each with `value`, and `low` and `high` where known.
+        content: `kind` ("samples", "images", "reconstructions"), `images_seen`, `num_samples`, `sampling`,
+            `extractor`, `reference`, `versions`, and `metrics`, each with `value`, and with `low` and `high` if known.
     """
 
     path: Path
@@ -117,17 +115,17 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Name -> `value`, `low`, `high`."""
+        """Metric -> `value`, `low`, `high`."""
         return self.content["metrics"]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the stages of a run have recorded.
+    """The records of a run's stages.
 
     Attributes:
-        folder: of the run.
-        stages: those there are, by name.
+        folder: the run's folder.
+        stages: name of a stage -> its record, for stages that exist.
     """
 
     folder: Path
@@ -135,25 +133,25 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """What the run is called: the name of its folder."""
+        """Name of the run: the name of its folder."""
         return self.folder.resolve().name
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Those in `eval/`, by file name. Raises `LoadError` for a file that is none."""
+        """The evaluations in `eval/`, sorted by file name. Raises `LoadError` for an invalid file."""
         return [read_evaluation(path) for path in sorted((self.folder / EVALUATIONS).glob("*.json"))]
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """The record of a run, or of one stage where that is what the folder holds.
+    """The record of a run from its folder, or from the folder of one of its stages.
 
     Raises:
         LoadError: the folder is neither.
     """
     folder = shell.path(folder)
-    own = _stage(folder)
-    if own:
-        return RunRecord(folder, {own.stage: own})
+    single = _stage(folder)
+    if single:
+        return RunRecord(folder, {single.stage: single})
     stages = {name: stage for name in STAGES if (stage := _stage(folder / name))}
     if not stages:
         what = (
@@ -173,16 +171,16 @@ def _stage(folder: Path) -> StageRecord | None:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """One evaluation. Raises `LoadError` for a file that is none."""
+    """Read one evaluation. Raises `LoadError` for an invalid file."""
     content = read_json(path)
     metrics = content.get("metrics")
     if not isinstance(metrics, dict) or not all(map(_is_value, metrics.values())):
-        raise LoadError(f"{path}: is no evaluation: metrics must be name -> value; move it away")
+        raise LoadError(f"{path}: is no evaluation: metrics must be name -> value; move the file away")
     return Evaluation(path, content)
 
 
 def _is_value(found: object) -> bool:
-    """Whether it is a number, perhaps with an interval; none that no float can be."""
+    """Whether an entry is a number, perhaps with an interval; no integer that overflows a float."""
     if not isinstance(found, dict):
         return False
     numbers = [found.get("value"), *(found[end] for end in ("low", "high") if found.get(end) is not None)]
@@ -190,7 +188,7 @@ def _is_value(found: object) -> bool:
 
 
 def read_metrics(path: Path) -> dict[int, Row]:
-    """The rows of a `metrics.csv` by images seen, as text, without empty cells. Raises `LoadError` for another file."""
+    """Images seen -> row of a `metrics.csv`, as text without empty cells. Raises `LoadError` for any other file."""
     rows = {}
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -199,12 +197,14 @@ def read_metrics(path: Path) -> dict[int, Row]:
                 if None in row:
                     raise UserError("a row has more entries than the first line has names")
     except (ValueError, KeyError, OSError, csv.Error) as error:
-        raise LoadError(f"{path}: not a table with a column {AXIS}: {error}; move it away to begin another") from error
+        raise LoadError(
+            f"{path}: not a table with a column {AXIS}: {error}; move the file away to begin a new one"
+        ) from error
     return rows
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A PNG as 8-bit RGB. Raises `LoadError` for anything else, and for more pixels than a picture of a run has."""
+    """Read a PNG as 8-bit RGB. Raises `LoadError` for any other file, and for more than `MAX_PIXELS` pixels."""
     try:
         with Image.open(path, formats=("PNG",)) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -222,5 +222,5 @@ def _number(text: str) -> float | None:
 
 
 def last(curve: Curve) -> float:
-    """The newest value; NaN where there is none."""
+    """The newest value of a curve; NaN for an empty curve."""
     return curve[-1][1] if curve else math.nan

@@ -1,7 +1,7 @@
-"""The keys of a config that no constructor of this package declares: type, limits, and whether a run may change them.
+"""Types and limits of config keys that no constructor of this package declares, and whether a run may change them.
 
-The arguments of components declare the same by the annotations of their constructors (see `utils.limits`). An entry
-here holds for its key alone, but that what is `Harmless` here is so with all below it.
+Constructors declare the same by the annotations of their arguments (see `utils.limits`). An entry here holds only for
+its own key, but `Harmless` also holds for all keys below.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ldm_lab.utils.moved import HOME, current
 from ldm_lab.utils.nested import find, targets
 
 SETTINGS: dict[str, Any] = {
-    # of a stage
+    # of train.py
     "name": Given,
     "stage": Literal["autoencoder", "diffusion"],
     "seed": Whole,
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "resume": Annotated[Given, Harmless],
     "compile": Annotated[bool, Harmless],
     "plan": Annotated[bool, Harmless],
-    "autoencoder": Annotated[Any, Harmless],  # it has a check of its own
+    "autoencoder": Annotated[Any, Harmless],  # checked by `RunFolder.finished`
     "autoencoder_hash": Annotated[Any, Harmless],
     "plugins": Annotated[Any, Harmless],
     "optimized_metric": Annotated[Given, Harmless],
@@ -37,15 +37,15 @@ SETTINGS: dict[str, Any] = {
     "callbacks": Annotated[Any, Harmless],
     "logger": Annotated[Any, Harmless],
     "trainer": Annotated[Any, Harmless],
-    "trainer.precision": Annotated[Any, Harmless],  # words of Lightning and others: see `config.checks`
+    "trainer.precision": Annotated[Any, Harmless],  # checked in `config.checks`
     "trainer.num_nodes": Annotated[Count, Harmless],
     "trainer.gradient_clip_val": NonNegative | None,
     "data.module": Given,
-    "data.root": Annotated[Any, Harmless],  # of plugins too: images are known by what they are, not where they lie
+    "data.root": Annotated[Any, Harmless],  # also of plugins: a run knows images by content
     "data.cache_dir": Annotated[Any, Harmless],
     "model.optimizer.lr": Positive,
     "model.optimizer.fused": Annotated[bool | None, Harmless],
-    "model.schedule.max_images": Annotated[Count, Harmless],  # of plugins too: it follows `max_images`
+    "model.schedule.max_images": Annotated[Count, Harmless],  # also of plugins: follows `max_images`
     "model.unet.in_channels": Count | None,  # null: those of the latents
     "model.unet.out_channels": Count | None,
     # of sample.py
@@ -65,25 +65,25 @@ SETTINGS: dict[str, Any] = {
 
 
 def is_harmless(key: str, config: dict[str, Any]) -> bool:
-    """Whether a changed setting leaves a run what it is: neither data, model nor objective are others.
+    """Whether a run may change a setting: data, model and objective stay the same.
 
     Args:
-        key: dotted.
-        config: names the classes around `key`. It may be of somebody else's run: of other packages than this one
-            nothing is imported, and only what is imported already is asked.
+        key: dotted key.
+        config: config that names the classes around `key`. It may come from a stranger's run, so classes of other
+            packages are asked only if their module is imported already.
     """
     node, _, name = key.rpartition(".")
     for place in (key, f"{key.split('.')[0]}.{name}"):
         if place in SETTINGS:
             return Harmless in signatures.marks(SETTINGS[place])
     parts = key.split(".")
-    above = (".".join(parts[:count]) for count in range(1, len(parts)))
-    hints = (SETTINGS.get(place) for place in above)
+    parents = (".".join(parts[:count]) for count in range(1, len(parts)))
+    hints = (SETTINGS.get(parent) for parent in parents)
     return any(Harmless in signatures.marks(hint) for hint in (*hints, *_arguments(config, node, name)))
 
 
 def _arguments(config: dict[str, Any], node: str, name: str) -> Iterator[Any]:
-    """The annotations of argument `name` of the class at `node`, or where there is none, of the classes below it."""
+    """Yields the annotations of argument `name`: of the class at `node`, or of the classes below if it has none."""
     tree = find(config, node) if node else None
     for target in [tree["_target_"]] if find(tree, "_target_") else [target for _, target in targets(tree)]:
         if (target := current(str(target))).startswith(HOME) or target.rpartition(".")[0] in sys.modules:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-STAGES = AUTOENCODER, DIFFUSION = ("autoencoder", "diffusion")  # in their order
+STAGES = AUTOENCODER, DIFFUSION = ("autoencoder", "diffusion")  # in order

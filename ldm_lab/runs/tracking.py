@@ -1,4 +1,4 @@
-"""Runs in W&B, whoever starts them: a training's logger, and what comes after it."""
+"""Starts and ends W&B runs, of a training and of what is made from its result, and links them by artifacts."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from ldm_lab.utils.writing import write_json
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds, for a start and for the end
-RUN_ID = "wandb_id"  # the file in a stage's folder that keeps the id of its W&B run
+PATIENCE = 60.0  # seconds to wait when a run starts or ends
+RUN_ID = "wandb_id"  # file in a stage's folder with the id of its W&B run
 PLAIN_ID = re.compile(r"[a-z0-9]{1,32}")
 
 
 def run_id(folder: Path) -> str | None:
-    """The id of a stage's W&B run; None where its folder keeps no plain id."""
+    """The id of a stage's W&B run; None if its folder holds no valid id."""
     path = folder / RUN_ID
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
-        found = file.read(100).strip()
-    return found if PLAIN_ID.fullmatch(found) else None
+        text = file.read(100).strip()
+    return text if PLAIN_ID.fullmatch(text) else None
 
 
 def start(folder: Path, offline: bool, **settings: Any) -> Any:  # noqa: ANN401
-    """A W&B run: online only where the user is logged in, else into `folder/wandb`; it never asks.
+    """Start a W&B run, online if the user is logged in, else offline in `folder/wandb`; never prompts.
 
-    A start that fails online is repeated offline, for `wandb sync`, which a line says. `WANDB_MODE=disabled` is
-    respected.
+    If the online start fails, the run starts offline, for `wandb sync`, with a warning. `WANDB_MODE=disabled` holds.
 
     Args:
-        folder: where its files go.
+        folder: folder for the files of W&B.
         offline: never go online.
-        **settings: of `wandb.init`.
+        **settings: arguments of `wandb.init`.
     """
     import wandb
 
@@ -53,7 +52,7 @@ def start(folder: Path, offline: bool, **settings: Any) -> Any:  # noqa: ANN401
         failure = error
     run = _init(folder, mode, settings)
     if failure:
-        log.warning("W&B cannot be reached (%s): it stays offline, in %s", one_line(failure), folder / "wandb")
+        log.warning("W&B cannot be reached (%s): the run stays offline, in %s", one_line(failure), folder / "wandb")
     return run
 
 
@@ -68,26 +67,26 @@ def _init(folder: Path, mode: str | None, settings: dict[str, Any]) -> Any:  # n
 
 
 def finish(run: Any, exit_code: int = 0) -> None:  # noqa: ANN401
-    """End a run. Raises `OSError` where its service could not write all: it tells nobody but its log."""
+    """End a run. Raises `OSError` if the service of W&B could not write all records, which only its log says."""
     run.finish(exit_code=exit_code)
-    said = Path(run.settings.log_internal)
-    if said.is_file() and "failed to save record" in said.read_text(encoding="utf-8", errors="replace")[-100_000:]:
-        raise OSError(f"not all could be written, see {said}")
+    path = Path(run.settings.log_internal)
+    if path.is_file() and "failed to save record" in path.read_text(encoding="utf-8", errors="replace")[-100_000:]:
+        raise OSError(f"some records could not be written, see {path}")
 
 
 def declare(run: Any, folder: Path, kind: str, content: str, facts: dict[str, Any], used: bool = False) -> None:  # noqa: ANN401
-    """Say that a run has made something, or used it: autoencoder -> latents -> diffusion -> samples -> evaluation.
+    """Log an artifact that a run has made or used: autoencoder -> latents -> diffusion -> samples -> evaluation.
 
-    What it is, its content decides: equal contents are one artifact, `<kind>-<content>`, whichever run names it, so
-    that runs hang together, online and offline. Only a small file goes to W&B, `content.json`.
+    Equal contents are one artifact, `<kind>-<content>`, in every run, online and offline, and so link these runs. Only
+    a small file, `content.json`, goes to W&B.
 
     Args:
-        run: of W&B.
-        folder: of the run; the small file is kept in its `artifacts/`.
+        run: the W&B run.
+        folder: the run's folder; its `artifacts/` keeps the small file.
         kind: "autoencoder", "latents", "diffusion", "samples" or "evaluation".
-        content: hash of it.
-        facts: plain data about it, such as where it lies.
-        used: whether the run has used it; else it has made it.
+        content: hash of the artifact's content.
+        facts: plain data about the artifact, such as its path.
+        used: whether the run has used the artifact, instead of making it.
     """
     import wandb
 
@@ -97,7 +96,7 @@ def declare(run: Any, folder: Path, kind: str, content: str, facts: dict[str, An
     write_json(path, {"kind": kind, "content": content})
     artifact = wandb.Artifact(f"{kind}-{content}", type=kind, metadata=facts)
     artifact.add_file(str(path), name="content.json", skip_cache=True, policy="immutable")
-    if used:  # as `run.use_artifact` does, which will not have it offline
+    if used:  # as `run.use_artifact` does, which refuses offline runs
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     else:
         run.log_artifact(artifact)
@@ -112,18 +111,18 @@ def log_to_run(
     metrics: Mapping[str, float] | None = None,
     images_seen: int | None = None,
 ) -> None:
-    """Tell W&B what was made of a stage's result, in a run of its own, in the project and group of the stage's.
+    """Log a product of a stage's result to W&B: as a new run in the project and group of the stage's run.
 
-    Nothing is told of a stage that was trained without W&B or elsewhere, and what goes wrong is one warning.
+    Logs nothing if the stage was trained without W&B or elsewhere; any failure gives one warning.
 
     Args:
-        stage: folder of the stage.
-        folder: where the new run's files go.
-        used: kind and content of what it is made of, e.g. ("diffusion", fingerprint of the UNet).
-        made: the same of what was made; its kind is the job type.
-        facts: plain data about it.
-        metrics: name with its prefix -> value.
-        images_seen: of the weights that were used, the axis of the metrics.
+        stage: the stage's folder.
+        folder: folder for the new run's files.
+        used: kind and content hash of the result, e.g. ("diffusion", fingerprint of the UNet).
+        made: kind and content hash of the product; the kind is also the job type.
+        facts: plain data about the product.
+        metrics: name with prefix -> value.
+        images_seen: training images of the result, for the axis of the metrics.
     """
     kind = made[0]
     if not (stage / "config.yaml").is_file():
@@ -142,5 +141,5 @@ def log_to_run(
         if metrics:
             run.log({AXIS: images_seen or 0, **metrics})
         finish(run)
-    except Exception as error:  # what was made is there, and stays
-        log.warning("W&B was not told of the %s: %s", kind, one_line(error))
+    except Exception as error:  # the product itself is complete
+        log.warning("the %s could not be logged to W&B: %s", kind, one_line(error))

@@ -141,9 +141,9 @@ def test_what_another_version_did_not_know_is_said(folder):
     new = changed(seed=0)
     new["model"]["autoencoder"] = {"grain": 2}
     (line, other) = folder.check(new)
-    start = f"{folder.folder} is of another version: settings that it"
-    assert line == f"{start} did not know, with their defaults now: model.autoencoder.grain=2"
-    assert other == f"{start} had, and nothing knows now: model.autoencoder.dropout=0.0"
+    start = f"{folder.folder} was written by another version: these settings"
+    assert line == f"{start} are new, and have their defaults: model.autoencoder.grain=2"
+    assert other == f"{start} no longer exist: model.autoencoder.dropout=0.0"
     assert folder.check(CONFIG) == []
     with pytest.raises(ValueError, match=r"other settings: model\.autoencoder\.grain: None -> 2\. Choose"):
         folder.check(new, typed={"model.autoencoder.grain"})

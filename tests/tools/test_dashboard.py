@@ -200,7 +200,7 @@ def test_what_comes_after_a_stage_without_wandb_or_fails_is_not_told(run, tiny_r
     log_to_run(run / "diffusion", tmp_path / "two", *told)
     log_to_run(tmp_path, tmp_path / "three", *told)  # no stage of ours
     messages = [record.getMessage() for record in caplog.records if record.name == "ldm_lab.runs.tracking"]
-    assert messages == ["W&B was not told of the samples: no room"]
+    assert messages == ["the samples could not be logged to W&B: no room"]
 
 
 # --- which runs are compared

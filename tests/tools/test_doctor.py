@@ -16,7 +16,7 @@ def test_a_healthy_demo_is_not_diagnosed(capsys):
     assert "BAD" not in out
     assert out.splitlines()[-1] == "0 bad, 2 to look at, 12 ok, 5 not logged"  # the speed: others used the machine
     assert f"{DEMO}/diffusion: 22,400 of 22,400 images, not finished" in out
-    assert "0.0288, 0.13 of the 0.226 of predicting zero (healthy: at most 0.6)" in out
+    assert "0.0288, 0.13 times the 0.226 of predicting zero (healthy: at most 0.6)" in out
 
 
 def test_what_is_bad_ends_with_status_1_and_says_what_to_change(tmp_path, capsys):
@@ -33,7 +33,7 @@ def test_what_is_bad_ends_with_status_1_and_says_what_to_change(tmp_path, capsys
 
 def test_one_stage_may_be_asked_for(capsys):
     main([str(DEMO / "autoencoder")])
-    assert "diffusion" not in capsys.readouterr().out.replace(str(DEMO), "").lower().replace("diffusion cannot", "")
+    assert "diffusion" not in capsys.readouterr().out.replace(str(DEMO), "").lower()
 
 
 @pytest.mark.parametrize("metrics", [False, None])

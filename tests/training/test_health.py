@@ -28,7 +28,7 @@ def test_a_broken_training_is_said_once_also_after_a_resume(runs, capsys):
     train(runs, *HOT, "max_images=48")
     said = warnings(capsys)
     assert len(said) == len({line.split(": ")[2] for line in said})
-    assert any("training loss: train/nll is" in line and "Lower model.optimizer.lr" in line for line in said)
+    assert any("training loss: train/nll is" in line and "lower model.optimizer.lr" in line for line in said)
     state = last_checkpoint(runs / "avatars/autoencoder")["callbacks"]["Health"]
     assert state["episodes"]["training loss"]["on"]
     train(runs, *HOT, "max_images=64")

@@ -292,7 +292,7 @@ def test_where_it_cannot_go_online_it_stays_offline_and_says_so(tmp_path, servic
     assert service.inits[-1]["mode"] == "offline"
     assert service.runs[-1].finished == 0
     (record,) = caplog.records
-    assert record.getMessage().startswith("W&B cannot be reached (no network): it stays offline, in ")
+    assert record.getMessage().startswith("W&B cannot be reached (no network): the run stays offline, in ")
 
 
 def test_the_user_may_disable_it(tmp_path, service, monkeypatch):

@@ -73,11 +73,11 @@ def test_a_run_of_before_some_settings_were_there_continues(runs, typed, capsys)
     path.write_text(yaml.safe_dump(config))
     recipe = Recipe.parse(["debug=tiny", f"paths.runs={runs}/first", *command("autoencoder", *typed)])
     stages.preflight(recipe.compose(), "", recipe.typed)
-    start = f"{path.parent} is of another version: settings that it"
+    start = f"{path.parent} was written by another version: these settings"
     added = "init=None, data.flip=False, data.module.train_set.flip=False"
     assert capsys.readouterr().out.splitlines()[:2] == [
-        f"{start} did not know, with their defaults now: {added}",
-        f"{start} had, and nothing knows now: model.autoencoder.forgotten=1",
+        f"{start} are new, and have their defaults: {added}",
+        f"{start} no longer exist: model.autoencoder.forgotten=1",
     ]
 
 

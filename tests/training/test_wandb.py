@@ -99,7 +99,7 @@ def test_a_disk_that_is_full_for_the_service_alone_is_noticed(tmp_path, nobody, 
         log(one, images, loss=1 / images)
     one.finalize("success")
     (record,) = [record for record in caplog.records if record.name.startswith("ldm_lab")]
-    assert record.getMessage().startswith("W&B is away (not all could be written, see ")
+    assert record.getMessage().startswith("W&B is away (some records could not be written, see ")
 
 
 def test_the_files_of_several_starts_together_hold_what_metrics_csv_holds(tmp_path, nobody):

@@ -1,1 +1,1 @@
-"""What the records of a training say about its health: pure functions from records to findings."""
+"""Checks the health of a training: pure functions from its records to findings."""

@@ -1,4 +1,4 @@
-"""What is asked of stage 1: do reconstructions hold, does the codebook live, does the discriminator teach."""
+"""Checks of stage 1: reconstructions, spread of the latents, codebook, discriminator."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import replace
 from ldm_lab.runs.diagnosis.finding import BAD, Finding, Healthy, Readings, in_range, missing, unless_learning
 from ldm_lab.utils.nested import find
 
-# dB on held-out images. Published, on ImageNet: 27.4 (VQ-f4) and 24.2 (KL-f8); the demo ends at 27.
+# dB on held-out images. Published values on ImageNet: 27.4 (VQ-f4) and 24.2 (KL-f8); the demo ends at 27.
 PSNR = Healthy(low=24.0, bad_below=15.0)
-# Stage 2 measures the scale and divides by it: only what is degenerate is broken. The demo ends at 0.64.
+# Stage 2 divides by the measured scale, so only a degenerate spread is bad. The demo ends at 0.64.
 SPREAD = Healthy(low=0.05, high=20.0, bad_below=1e-3, bad_above=1e3)
-# Perplexity as a part of all codes, of which two are the least. The demo ends at 0.6 of 512; below 0.01 or two codes
-# `CodebookUse` calls it collapsed.
+# Perplexity as a fraction of all codes, and the fewest codes in use. The demo ends at 0.6 of 512 codes; `CodebookUse`
+# reports a collapse below 0.01 or two codes.
 CODES, FEWEST = Healthy(low=0.1, bad_below=0.01), 2
-# Mean hinge loss, and the distance of the mean logits: the range that `DiscriminatorHealth` watches over. A loss of 1
-# is that of a discriminator that answers 0 to everything.
+# Mean hinge loss, and the distance of the mean logits: the ranges of `DiscriminatorHealth`. A discriminator that always
+# outputs 0 has loss 1.
 HINGE = Healthy(low=0.3, high=1.0, bad_below=0.01)
 BLIND = 1e-3
 
 
 def reconstruction(readings: Readings) -> Finding:
-    """Whether held-out images come back."""
+    """Whether the autoencoder reconstructs held-out images."""
     check, metric = "reconstructions", "val/psnr"
     if not readings.values(metric):
         return missing(check, metric)
     advice = (
-        "Diffusion cannot bring back what is lost here: train longer (max_images), let it compress less"
-        " (model=vq_f4), or look at samples/reconstructions_*.png whether the data are as they should be"
+        "Stage 2 cannot restore lost detail: train longer (max_images), compress less (model=vq_f4), or check the data"
+        " in samples/reconstructions_*.png"
     )
     return unless_learning(
         readings, metric, in_range(check, readings.values(metric)[-1], "{:.1f} dB PSNR", PSNR, advice)
@@ -36,7 +36,7 @@ def reconstruction(readings: Readings) -> Finding:
 
 
 def spread(readings: Readings) -> Finding:
-    """Whether the latents have kept a spread that a scale can put right."""
+    """Whether a scaling factor can correct the standard deviation of the latents."""
     check, metric = "spread of the latents", "val/latent_std"
     if not readings.values(metric):
         return missing(check, metric)
@@ -45,22 +45,22 @@ def spread(readings: Readings) -> Finding:
 
 
 def codebook(readings: Readings) -> Finding | None:
-    """Whether the codes are in use; None: there are none."""
+    """Whether enough codes are in use; None if there is no codebook."""
     codes = find(readings.config, "model.autoencoder.num_vq_embeddings")
     check, metric = "codebook", "codebook/perplexity"
     if not isinstance(codes, int) or codes < 1:
         return None
     if not readings.values(metric):
         return missing(check, metric)
-    found = readings.values(metric)[-1]
-    words = f"perplexity {found:.3g} of {codes:,} codes, {{:.2g}} of them"
+    perplexity = readings.values(metric)[-1]
+    words = f"perplexity {perplexity:.3g} of {codes:,} codes, a fraction of {{:.2g}}"
     advice = "Lower model.optimizer.lr, or let the codes follow faster (model.legacy_codebook_loss=false)"
     healthy = replace(CODES, bad_below=max(CODES.bad_below, FEWEST / codes))
-    return in_range(check, found / codes, words, healthy, advice)
+    return in_range(check, perplexity / codes, words, healthy, advice)
 
 
 def discriminator(readings: Readings) -> Finding | None:
-    """Whether it wins or is blind; None: there is none, or it has not begun."""
+    """Whether the discriminator wins or is blind; None if there is none, or before it begins."""
     if not find(readings.config, "model.loss.discriminator"):
         return None
     check, metrics = "discriminator", ("disc/discriminator", "disc/logits_real", "disc/logits_fake")
@@ -75,9 +75,10 @@ def discriminator(readings: Readings) -> Finding | None:
     verdict = BAD if not gap >= BLIND or math.isnan(hinge) else verdict
     measured = f"loss {hinge:.2g}, mean logits {real:.2g} for images and {fake:.2g} for reconstructions"
     advice = (
-        "It wins: lower model.optimizer.lr, let it begin later (model.loss.adversarial.start_images) or make it smaller"
-        " (model.loss.discriminator.channels)"
+        "The discriminator wins: lower model.optimizer.lr, start it later (model.loss.adversarial.start_images) or make"
+        " it smaller (model.loss.discriminator.channels)"
         if hinge < HINGE.low
-        else "It tells nothing apart: give it time, or let it begin later (model.loss.adversarial.start_images)"
+        else "The discriminator does not tell images from reconstructions: give it time, or start it later"
+        " (model.loss.adversarial.start_images)"
     )
     return Finding(check, verdict, measured, f"loss {HINGE}, logits apart", advice)

@@ -1,4 +1,4 @@
-"""All checks of a stage."""
+"""Runs all checks of a stage."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ OF_STAGE: dict[str, tuple[Check, ...]] = {
 
 
 def diagnose(readings: Readings) -> list[Finding]:
-    """Every check that concerns the stage, in the order in which to read them."""
-    found = [check(readings) for check in (*OF_STAGE[readings.stage], *ALWAYS)]
-    return [finding for finding in found if finding]
+    """The findings of all checks of the stage, in reading order."""
+    findings = [check(readings) for check in (*OF_STAGE[readings.stage], *ALWAYS)]
+    return [finding for finding in findings if finding]

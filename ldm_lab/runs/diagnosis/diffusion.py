@@ -1,4 +1,4 @@
-"""What is asked of stage 2: are the latents of scale 1, is anything learned, is it learned by heart."""
+"""Checks of stage 2: scale of the latents, learning, overfitting."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ldm_lab.runs.diagnosis.finding import UNKNOWN, Finding, Healthy, Readings, 
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import find
 
-# A measured scale gives 1 on training images; held-out ones differ by a few hundredths (demo: 1.0).
+# A measured scale gives 1 on training images; held-out images differ by a few hundredths (demo: 1.0).
 SCALE = Healthy(low=0.8, high=1.25, bad_below=0.5, bad_above=2.0)
-# Loss as a part of that of predicting zero: the demo ends at 0.13. CompVis's users report churches stuck at 1
+# Loss as a fraction of the loss of predicting zero. The demo ends at 0.13; users of CompVis report churches stuck at 1
 # (0.798, the mean of |N(0, 1)|, with L1).
 LEARNED = Healthy(high=0.6, bad_above=0.9)
-# val/loss on held-out against training images: the demo ends at 1.04.
+# val/loss over the loss on training images: the demo ends at 1.04.
 BY_HEART = Healthy(high=1.15, bad_above=1.5)
-# The newest val/loss against the lowest: the demo ends at its lowest.
+# The newest val/loss over the lowest: the demo ends at its lowest.
 RISEN = Healthy(high=1.05, bad_above=1.25)
 
 
 def scale(readings: Readings) -> Finding:
-    """Whether the scaled latents have standard deviation 1, as the schedule of noise supposes."""
+    """Whether the scaled latents have standard deviation 1, as the noise schedule assumes."""
     check, metric = "scale of the latents", "val/latent_std"
     if not readings.values(metric):
         return missing(check, metric)
@@ -35,7 +35,7 @@ def scale(readings: Readings) -> Finding:
 
 
 def learned(readings: Readings) -> Finding:
-    """Whether the network does better than one that predicts zero."""
+    """Whether the network is better than predicting zero."""
     check, metric = "better than predicting zero", "val/loss"
     if not readings.values(metric):
         return missing(check, metric)
@@ -43,20 +43,20 @@ def learned(readings: Readings) -> Finding:
     try:
         zero = loss_of_zero(readings.config, spread[-1])
     except UserError as error:
-        return Finding(check, UNKNOWN, f"of this objective it is not known what zero costs: {error}")
-    found = readings.values(metric)[-1]
-    words = f"val/loss is {found:.3g}, {{:.2g}} of the {zero:.3g} of predicting zero"
+        return Finding(check, UNKNOWN, f"the loss of predicting zero is unknown for this objective: {error}")
+    loss = readings.values(metric)[-1]
+    words = f"val/loss is {loss:.3g}, {{:.2g}} times the {zero:.3g} of predicting zero"
     advice = "Lower model.optimizer.lr, look at the scale of the latents, or train longer (max_images)"
-    return unless_learning(readings, metric, in_range(check, found / zero, words, LEARNED, advice))
+    return unless_learning(readings, metric, in_range(check, loss / zero, words, LEARNED, advice))
 
 
 def overfitting(readings: Readings) -> Finding:
-    """Whether the loss on held-out images stays with that on training images."""
+    """Whether the loss on held-out images stays close to the loss on training images."""
     check, metric = "learning by heart", "val/loss_on_training_images"
     held_out, trained_on = readings.values("val/loss"), readings.values(metric)
     if not held_out or not trained_on:
         return missing(check, metric)
-    words = "val/loss is {:.3g} of that on training images"
+    words = "val/loss is {:.3g} times the loss on training images"
     advice = (
         "Stop earlier (the lowest val/loss), use more images or data.flip=true, or model.unet.dropout=0.1;"
         " compare samples with their nearest training images"
@@ -65,29 +65,29 @@ def overfitting(readings: Readings) -> Finding:
 
 
 def risen(readings: Readings) -> Finding:
-    """Whether val/loss has turned."""
+    """Whether val/loss has risen above its minimum."""
     check, metric = "held-out loss", "val/loss"
     values = [value for value in readings.values(metric) if math.isfinite(value)]
     if not values:
         return missing(check, metric)
     at = next(images for images, value in readings.curves[metric] if value == min(values))
-    words = f"val/loss is {{:.3g}} of its lowest, {min(values):.3g} at {at:,} images"
-    advice = "It rises: lower model.optimizer.lr, or stop earlier (max_images); snapshots= keeps models on the way"
+    words = f"val/loss is {{:.3g}} times its lowest, {min(values):.3g} at {at:,} images"
+    advice = "val/loss rises: lower model.optimizer.lr, or stop earlier (max_images); snapshots= keeps earlier models"
     return in_range(check, values[-1] / min(values) if min(values) > 0 else math.nan, words, RISEN, advice)
 
 
 def loss_of_zero(config: dict[str, Any], std: float = 1.0) -> float:
-    """The objective of a network that predicts zero, in the mean over all timesteps.
+    """Mean loss over all timesteps of a network that predicts zero.
 
     A target is a·x0 + b·ε with E[ε²] = 1 and E[x0²] = std², so that E[target²] = a² std² + b²; the mean absolute value
     is that of a normal distribution, √(2/π) times the root.
 
     Args:
-        config: of the stage: `model.scheduler` and `model.objective`.
+        config: the stage's config, with `model.scheduler` and `model.objective`.
         std: standard deviation of the scaled latents, whose mean is 0.
 
     Raises:
-        UserError: the parts are none of this package; the message names which.
+        UserError: a part is not of this package; the message names it.
     """
     scheduler = DDIMScheduler.from_config(_arguments(config, "model.scheduler"))
     weighting = _part(config, "model.objective.weighting", ("PlainWeighting", "MinSNRWeighting"))
@@ -100,7 +100,7 @@ def loss_of_zero(config: dict[str, Any], std: float = 1.0) -> float:
 
 
 def _part(config: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:  # noqa: ANN401
-    """A part of the objective, where it is one of ours."""
+    """Build a part of the objective. Raises `UserError` unless the config names one of the `known` classes."""
     target = find(config, f"{key}._target_")
     module, _, name = str(target).rpartition(".")
     if module != objective.__name__ or name not in known:

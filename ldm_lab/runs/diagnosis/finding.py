@@ -1,4 +1,4 @@
-"""What a check takes, and what it finds."""
+"""Input and result of a check."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from ldm_lab.runs.record import Curve, StageRecord
 
 OK, LOOK, BAD, UNKNOWN = "ok", "look", "bad", "unknown"
-# Every training begins badly: so many images must be seen (the demo has learned most after as many) ...
+# Every training begins badly. A bad value counts after this many images (by then the demo has learned most) ...
 EARLY = 10_000
-LEARNING = 0.002  # ... and less than this part of the first value must be gained, before that is called broken
+LEARNING = 0.002  # ... and only if the metric has improved by less than this fraction of its first value
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to one question.
+    """The result of one check.
 
     Attributes:
-        check: what was looked at, in a few words; also its name.
-        verdict: `OK`, `LOOK` (unusual), `BAD`, or `UNKNOWN` (nothing to look at).
-        measured: the value in words, or what is missing.
-        healthy: what is seen in healthy runs.
-        advice: what to change, as key=value where there is one.
+        check: name of the check: its subject in a few words.
+        verdict: `OK`, `LOOK` (unusual), `BAD`, or `UNKNOWN` (no data).
+        measured: the value in words, or the missing data.
+        healthy: the range of healthy runs.
+        advice: what to change, as key=value if possible.
     """
 
     check: str
@@ -43,13 +43,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Healthy:
-    """The range of healthy runs, and another one outside which something is broken.
+    """The range of healthy runs, and a wider range outside which a run is bad.
 
     Attributes:
-        low: lower end.
-        high: upper end.
-        bad_below: lower end of what may still be in order.
-        bad_above: upper end.
+        low: lower end of the healthy range.
+        high: upper end of the healthy range.
+        bad_below: smaller values are bad.
+        bad_above: larger values are bad.
     """
 
     low: float = -math.inf
@@ -71,11 +71,11 @@ class Healthy:
 
 @dataclass(frozen=True)
 class Readings:
-    """What a stage has measured so far.
+    """The metrics of a stage so far.
 
     Attributes:
         stage: "autoencoder" or "diffusion".
-        config: its settings, resolved.
+        config: the stage's resolved config.
         curves: metric -> values over images seen.
     """
 
@@ -85,25 +85,25 @@ class Readings:
 
     @classmethod
     def of(cls, record: StageRecord) -> Readings:
-        """Those of a run's folder."""
+        """The readings of a stage's record."""
         return cls(record.stage, record.config, record.curves)
 
     @property
     def images_seen(self) -> int:
-        """At the newest of them."""
+        """Images seen at the newest value."""
         return max((curve[-1][0] for curve in self.curves.values() if curve), default=0)
 
     def values(self, metric: str) -> list[float]:
-        """Oldest first; empty where there are none."""
+        """The values of a metric, oldest first; empty if it was not logged."""
         return [value for _, value in self.curves.get(metric, [])]
 
     def recent(self, metric: str) -> float:
-        """The median of the newest tenth: single batches say little. One value at least; NaN where one is NaN."""
+        """Median of the newest tenth of a metric's values (at least one), as single batches vary; NaN if one is NaN."""
         return median(tail(self.values(metric), 0.1))
 
 
 def unless_learning(readings: Readings, metric: str, finding: Finding) -> Finding:
-    """What is bad but early, or has become better since it was first measured, is no more than to be looked at."""
+    """Turn `BAD` into `LOOK` early in training, or if the metric has improved since its first value."""
     first, newest = readings.values(metric)[0], readings.values(metric)[-1]
     gain = (newest - first) if metric.endswith("psnr") else (first - newest)
     may_come = readings.images_seen < EARLY or gain > LEARNING * abs(first)
@@ -111,20 +111,20 @@ def unless_learning(readings: Readings, metric: str, finding: Finding) -> Findin
 
 
 def tail(values: list[float], part: float) -> list[float]:
-    """The last part of some values, one of them at least."""
+    """The last values, a fraction `part` of all, and at least one."""
     return values[-max(1, int(len(values) * part)) :]
 
 
 def median(values: list[float]) -> float:
-    """In the middle; NaN where one is NaN."""
+    """The median; NaN if a value is NaN."""
     return math.nan if any(map(math.isnan, values)) else statistics.median(values)
 
 
 def missing(check: str, what: str, why: str = "was not logged") -> Finding:
-    """There is nothing to look at."""
+    """The finding of a check that has no data."""
     return Finding(check, UNKNOWN, f"{what} {why}")
 
 
 def in_range(check: str, value: float, words: str, healthy: Healthy, advice: str) -> Finding:
-    """Judge a number. `words` is a format for it."""
+    """The finding for a value; `words` is the format string that shows it."""
     return Finding(check, healthy.verdict(value), words.format(value), str(healthy), advice)

@@ -1,4 +1,4 @@
-"""What is asked of a stage's folder, beside its numbers: the images that the network saw, steps that went wrong."""
+"""Checks of the files in a stage's folder: the first training images, and steps that were not finite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_COUNTED = 2**16
 
 
 def sheet(record: StageRecord) -> Finding:
-    """Whether there is anything on the images that training began with, and where to look at them.
+    """Whether the first training images are more than plain areas; the finding names their picture.
 
     Raises:
         LoadError: the picture cannot be read.
@@ -22,19 +22,19 @@ def sheet(record: StageRecord) -> Finding:
     path = pictures[min(pictures)]
     counted = read_picture(path).getcolors(MOST_COUNTED)
     colours = len(counted) if counted else MOST_COUNTED
-    verdict = BAD if colours <= FEW_COLOURS else OK  # one of them is the white between the images
+    verdict = BAD if colours <= FEW_COLOURS else OK  # one is the white between the images
     count = f"{colours:,} colours" if counted else "many colours"
-    advice = "There is next to nothing on the images: look at them, and at data.root"
-    return Finding(check, verdict, f"{count}; look at what the network saw: {path}", f"more than {FEW_COLOURS}", advice)
+    advice = "The images are almost empty: look at them, and check data.root"
+    return Finding(check, verdict, f"{count}; look at the network's images: {path}", f"more than {FEW_COLOURS}", advice)
 
 
 def left_out(record: StageRecord) -> Finding | None:
-    """Whether steps were not finite; None: none were."""
+    """Whether steps were not finite; None if all were finite."""
     files = sorted((record.folder / "not_finite").glob("*.json"))
     if not files:
         return None
     seen = max((int(file.stem) for file in files if file.stem.isdecimal()), default=0)
-    ended = seen >= record.images_seen and record.status.get("finished") is not True
+    stopped = seen >= record.images_seen and record.status.get("finished") is not True
     advice = "Try trainer.precision=32-true, a lower model.optimizer.lr, or trainer.gradient_clip_val=1"
-    what = f"{len(files)} of them had losses or gradients that are not finite; the images: {files[-1]}"
-    return Finding("steps", BAD if ended else LOOK, what, "none", advice)
+    what = f"{len(files)} steps had a loss or gradient that is not finite; their images: {files[-1]}"
+    return Finding("steps", BAD if stopped else LOOK, what, "none", advice)
