@@ -1,5 +1,6 @@
 """`python sample.py`: from the command line to files, in one process and in two."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -13,21 +14,24 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import sample
+from ldm_lab.checkpoints import locate
 from ldm_lab.config.compose import ConfigError
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling.generate import image_path
 from ldm_lab.sampling.pictures import PictureRequest
+from ldm_lab.utils import reading
 from ldm_lab.utils.randomness import generator
 from tests.helpers import GOLDEN, contents
+from tests.trained import copy
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = GOLDEN / "diffusers" / "ldm_tiny"
 
 
 def command(output, **settings):
-    settings = {"num_samples": 3, "batch_size": 1, "sampler.steps": 2, "trainer": "cpu", **settings}
-    return [f"ckpt={MODEL}", f"output={output}", *(f"{key}={value}" for key, value in settings.items())]
+    settings = {"ckpt": MODEL, "num_samples": 3, "batch_size": 1, "sampler.steps": 2, "trainer": "cpu", **settings}
+    return [f"output={output}", *(f"{key}={value}" for key, value in settings.items())]
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
@@ -66,6 +70,34 @@ def test_a_device_that_is_not_there_is_refused_before_the_model_is_looked_for(tm
         ValueError, match=r"^trainer\.accelerator=tpu: no such device here; use trainer\.accelerator=cpu$"
     ):
         sample.job(["ckpt=/nowhere", "trainer.accelerator=tpu"])
+
+
+def callers():
+    """The modules of this project on the stack, outermost first."""
+    frame, names = inspect.currentframe(), []
+    while frame := frame.f_back:
+        names.append(frame.f_globals["__name__"])
+    ours = [name for name in reversed(names) if name.startswith(("ldm_lab.", "sample"))]
+    return list(dict.fromkeys(ours))
+
+
+def test_a_checkpoint_passes_eight_modules_from_the_command_line_to_its_tensors(tiny_runs, tmp_path, monkeypatch):
+    """Those on the stack where a folder is looked for, and where tensors are read: see docs/architecture.md."""
+    passed = []
+
+    def spy(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, **named: passed.append(callers()) or real(*given, **named))
+
+    for module, name in ((locate, "search"), (reading, "load_file"), (torch, "load")):
+        spy(module, name)
+    unfinished = copy(tiny_runs, tmp_path) / "celebahq/diffusion"
+    for ckpt in (tiny_runs / "celebahq", unfinished / "checkpoints/last.ckpt"):
+        passed.clear()
+        sample.job(command(tmp_path / f"{ckpt.stem}-drawn", ckpt=ckpt))
+        modules = {module for stack in passed for module in stack}
+        assert {"sample", "ldm_lab.checkpoints.locate", "ldm_lab.utils.reading"} < modules
+        assert len(modules) <= 8, modules
 
 
 def assert_array_holds_the_images(folder, count):
