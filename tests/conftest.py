@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import lightning
 import pytest
@@ -21,6 +22,20 @@ os.fsync = lambda descriptor: None
 # What runs share is shared by the tests of one session alone.
 CACHE = tempfile.TemporaryDirectory(prefix="ldm_lab_cache")
 os.environ["LDM_LAB_CACHE"] = CACHE.name
+
+
+TESTS = Path(__file__).parent
+# Rooms and files whose tests train, start processes or build whole models. `-m "not slow"` leaves a minute or so.
+SLOW = (
+    "reliability", "rehearsal", "scripts", "security", "training",
+    "checkpoints/test_checkpoint", "checkpoints/test_compvis_checkpoint", "checkpoints/test_foreign_files",
+    "checkpoints/test_foreign_models", "config/test_configs", "config/test_kinds", "config/test_recipes",
+    "config/test_sweep", "data/test_avatars", "losses/test_autoencoder", "models/test_codebook",
+    "models/test_diffusers_parity", "models/test_from_pretrained", "pipeline/test_pipeline_namesake",
+    "pipeline/test_pipeline_recorded", "pipeline/test_pipeline_schedulers", "sampling/test_pictures",
+    "sampling/test_sample_command", "test_extending", "test_quickstart", "tools/evaluate", "tools/test_benchmark",
+    "tools/test_dashboard", "utils/test_float32", "utils/test_hub", "utils/test_locks", "utils/test_threads", "utils/test_weights",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +80,9 @@ def pytest_collection_modifyitems(items):
 
     The rehearsal comes last: torch then has another device, for as long as the process lives.
     """
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix().startswith(SLOW) or "tiny_runs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: ("rehearsal" in getattr(item, "fixturenames", ()), item.path not in slow))
 
