@@ -144,12 +144,14 @@ def test_the_rule_tells_private_names_of_libraries_from_ours(source, names):
 
 
 @contextlib.contextmanager
-def still(library, meaning):
-    """Context of a test: whatever fails in it, the message names the library, its version and what broke."""
+def still(library, question):
+    """Context of a test that answers a question with yes; a failure names the library, its version and the question."""
     try:
         yield
-    except (Exception, SystemExit) as error:
-        pytest.fail(f"{library} {version(library)} has changed a private name: no longer {meaning} ({error!r})")
+    except (Exception, pytest.fail.Exception) as error:
+        pytest.fail(
+            f"{library} {version(library)}: a private name has changed; the answer is no: {question}? ({error!r})"
+        )
 
 
 class Rows(DummyLogger):
