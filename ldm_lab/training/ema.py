@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ldm_lab.utils.errors import UserError
 
@@ -52,8 +53,8 @@ class EMA(nn.Module):
         before = int(self.num_updates) if self._known_updates is None else self._known_updates
         self._known_updates = before + 1
         self.num_updates += 1
-        weight = 1 - self.decay(self._known_updates)
-        torch._foreach_lerp_(averages, [value.to(mean) for mean, value in zip(averages, values, strict=True)], weight)
+        values = [value.to(mean) for mean, value in zip(averages, values, strict=True)]
+        get_ema_multi_avg_fn(self.decay(self._known_updates))(averages, values, self._known_updates)
         copies, values = _aligned(self.model.named_buffers(), network.named_buffers())
         for copied, value in zip(copies, values, strict=True):
             copied.copy_(value)

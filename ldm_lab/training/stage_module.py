@@ -72,7 +72,7 @@ class StageModule(LightningModule):
     def new_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the settings; `fused` is turned off if the device has no fused kernels."""
         optimizer = self.make_optimizer(self.parameter_groups())
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # torch has no public list of these devices
             if group.get("fused") and self.device.type not in _get_fused_kernels_supported_devices():
                 group["fused"] = False
         return optimizer

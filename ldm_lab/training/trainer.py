@@ -41,4 +41,5 @@ class Trainer(lightning.Trainer):
             float32.allow(float32_matmul_precision)
         given = self.strategy.launcher
         if isinstance(given, _SubprocessScriptLauncher):
+            # `launcher` cannot be set, and the strategy may be any of Lightning's or of a user.
             self.strategy._launcher = Launcher(given.cluster_environment, given.num_processes, given.num_nodes)

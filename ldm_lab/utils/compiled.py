@@ -28,7 +28,7 @@ def _freeze(network: nn.Module) -> None:
     """Set freezing for the whole process during a call, as tracing ignores `compile(options={"freezing": True})`."""
     from torch._inductor import config
 
-    compiled = network._compiled_call_impl
+    compiled = network._compiled_call_impl  # a hook of `nn.Module` would be compiled too
 
     def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         with config.patch(freezing=True):  # only in this call, which may compile
@@ -42,7 +42,7 @@ def unwrapped(part: Any) -> Any:  # noqa: ANN401
     while True:
         if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             part = part.module
-        elif hasattr(part, "_orig_mod"):
+        elif hasattr(part, "_orig_mod"):  # torch has no public way back from `torch.compile`
             part = part._orig_mod
         else:
             return part

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal
 
+from typing_extensions import is_protocol
+
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import AtLeast, Given
 from ldm_lab.utils.nested import shown
@@ -139,7 +141,7 @@ def fits(value: Any, hint: Any) -> bool:  # noqa: ANN401
         return any(fits(value, one) for one in inner)
     if origin is Literal:
         return value in inner
-    if origin is collections.abc.Callable or getattr(hint, "_is_protocol", False):
+    if origin is collections.abc.Callable or is_protocol(hint):
         return False
     if origin in (list, tuple, collections.abc.Sequence):
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)

@@ -10,6 +10,7 @@ MEASURED = ("AVX2", "AVX512")  # instruction sets of measured CPUs, see docs/per
 
 def has_bfloat16() -> bool:
     """Whether the CPU has bfloat16 multiplication; emulation runs at a hundredth of the speed."""
+    # torch 2.10 lacks the public `torch.cpu.get_capabilities` of 2.11.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

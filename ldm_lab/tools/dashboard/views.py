@@ -94,7 +94,7 @@ def report(pages: Sequence[Page], entity: str, project: str) -> wr.Report:
 
 
 def specification(views: Sequence[ws.Workspace], written: wr.Report) -> dict[str, Any]:
-    """The specification of all views, as plain data."""
+    """The specification of all views, as plain data; publicly the library only sends views to W&B."""
     return {
         "format": 1,
         "workspaces": [view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True) for view in views],

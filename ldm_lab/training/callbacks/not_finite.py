@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning import Callback
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -91,7 +90,7 @@ class NotFinite(Callback):
         if module.images_seen % trainer.datamodule.global_batch_size == 0:
             self._step = ScannedStep()
             if trainer.on_nan == "skip":  # the forward pass already changes running statistics
-                normed = [part for part in module.modules() if isinstance(part, _NormBase)]
+                normed = [part for part in module.modules() if hasattr(part, "running_mean")]
                 self._statistics = [(b, b.clone()) for part in normed for b in part.buffers()]
         self._step.batches.append({key: batch[key] for key in ("index", "position")})
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # none of these three modules has a public twin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -45,10 +45,10 @@ class LiveBytes(TorchDispatchMode):
     def see(self, tensor: Tensor) -> None:
         """Count the storage of `tensor` until it is freed."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+        if id(storage) not in self._seen:  # torch gives the same object while a tensor holds the storage
+            self._seen.add(id(storage))
             self._add(storage.nbytes())
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
 
     def _add(self, size: int) -> None:
         self.now += size
