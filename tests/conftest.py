@@ -34,7 +34,8 @@ SLOW = (
     "models/test_diffusers_parity", "models/test_from_pretrained", "pipeline/test_pipeline_namesake",
     "pipeline/test_pipeline_recorded", "pipeline/test_pipeline_schedulers", "sampling/test_pictures",
     "sampling/test_sample_command", "test_extending", "test_quickstart", "tools/evaluate", "tools/test_benchmark",
-    "tools/test_dashboard", "utils/test_float32", "utils/test_hub", "utils/test_locks", "utils/test_threads", "utils/test_weights",
+    "tools/test_dashboard", "utils/test_float32", "utils/test_hub", "utils/test_locks", "utils/test_threads",
+    "utils/test_weights",
 )  # fmt: skip
 
 
