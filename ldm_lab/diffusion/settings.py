@@ -89,7 +89,7 @@ class SchedulerSettings(Configurable):
         Raises:
             LoadError: the file is missing, is not JSON, or holds an invalid setting.
         """
-        download = {key: overrides.pop(key) for key in hub.DOWNLOAD if key in overrides}
+        download, overrides = hub.split(overrides)
         config = cls.load_config(folder, subfolder, **download)
         with blaming(Path(folder, subfolder or "") / cls.config_name):
             return cls.from_config(config, **overrides)
