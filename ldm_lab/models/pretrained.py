@@ -34,11 +34,15 @@ def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    found = getattr(torch, dtype_name(dtype), None)
     if found not in FLOATS:
-        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)
-        raise UserError(f"torch_dtype={dtype!r}: give one of {known} or auto")
+        raise UserError(f"torch_dtype={dtype!r}: give one of {', '.join(map(dtype_name, FLOATS))} or auto")
     return found
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def one_device(device_map: Any) -> torch.device | None:  # noqa: ANN401
