@@ -19,7 +19,7 @@ _HOMES = {
     "DDPMScheduler": "ldm_lab.diffusion.ddpm",
     "DPMSolverMultistepScheduler": "ldm_lab.diffusion.dpm_solver",
     "LDMPipeline": "ldm_lab.pipeline",
-    "ImagePipelineOutput": "ldm_lab.pipeline",
+    "ImagePipelineOutput": "ldm_lab.models.outputs",
     "UNet2DModel": "ldm_lab.models.unet",
     "VQModel": "ldm_lab.models.vq_model",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,37 +18,24 @@ from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.autoencoders import FIRST_STAGES
 from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.outputs import ImagePipelineOutput
 from ldm_lab.models.pretrained import floating_type, one_device
 from ldm_lab.models.unet import UNet2DModel
-from ldm_lab.utils import shell
+from ldm_lab.utils import hub, shell
 from ldm_lab.utils.arguments import whole
 from ldm_lab.utils.compiled import compile_for_inference
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import array_to_pil, to_numpy, to_pil, to_unit
 from ldm_lab.utils.memory_switches import MemorySwitches
-from ldm_lab.utils.outputs import BaseOutput
 from ldm_lab.utils.randomness import seeded
 from ldm_lab.utils.reading import blaming
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
 
 OUTPUT_TYPES = ("pil", "np", "numpy", "pt", "latent")
 
 Generators = torch.Generator | int | Sequence[torch.Generator | int] | None
-
-
-@dataclass
-class ImagePipelineOutput(BaseOutput):
-    """Result of a pipeline call.
-
-    Attributes:
-        images: by `output_type`, a list of B PIL images; an array `(B, H, W, 3)` in [0, 1]; a tensor
-            `(B, 3, H, W)` in [0, 1]; or the scaled latents `(B, C, h, w)`.
-    """
-
-    images: list[Image.Image] | np.ndarray | Tensor
 
 
 class LDMPipeline(MemorySwitches):
@@ -158,8 +144,7 @@ class LDMPipeline(MemorySwitches):
             callback: called after each step with (step, timestep, latents).
 
         Raises:
-            UserError: an argument is out of range; the message names it. Or pixels of "pil" or "np" are NaN or
-                infinite.
+            UserError: an argument is out of range, or pixels of "pil" or "np" are not finite; the message says which.
         """
         self._check(output_type, latents)
         generator = seeded(generator)
@@ -240,12 +225,8 @@ class LDMPipeline(MemorySwitches):
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
         plugins: Sequence[str] = (),
+        **download: Any,  # noqa: ANN401
     ) -> Self:
         """Load a pipeline folder, a run (finished or not), a snapshot, a checkpoint or a model on the hub.
 
@@ -256,38 +237,30 @@ class LDMPipeline(MemorySwitches):
                 no such folder, is a model on the Hugging Face hub. For a CompVis file see `from_single_file`.
             torch_dtype: dtype of the networks, or its name; None and "auto" keep the dtype of the file.
             device: target device of the networks; None: the CPU.
-            vqvae: a part to use instead of the source's, which is then neither read nor downloaded.
-            unet: likewise.
-            scheduler: likewise.
+            vqvae, unet, scheduler: parts to use instead of the source's, which are then neither read nor downloaded.
             variant: variant of the weights ("fp16"); a network without it loads its plain weights, unless none has it.
             plugins: packages that may be imported, as the files may name their classes.
+            download: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`: see `hub.fetch`.
 
         Raises:
             LoadError: there is no such model, or it is corrupt; the one-line message says what and where.
             UserError: an argument is invalid; the message names it.
         """
         dtype, device = floating_type(dtype or torch_dtype), one_device(device_map) or device
+        if unknown := hub.split(download)[1]:
+            raise TypeError(f"{cls.__name__}.from_pretrained has no argument {sorted(unknown)}")
         given = {"vqvae": vqvae, "unet": unet, "scheduler": scheduler}
         given = {name: part for name, part in given.items() if part is not None}
         choice = {"variant": variant, "use_safetensors": use_safetensors}
-        download = {"token": token, "force_download": force_download, "without": tuple(given)}
-        path = locate.find(source, revision, cache_dir, local_files_only, **download, **choice).path
-        return cls.from_file_or_folder(path, device, dtype, given=given, plugins=plugins, **choice)
+        path = locate.find(source, without=tuple(given), **download, **choice).path
+        return cls.from_file_or_folder(path, given=given, plugins=plugins, **choice).to(device=device, dtype=dtype)
 
     @classmethod
-    def from_file_or_folder(
-        cls,
-        path: Path,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **reading: Any,  # noqa: ANN401
-    ) -> Self:
+    def from_file_or_folder(cls, path: Path, **reading: Any) -> Self:  # noqa: ANN401
         """Build a pipeline from the parts of a local checkpoint or pipeline folder.
 
         Args:
             path: the file or folder.
-            device: target device of the networks; None: the CPU.
-            dtype: dtype of the networks; None keeps the dtype of the file.
             reading: see `checkpoints.parts.read`.
 
         Raises:
@@ -295,8 +268,7 @@ class LDMPipeline(MemorySwitches):
         """
         found = parts.read(path, cls.classes, **reading)
         with blaming(path):
-            pipe = cls(**found)
-        return pipe.to(device=device, dtype=dtype)
+            return cls(**found)
 
     @classmethod
     def from_single_file(
@@ -323,4 +295,5 @@ class LDMPipeline(MemorySwitches):
                 missing or surplus; the one-line message names it.
         """
         reading = {"original_config": original_config, "use_ema": use_ema}
-        return cls.from_file_or_folder(shell.path(path), device, floating_type(torch_dtype), single_file=reading)
+        pipe = cls.from_file_or_folder(shell.path(path), single_file=reading)
+        return pipe.to(device=device, dtype=floating_type(torch_dtype))

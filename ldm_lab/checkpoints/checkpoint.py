@@ -36,7 +36,7 @@ from ldm_lab.utils import shell
 from ldm_lab.utils.configurable import Configurable
 from ldm_lab.utils.hub import CONFIG
 from ldm_lab.utils.reading import ZIP, LoadError, check_plain, first_bytes, is_safetensors, read_torch, reason
-from ldm_lab.utils.weights import LEGACY_WEIGHTS, WEIGHTS
+from ldm_lab.utils.weights import LEGACY_WEIGHTS, WEIGHTS, are_named_tensors
 from ldm_lab.utils.writing import replacing
 
 ENTRY = "ldm_lab"
@@ -74,7 +74,7 @@ def load(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not mmap and (ZIP.startswith(start) or start.startswith(ZIP)):  # other formats have no checksums
         verify(path)
     state = read_torch(path, mmap)
-    entry = state.get(ENTRY) if isinstance(state, dict) and _are_tensors(state.get("state_dict")) else None
+    entry = state.get(ENTRY) if isinstance(state, dict) and are_named_tensors(state.get("state_dict")) else None
     if not isinstance(entry, dict) or not ENTRIES.keys() <= entry.keys():
         raise LoadError(f"{path}: not a training checkpoint of ldm_lab{_but(state, path)}")
     _check_entry(entry, path)
@@ -106,10 +106,6 @@ def _check_entry(entry: dict[str, Any], path: Path) -> None:
         for name, value in entry[key].items():
             if not isinstance(name, str) or not isinstance(value, kind):
                 raise LoadError(f"{path}: {ENTRY}.{key}.{name} is a {type(value).__name__}, not a {kind.__name__}")
-
-
-def _are_tensors(state: Any) -> bool:  # noqa: ANN401
-    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
 class DamagedError(LoadError):

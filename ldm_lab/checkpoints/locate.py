@@ -41,30 +41,20 @@ class State:
     images_seen: int | None = None
 
 
-def find(
-    source: str | Path,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    **download: Any,  # noqa: ANN401
-) -> State:
+def find(source: str | Path, **download: Any) -> State:  # noqa: ANN401
     """Locate the pipeline that `source` names.
 
     Args:
         source: see above.
-        revision: branch, tag or commit of a model on the hub.
-        cache_dir: cache folder of hub models; None: the default of `huggingface_hub`.
-        local_files_only: use only the cache, or fail.
         download: see `hub.fetch`.
 
     Raises:
         LoadError: there is no such pipeline; for a missing snapshot the message lists the existing snapshots.
     """
+    local = hub.local(source, **download)
     if hub.is_name(source):
         model = str(source).partition("@")[0].rpartition("/")[2]  # samples go beside that name, not into the cache
-        return State(Path(model), hub.fetch(str(source), revision, cache_dir, local_files_only, **download))
-    if revision:
-        raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
+        return State(Path(model), local)
     if state := search(source, "diffusion"):
         return state
     raise LoadError(f"{source}: no pipeline ({INDEX}) and no diffusion checkpoint")

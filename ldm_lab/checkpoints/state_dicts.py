@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_lab.utils.reading import LoadError
+from ldm_lab.utils.weights import are_named_tensors
 
 State = dict[str, Tensor]
 
@@ -22,7 +23,7 @@ def tensors_in(content: Any) -> State | None:  # noqa: ANN401
     for _ in range(3):
         if not isinstance(content, dict) or not content:
             return None
-        if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+        if are_named_tensors(content):
             return content
         content = next((content[place] for place in PLACES if isinstance(content.get(place), dict)), None)
     return None

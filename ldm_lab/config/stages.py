@@ -18,7 +18,7 @@ from ldm_lab.config.checks import check_code
 from ldm_lab.config.compose import DictConfig, build, build_all, is_searched, plain
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.training import device, initial, slurm
+from ldm_lab.training import device, initial, launcher
 from ldm_lab.training.planning import batch_size, preview
 from ldm_lab.training.planning import plan as planning
 from ldm_lab.training.planning.preflight import check_fit, check_order
@@ -201,7 +201,7 @@ def _train(
         data.batch_size = batch_size.find(Trial(module, data, make_trainer, config.compile))
     loggers, callbacks = build_all(config.logger, "logger"), build_all(config.callbacks, "callbacks")
     trainer = make_trainer(**essentials(settings, callbacks, loggers))
-    slurm.check_tasks(trainer.num_devices, trainer.num_nodes)
+    launcher.check_tasks(trainer.num_devices, trainer.num_nodes)
     say(f"{config.stage} on {device.describe(trainer)}")
     return fit(module, data, trainer, folder, settings, functools.partial(schedule, plugins=settings["plugins"]))
 

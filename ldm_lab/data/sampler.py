@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.randomness import generator
 
 
+@dataclass(eq=False)
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches for one device from the endless global stream of training images.
 
@@ -37,35 +39,28 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         UserError: G is not a multiple of b * W, `start` is not a multiple of G, or the data set is empty.
     """
 
-    def __init__(
-        self,
-        dataset_size: int,
-        global_batch_size: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> None:
-        if dataset_size < 1:
+    dataset_size: int
+    global_batch_size: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dataset_size < 1:
             raise UserError("the training set is empty: there is nothing to draw batches from")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank {rank} of {world_size} devices: give a rank from 0 to {world_size - 1}")
-        accumulation(global_batch_size, batch_size, world_size)  # raises if not divisible
-        if start < 0 or start % global_batch_size:
+        if not 0 <= self.rank < self.world_size:
             raise UserError(
-                f"{start} images seen is not a whole number of global batches of {global_batch_size}: "
+                f"rank {self.rank} of {self.world_size} devices: give a rank from 0 to {self.world_size - 1}"
+            )
+        accumulation(self.global_batch_size, self.batch_size, self.world_size)  # raises if not divisible
+        if self.start < 0 or self.start % self.global_batch_size:
+            raise UserError(
+                f"{self.start} images seen is not a whole number of global batches of {self.global_batch_size}: "
                 "continue with the data.global_batch_size that the run was started with"
             )
-        self.dataset_size = dataset_size
-        self.global_batch_size = global_batch_size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-        self.stop = stop
         self._epoch, self._order = -1, torch.empty(0)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -104,7 +99,8 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
     below = global_batch_size // at_a_time * at_a_time
     advice = f"data.global_batch_size={f'{below} or ' if below else ''}{below + at_a_time}"
     if global_batch_size % world_size == 0:
-        advice += f", or data.batch_size={_nearest_divisor(global_batch_size // world_size, batch_size)}"
+        share = global_batch_size // world_size
+        advice += f", or data.batch_size={min(divisors(share), key=lambda size: abs(size - batch_size))}"
     raise UserError(
         f"data.global_batch_size={global_batch_size} is not divisible by data.batch_size={batch_size} "
         f"on {world_size} device(s), {at_a_time} images at a time: use {advice}"
@@ -114,7 +110,3 @@ def accumulation(global_batch_size: int, batch_size: int, world_size: int) -> in
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    return min(divisors(number), key=lambda divisor: abs(divisor - wanted))

@@ -7,13 +7,13 @@ global stream of training images: a resumed run crops and flips the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from ldm_lab.utils.arguments import is_integer
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.randomness import generator
 
@@ -33,14 +33,11 @@ UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
 
 def parse_size(image_size: int | Sequence[int]) -> Size:
     """`data.image_size` as (height, width). Raises `UserError` unless it is one or two positive integers."""
-    sides = [image_size] * 2 if isinstance(image_size, Integral) else image_size
-    if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2 or not all(map(_positive, sides)):
+    sides = [image_size] * 2 if is_integer(image_size) else image_size
+    pair = isinstance(sides, Sequence) and not isinstance(sides, str) and len(sides) == 2
+    if not pair or not all(is_integer(side) and side > 0 for side in sides):
         raise UserError(f"data.image_size={image_size}: give a positive whole number of pixels or [height, width]")
     return int(sides[0]), int(sides[1])
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
 
 
 def to_rgb(image: Image.Image, background: RGB) -> Image.Image:

@@ -1,7 +1,8 @@
-"""Broadcasts one number per sample against a batch."""
+"""Applies one number per sample to a batch: broadcasting, and dynamic thresholding."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ldm_lab.utils.errors import UserError
@@ -27,3 +28,18 @@ def per_sample(values: Tensor, batch: Tensor) -> Tensor:
     if values.ndim > 1 or values.numel() not in (1, len(batch)):
         raise UserError(f"shape {tuple(values.shape)} is not one value per sample of a batch of {len(batch)}")
     return values.reshape(-1, *[1] * (batch.ndim - 1))  # (B,) -> (B, 1, ..., 1)
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, maximum: float) -> Tensor:
+    """Clip each sample at its own quantile of |x0| and rescale it to [-1, 1] (Saharia et al. 2022, section 2.3).
+
+    For images; latents have no fixed range.
+
+    Args:
+        x0: `(B, ...)`, float32 or float64.
+        ratio: the quantile, in 0..1.
+        maximum: upper bound of the limit; 1: plain clipping to [-1, 1].
+    """
+    limit = torch.quantile(x0.abs().flatten(1), ratio, dim=1).clamp(1, maximum)  # (B, ...) -> (B,)
+    limit = per_sample(limit, x0)
+    return x0.clamp(-limit, limit) / limit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.noise import step_noise
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, posterior_variance
+from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, posterior_variance
 from ldm_lab.utils.arguments import is_number, require
 from ldm_lab.utils.configurable import register_to_config
 
@@ -26,22 +26,12 @@ class DDIMScheduler(Scheduler):
     >>> scheduler.timesteps
     tensor([750, 500, 250,   0])
 
+    Arguments that are not listed here: see `SchedulerSettings`.
+
     Args:
-        num_train_timesteps: T.
-        beta_start: β of the first timestep.
-        beta_end: β of the last timestep.
-        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
-            trained_betas: betas instead of a schedule; their number is T.
         clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`.
         set_alpha_to_one: whether the last step ends at a clean sample (ᾱ = 1) or at ᾱ of timestep 0.
-        steps_offset: added to the timesteps of "leading".
-        prediction_type: the network's prediction: "epsilon", "sample" (x0) or "v_prediction".
-        thresholding: dynamic thresholding of the predicted x0, instead of clipping.
-        dynamic_thresholding_ratio: quantile of the thresholding.
         clip_sample_range: see `clip_sample`.
-        sample_max_value: upper bound of the threshold.
-        timestep_spacing: "leading", "trailing" or "linspace".
-        rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
         UserError: a name is unknown, or a value is out of range.
@@ -85,9 +75,8 @@ class DDIMScheduler(Scheduler):
 
             x_prev = √ᾱ_prev x0 + √(1 - ᾱ_prev - σ²) ε + σ z,   σ² = η² (1 - ᾱ_prev)/(1 - ᾱ_t) (1 - ᾱ_t/ᾱ_prev)
 
-        It goes from `timestep` to the next entry of `timesteps` (all T before `set_timesteps`), and from a timestep
-        outside of the list to t - T // N. diffusers' class always goes to t - T // N. That is equal for "leading"
-        spacing; for other spacings pass that time as `prev_timestep` to reproduce diffusers.
+        It goes from `timestep` to `previous_timestep(timestep)`. diffusers' class always goes to t - T // N, which is
+        equal for "leading" spacing; for other spacings pass that time as `prev_timestep` to reproduce diffusers.
 
         Args:
             model_output: the network's prediction at `sample`, `(B, ...)`.
@@ -106,8 +95,7 @@ class DDIMScheduler(Scheduler):
         """
         require(is_number(eta) and eta >= 0, "eta", eta, "a number, at least 0")
         t, earlier = self._step_times(timestep, prev_timestep)
-        x_t = at_least_float32(sample)
-        x0, epsilon = self._denoise(model_output, t, x_t)
+        x_t, x0, epsilon = self._denoise(model_output, t, sample)
         alpha_bar, alpha_bar_prev = self._alpha_bar_at(t), self._alpha_bar_at(earlier)
         if use_clipped_model_output:
             epsilon = (x_t - math.sqrt(alpha_bar) * x0) / math.sqrt(1 - alpha_bar)
@@ -119,6 +107,4 @@ class DDIMScheduler(Scheduler):
         x_prev = math.sqrt(alpha_bar_prev) * x0 + math.sqrt(max(remaining, 0.0)) * epsilon
         if eta > 0:
             x_prev = x_prev + math.sqrt(variance) * step_noise(x_t, generator, variance_noise)
-
-        output = SchedulerOutput(x_prev.to(sample.dtype), x0.to(sample.dtype))
-        return output if return_dict else output.to_tuple()
+        return self._result(x_prev, x0, sample.dtype, return_dict)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.noise import step_noise
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, posterior_variance
+from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, posterior_variance
 from ldm_lab.utils.arguments import require_choice
 from ldm_lab.utils.configurable import register_to_config
 
@@ -38,23 +38,13 @@ class DDPMScheduler(Scheduler):
     >>> scheduler.previous_timestep(9)
     4
 
+    Arguments that are not listed here: see `SchedulerSettings`.
+
     Args:
-        num_train_timesteps: T.
-        beta_start: β of the first timestep.
-        beta_end: β of the last timestep.
-        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
-        trained_betas: betas instead of a schedule; their number is T.
         variance_type: "fixed_small" (β̃_t) or "fixed_large" (β_t), each also with "_log". Learned variances are
             rejected, as the networks here predict none.
         clip_sample: clip the predicted x0 to `[-clip_sample_range, clip_sample_range]`; not for latents.
-        prediction_type: the network's prediction: "epsilon", "sample" (x0) or "v_prediction".
-        thresholding: dynamic thresholding of the predicted x0, instead of clipping.
-        dynamic_thresholding_ratio: quantile of the thresholding.
         clip_sample_range: see `clip_sample`.
-        sample_max_value: upper bound of the threshold.
-        timestep_spacing: "leading", "trailing" or "linspace".
-        steps_offset: added to the timesteps of "leading".
-        rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
         UserError: a name is unknown, or a value is out of range.
@@ -96,8 +86,7 @@ class DDPMScheduler(Scheduler):
 
             x_prev = (√ᾱ_prev β x0 + √(1 - β) (1 - ᾱ_prev) x_t) / (1 - ᾱ_t) + √variance z,   β = 1 - ᾱ_t/ᾱ_prev
 
-        where prev is the next entry of `timesteps` (all T before `set_timesteps`), or t - T // N for a timestep outside
-        of the list. The last step of the list adds no noise (algorithm 2).
+        where prev is `previous_timestep(timestep)`. The last step of the list adds no noise (algorithm 2).
 
         Args:
             model_output: the network's prediction at `sample`, `(B, ...)`.
@@ -113,8 +102,7 @@ class DDPMScheduler(Scheduler):
             do not fit.
         """
         t, earlier = self._step_times(timestep, prev_timestep)
-        x_t = at_least_float32(sample)
-        x0, _ = self._denoise(model_output, t, x_t)
+        x_t, x0, _ = self._denoise(model_output, t, sample)
         alpha_bar, alpha_bar_prev = self._alpha_bar_at(t), self._alpha_bar_at(earlier)
 
         beta = forward_variance(alpha_bar, alpha_bar_prev)
@@ -124,6 +112,4 @@ class DDPMScheduler(Scheduler):
         if earlier >= 0:
             variance = VARIANCES[self.config.variance_type](alpha_bar, alpha_bar_prev)
             x_prev = x_prev + math.sqrt(variance) * step_noise(x_t, generator, variance_noise)
-
-        output = SchedulerOutput(x_prev.to(sample.dtype), x0.to(sample.dtype))
-        return output if return_dict else output.to_tuple()
+        return self._result(x_prev, x0, sample.dtype, return_dict)

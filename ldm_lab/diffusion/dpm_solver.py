@@ -14,7 +14,7 @@ from ldm_lab.diffusion.levels import SPREADS, Level, flow, timesteps_at
 from ldm_lab.diffusion.multistep import ALGORITHMS, SOLVERS, by_data, by_noise, integral
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Flow
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, at_least_float32, index_of
+from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, index_of, require_steps
 from ldm_lab.diffusion.spacing import SPACINGS, evenly
 from ldm_lab.utils.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.utils.configurable import register_to_config
@@ -45,18 +45,11 @@ class DPMSolverMultistepScheduler(Scheduler):
     >>> scheduler.timesteps
     tensor([999, 749, 500, 250])
 
+    Arguments that are not listed here: see `SchedulerSettings`.
+
     Args:
-        num_train_timesteps: T.
-        beta_start: β of the first timestep.
-        beta_end: β of the last timestep.
-        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
-        trained_betas: betas instead of a schedule; their number is T.
         solver_order: 1 (which is DDIM), 2 ("2M") or 3 ("3M").
-        prediction_type: the network's prediction: "epsilon", "sample" (x0), "v_prediction" or, with
-            `use_flow_sigmas`, "flow_prediction" (ε - x0).
-        thresholding: dynamic thresholding of the predicted x0.
-        dynamic_thresholding_ratio: quantile of the thresholding.
-        sample_max_value: upper bound of the threshold.
+        prediction_type: also "flow_prediction" (ε - x0), with `use_flow_sigmas`.
         algorithm_type: from predictions of x0, "dpmsolver++" solves the ODE and "sde-dpmsolver++" the SDE; from
             predictions of ε, "dpmsolver" and "sde-dpmsolver" do, which cannot end at a clean sample.
         solver_type: "midpoint" or "heun", for the second term of order 2.
@@ -74,9 +67,6 @@ class DPMSolverMultistepScheduler(Scheduler):
         final_sigmas_type: "zero" ends at a clean sample, "sigma_min" at the noise of timestep 0.
         lambda_min_clipped: omit timesteps whose λ is below; use -5.1 for the cosine schedule.
         variance_type: learned variances are rejected, as the networks here predict none.
-        timestep_spacing: "linspace", "leading" or "trailing".
-        steps_offset: added to the timesteps of "leading".
-        rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Raises:
         UserError: a name is unknown, or a value is out of range.
@@ -177,8 +167,7 @@ class DPMSolverMultistepScheduler(Scheduler):
             return super().set_timesteps(num_inference_steps, device, timesteps)
         if timesteps is not None:
             raise UserError(f"timesteps cannot be given with {between}=True: pass num_inference_steps")
-        count, total = num_inference_steps, len(self)
-        require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
+        count, total = require_steps(num_inference_steps, len(self)), len(self)
         if between == "use_flow_sigmas":
             sigmas = flow(total, self.config.flow_shift, count)
             times = (sigmas * total + ROUNDING).long()
@@ -206,7 +195,7 @@ class DPMSolverMultistepScheduler(Scheduler):
 
     def _spaced(self, count: int | None) -> list[int]:
         total, spacing = self._usable, self.config.timestep_spacing
-        require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
+        count = require_steps(count, total)
         if self.config.use_lu_lambdas and count < total:  # for N = T there is no further level
             return self._spaced_in_log_snr(count)
         if spacing == "linspace" and count < total:
@@ -256,8 +245,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         """
         place = self._place(index_of(timestep))
         here, target = self._levels[place : place + 2]
-        x_t = at_least_float32(sample)
-        x0, epsilon = self._denoise(model_output, self._visited[place], x_t, (here.alpha, here.sigma))
+        x_t, x0, epsilon = self._denoise(model_output, self._visited[place], sample, (here.alpha, here.sigma))
         make_update, count = ALGORITHMS[self.config.algorithm_type]
         if make_update is by_noise and self.config.thresholding:
             epsilon = (x_t - here.alpha * x0) / here.sigma

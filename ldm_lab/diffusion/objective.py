@@ -7,6 +7,7 @@ are arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -79,6 +80,7 @@ class MinSNRWeighting:
         return weights.masked_fill(snr == 0, 1.0)
 
 
+@dataclass
 class DenoisingObjective:
     """The training loss of a diffusion model, per sample and in float32.
 
@@ -92,22 +94,17 @@ class DenoisingObjective:
         UserError: epsilon prediction with zero terminal SNR, where noise does not determine a clean sample.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        weighting: Weighting,
-        timesteps: DrawTimesteps,
-    ) -> None:
-        if scheduler.parameterization.needs_signal and scheduler.alphas_cumprod[-1] == 0:
+    scheduler: Scheduler
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weighting: Weighting
+    timesteps: DrawTimesteps
+
+    def __post_init__(self) -> None:
+        if self.scheduler.parameterization.needs_signal and self.scheduler.alphas_cumprod[-1] == 0:
             raise UserError(
-                f"prediction_type={scheduler.config.prediction_type!r} cannot be trained with zero terminal SNR: "
+                f"prediction_type={self.scheduler.config.prediction_type!r} cannot be trained with zero terminal SNR: "
                 "set prediction_type=v_prediction, or rescale_betas_zero_snr=false"
             )
-        self.scheduler = scheduler
-        self.loss = loss
-        self.weighting = weighting
-        self.timesteps = timesteps
 
     def draw_timesteps(self, seed: int, positions: Tensor | Sequence[int], batch_size: int) -> Tensor:
         """Timesteps `(B,)`, int64 on the CPU, of the images at `positions` of the training stream.

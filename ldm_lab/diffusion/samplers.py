@@ -28,11 +28,6 @@ def named(name: str) -> type[Scheduler]:
     return SAMPLERS[name]
 
 
-def takes_eta(kind: type[Scheduler]) -> bool:
-    """Whether the steps of a sampler may add noise of a chosen amount."""
-    return "eta" in inspect.signature(kind.step).parameters
-
-
 def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
     """Make the named sampler for the model with the given `scheduler`.
 
@@ -54,7 +49,7 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
         UserError: there is no such sampler, or it does not support this eta.
     """
     kind = named(name)
-    if eta and not takes_eta(kind):
+    if eta and "eta" not in inspect.signature(kind.step).parameters:
         raise UserError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
     if isinstance(scheduler, kind):
         return type(scheduler).from_config(scheduler.config)

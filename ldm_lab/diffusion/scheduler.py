@@ -17,12 +17,11 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from ldm_lab.diffusion.broadcast import per_sample
+from ldm_lab.diffusion.broadcast import dynamic_threshold, per_sample
 from ldm_lab.diffusion.parameterization import Parameterization
 from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
 from ldm_lab.diffusion.settings import SchedulerSettings
 from ldm_lab.diffusion.spacing import SPACINGS
-from ldm_lab.diffusion.thresholding import dynamic_threshold
 from ldm_lab.utils.arguments import is_integer, require
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.outputs import BaseOutput
@@ -201,7 +200,7 @@ class Scheduler(SchedulerSettings):
 
     def _spaced(self, count: int | None) -> list[int]:
         total, spacing = len(self), self.config.timestep_spacing
-        require(is_integer(count) and 1 <= count <= total, "num_inference_steps", count, f"within 1..{total}")
+        count = require_steps(count, total)
         offset = self.config.steps_offset if spacing == "leading" else 0
         chosen = [t + offset for t in SPACINGS[spacing](count, total)]
         last = f"small enough that {count} steps end before timestep {total}"
@@ -239,9 +238,13 @@ class Scheduler(SchedulerSettings):
         return self._alpha_bar[timestep] if timestep >= 0 else self._final_alpha_bar
 
     def _denoise(
-        self, model_output: Tensor, t: int, x_t: Tensor, rates: tuple[float, float] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x0, clipped or thresholded as configured, and ε, in the dtype of `x_t`; α and σ are those of t or `rates`."""
+        self, model_output: Tensor, t: int, sample: Tensor, rates: tuple[float, float] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t = `sample`, x0, clipped or thresholded as configured, and ε, all in float32 or higher.
+
+        α and σ are those of t, or `rates`.
+        """
+        x_t = at_least_float32(sample)
         if model_output.shape != x_t.shape:
             raise UserError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(x_t.shape)}")
         rates = rates or (math.sqrt(self._alpha_bar[t]), math.sqrt(1 - self._alpha_bar[t]))
@@ -256,7 +259,12 @@ class Scheduler(SchedulerSettings):
             x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
         elif self._clip is not None:
             x0 = x0.clamp(-self._clip, self._clip)
-        return x0, epsilon
+        return x_t, x0, epsilon
+
+    @staticmethod
+    def _result(x_prev: Tensor, x0: Tensor, dtype: torch.dtype, return_dict: bool) -> SchedulerOutput | tuple:
+        output = SchedulerOutput(x_prev.to(dtype), x0.to(dtype))
+        return output if return_dict else output.to_tuple()
 
 
 def posterior_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
@@ -267,6 +275,12 @@ def posterior_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
 def at_least_float32(sample: Tensor) -> Tensor:
     """`sample` in float32 or higher: half precision becomes float32."""
     return sample.to(torch.promote_types(sample.dtype, torch.float32))
+
+
+def require_steps(count: int | None, most: int) -> int:
+    """The number of steps. Raises `UserError` unless it is an integer in 1..`most`."""
+    require(is_integer(count) and 1 <= count <= most, "num_inference_steps", count, f"within 1..{most}")
+    return count
 
 
 def index_of(timestep: SupportsIndex) -> int:

@@ -29,7 +29,21 @@ SHARED = {
 
 
 class SchedulerSettings(Configurable):
-    """Base class of `Scheduler` with the handling of settings.
+    """Base class of `Scheduler` with the settings that all samplers share.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: β of the first timestep.
+        beta_end: β of the last timestep.
+        beta_schedule: "linear", "scaled_linear" (CompVis's "linear") or "squaredcos_cap_v2".
+        trained_betas: betas instead of a schedule; their number is T.
+        prediction_type: the network's prediction: "epsilon", "sample" (x0) or "v_prediction".
+        thresholding: dynamic thresholding of the predicted x0, instead of clipping.
+        dynamic_thresholding_ratio: quantile of the thresholding.
+        sample_max_value: upper bound of the threshold.
+        timestep_spacing: "leading", "trailing" or "linspace".
+        steps_offset: added to the timesteps of "leading".
+        rescale_betas_zero_snr: make the last timestep pure noise; needs "sample" or "v_prediction".
 
     Attributes:
         parameterizations: prediction types by name.
@@ -75,7 +89,7 @@ class SchedulerSettings(Configurable):
         Raises:
             LoadError: the file is missing, is not JSON, or holds an invalid setting.
         """
-        download = {key: overrides.pop(key) for key in hub.DOWNLOAD if key in overrides}
+        download, overrides = hub.split(overrides)
         config = cls.load_config(folder, subfolder, **download)
         with blaming(Path(folder, subfolder or "") / cls.config_name):
             return cls.from_config(config, **overrides)

@@ -29,12 +29,7 @@ def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
 def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004, Eq. 13), 11 × 11 Gaussian window of σ = 1.5: the mean over images.
 
-    Args:
-        reconstruction: `(B, C, H, W)` in [-1, 1], any floating-point type.
-        target: the same.
-
-    Returns:
-        0-dim, float32; 1 for equal images.
+    Arguments as of `psnr`; 0-dim, float32, 1 for equal images.
     """
     # Variances are small differences of large numbers, so reduced precision would destroy them.
     with torch.autocast(target.device.type, enabled=False), float32.exact():

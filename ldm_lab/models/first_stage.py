@@ -10,22 +10,14 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ldm_lab.checkpoints import compvis
-from ldm_lab.models.decoder import Decoder
-from ldm_lab.models.encoder import Encoder
+from ldm_lab.models.encoder_decoder import Decoder, Encoder
 from ldm_lab.models.layers.recomputed import GradientCheckpointing
 from ldm_lab.models.outputs import DecoderOutput
 from ldm_lab.models.pretrained import PretrainedModel, floating_type
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.utils import shell
-from ldm_lab.utils.arguments import (
-    require_bool,
-    require_choice,
-    require_positive,
-    require_sample_size,
-    require_scale,
-    require_widths,
-)
-from ldm_lab.utils.reading import MAX_LAYERS, LoadError
+from ldm_lab.utils.arguments import require_architecture, require_bool, require_choice, require_positive, require_scale
+from ldm_lab.utils.reading import LoadError
 
 # Arguments of both kinds.
 _SWITCHES = (
@@ -39,6 +31,18 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
     Images are `(B, 3, H, W)` in [-1, 1], H and W multiples of f = `downsample_factor`. Latents are
     `(B, embed_dim, H/f, W/f)`, unscaled: diffusion runs on `config.scaling_factor * latents`, so divide by
     the factor before decoding.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the reconstruction.
+        down_block_types: `DownEncoderBlock2D` or `AttnDownEncoderBlock2D` per resolution, highest first.
+        up_block_types: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D` per resolution, lowest first.
+        block_out_channels: width per resolution, highest first; f is 2^(their number - 1).
+        layers_per_block: residual blocks per resolution (the decoder has one more).
+        act_fn: only `silu` is supported.
+        norm_num_groups: groups of every normalisation.
+        sample_size: resolution of the training images; information only.
+        mid_block_add_attention: whether the middle blocks have attention (one head).
 
     Attributes:
         draws_latents: whether latents are drawn from a posterior, so that `latents` takes noise.
@@ -148,13 +152,10 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
     def _check_arguments(self) -> None:
         config = self.config
         require_choice("act_fn", config.act_fn, ["silu"])
-        require_positive(**{key: config[key] for key in ("in_channels", "out_channels", "latent_channels")})
-        require_positive(MAX_LAYERS, layers_per_block=config.layers_per_block)
-        require_sample_size(config.sample_size)
+        require_architecture(config)
+        require_positive(latent_channels=config.latent_channels)
         require_scale(config.scaling_factor)
         require_bool(**{key: config[key] for key in _SWITCHES if key in config})
-        types = {key: config[key] for key in ("down_block_types", "up_block_types")}
-        require_widths(config.block_out_channels, config.norm_num_groups, **types)
 
     def _make_encoder(self, out_channels: int) -> Encoder:
         return Encoder(self.config.in_channels, out_channels, self.config.down_block_types, *self._shared())

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.models.gaussian import DiagonalGaussian
 from ldm_lab.models.layout import LaidOut
-from ldm_lab.models.outputs import AutoencoderKLOutput, DecoderOutput
+from ldm_lab.models.outputs import AutoencoderKLOutput, DecoderOutput, DiagonalGaussian
 from ldm_lab.models.pretrained import register_to_config
 from ldm_lab.utils.arguments import require_choice, require_input
 
@@ -22,17 +21,10 @@ class AutoencoderKL(LaidOut, FirstStage):
     Diffusion trains on latents drawn from the posterior of an image; a weak KL term in the autoencoder's training
     keeps them near the standard normal (Rombach et al. 2022, arXiv 2112.10752, section 3.1).
 
+    Arguments that are not listed here: see `FirstStage`.
+
     Args:
-        in_channels: channels of the image.
-        out_channels: channels of the reconstruction.
-        down_block_types: `DownEncoderBlock2D` or `AttnDownEncoderBlock2D` per resolution, highest first.
-        up_block_types: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D` per resolution, lowest first.
-        block_out_channels: width per resolution, highest first; f is 2^(their number - 1).
-        layers_per_block: residual blocks per resolution (the decoder has one more).
-        act_fn: only `silu` is supported.
         latent_channels: channels of the latents.
-        norm_num_groups: groups of every normalisation.
-        sample_size: resolution of the training images; information only.
         scaling_factor: factor by which diffusion multiplies the latents. The default is Stable Diffusion's.
         shift_factor: only None is supported.
         latents_mean: only None is supported.
@@ -40,7 +32,6 @@ class AutoencoderKL(LaidOut, FirstStage):
         force_upcast: has no effect here; diffusers' pipelines read it in float16.
         use_quant_conv: whether a 1x1 convolution follows the encoder.
         use_post_quant_conv: whether a 1x1 convolution precedes the decoder.
-        mid_block_add_attention: whether the middle blocks have attention (one head).
 
     Raises:
         UserError: a value is invalid or not supported.

@@ -34,11 +34,15 @@ def floating_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """
     if dtype is None or dtype == "auto":
         return None
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    found = getattr(torch, dtype_name(dtype), None)
     if found not in FLOATS:
-        known = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)
-        raise UserError(f"torch_dtype={dtype!r}: give one of {known} or auto")
+        raise UserError(f"torch_dtype={dtype!r}: give one of {', '.join(map(dtype_name, FLOATS))} or auto")
     return found
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def one_device(device_map: Any) -> torch.device | None:  # noqa: ANN401
@@ -127,12 +131,7 @@ class PretrainedModel(Configurable, nn.Module):
         variant: str | None = None,
         use_safetensors: bool | None = None,
         low_cpu_mem_usage: bool | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        **overrides: Any,  # noqa: ANN401
+        **others: Any,  # noqa: ANN401
     ) -> Self:
         """Load a folder of `save_pretrained`, of this package or of diffusers, in evaluation mode.
 
@@ -145,23 +144,19 @@ class PretrainedModel(Configurable, nn.Module):
             variant: load the weights of this variant ("fp16"); None: the plain weights, or the only variant.
             use_safetensors: False: only pickles; True: only safetensors; None: pickles only without safetensors.
             low_cpu_mem_usage: has no effect, as a network always adopts the tensors of its file.
-            revision: branch, tag or commit on the hub.
-            cache_dir: cache folder of hub models; None: the default of `huggingface_hub`.
-            token: hub token; None: the token of your login.
-            local_files_only: for a hub model, use only the cache, or fail.
-            force_download: for a hub model, download it again.
-            overrides: constructor arguments that replace the config's.
+            others: `revision`, `cache_dir`, `token`, `local_files_only` and `force_download` for a hub model, see
+                `hub.fetch`; constructor arguments that replace the config's.
 
         Raises:
             LoadError: the folder, its config or its weights are missing, corrupt or of another architecture.
                 A missing or surplus tensor is an error: no tensor is initialised silently.
             UserError: an argument is invalid; the message names it.
         """
+        download, overrides = hub.split(others)
         cls.check_arguments(overrides)
         dtype, device = floating_type(dtype or torch_dtype), one_device(device_map)
-        download = {"token": token, "local_files_only": local_files_only, "force_download": force_download}
         choice = {"variant": variant, "use_safetensors": use_safetensors}
-        folder = hub.local(source, subfolder or "", revision, cache_dir=cache_dir, **download, **choice)
+        folder = hub.local(source, subfolder or "", **download, **choice)
         model = cls.skeleton(cls.load_config(folder), str(folder / cls.config_name), **overrides)
         model.load_weights(weights.read(folder, model.weights_stem, **choice), origin=str(folder), assign=True)
         return model.to(device=device, dtype=dtype).eval()

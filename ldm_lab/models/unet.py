@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm_lab.models.layers.attention import AttentionBlock
-from ldm_lab.models.layers.blocks import DownBlock, MidBlock, UpBlock
+from ldm_lab.models.layers.blocks import MakeLayer, MidBlock, down_path, up_path
 from ldm_lab.models.layers.embedding import FourierFeatures, TimestepEmbedding, sinusoid
 from ldm_lab.models.layers.recomputed import GradientCheckpointing
 from ldm_lab.models.layers.resample import Downsample, Upsample
@@ -21,17 +21,15 @@ from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.models.pretrained import PretrainedModel, register_to_config
 from ldm_lab.utils.arguments import (
     by_block,
+    require_architecture,
     require_bool,
     require_choice,
     require_divides,
     require_input,
     require_number,
     require_positive,
-    require_sample_size,
-    require_widths,
 )
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import MAX_LAYERS
 
 DEFAULT_HEAD_DIM = 8  # diffusers' default
 
@@ -121,14 +119,7 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         self._check_arguments()
         widths = list(block_out_channels)
         time_channels = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
-        norm = {"groups": norm_num_groups, "eps": norm_eps}
-        scale_shift = resnet_time_scale_shift == "scale_shift"
-        time = {"time_channels": time_channels, "scale_shift": scale_shift}
-        resnet = partial(ResnetBlock, **norm, **time, dropout=dropout)
-        heads = {"num_heads": num_attention_heads} if num_attention_heads else {"dim_head": attention_head_dim}
-        attention = partial(AttentionBlock, **norm, **heads)
-        mid_groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
-        mid_attention = partial(attention, groups=mid_groups) if add_attention else nn.Identity
+        resnet, attention, mid_attention = self._layers(time_channels)
 
         fourier = time_embedding_type == "fourier"
         sines = partial(sinusoid, dim=widths[0], flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift)
@@ -156,63 +147,55 @@ class UNet2DModel(LaidOut, GradientCheckpointing, PretrainedModel):
         config = self.config
         for key, supported in _SUPPORTED.items():
             require_choice(key, config[key], supported)
-        require_positive(**{key: config[key] for key in ("in_channels", "out_channels")})
-        require_positive(MAX_LAYERS, layers_per_block=config.layers_per_block)
+        require_architecture(config)
         optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_attention_heads")
         require_positive(**{key: config[key] for key in optional if config[key] is not None})
         if config.num_attention_heads is not None and config.attention_head_dim not in (None, DEFAULT_HEAD_DIM):
             both = f"num_attention_heads={config.num_attention_heads}, attention_head_dim={config.attention_head_dim}"
             raise UserError(f"{both}: only one of them can be given; set the other to null")
-        types = {key: config[key] for key in ("down_block_types", "up_block_types")}
-        require_widths(config.block_out_channels, config.norm_num_groups, **types)
         require_divides("attn_norm_num_groups", config.attn_norm_num_groups or 1, config.block_out_channels[-1])
-        require_sample_size(config.sample_size)
         require_bool(**{key: config[key] for key in ("add_attention", "center_input_sample", "flip_sin_to_cos")})
         require_number(0, 1, dropout=config.dropout)
         require_number(1e-12, 1, norm_eps=config.norm_eps)
         require_number(0, max(config.block_out_channels[0] // 2, 1), freq_shift=config.freq_shift)
 
+    def _layers(self, time_channels: int) -> tuple[partial, partial, MakeLayer]:
+        """Constructors of residual blocks, attention and the middle's attention that lack the numbers of channels."""
+        config = self.config
+        norm = {"groups": config.norm_num_groups, "eps": config.norm_eps}
+        scale_shift = config.resnet_time_scale_shift == "scale_shift"
+        time = {"time_channels": time_channels, "scale_shift": scale_shift}
+        fixed = {"num_heads": config.num_attention_heads} if config.num_attention_heads else None
+        attention = partial(AttentionBlock, **norm, **(fixed or {"dim_head": config.attention_head_dim}))
+        mid_groups = config.attn_norm_num_groups or (None if scale_shift else config.norm_num_groups)
+        mid_attention = partial(attention, groups=mid_groups) if config.add_attention else nn.Identity
+        return partial(ResnetBlock, **norm, **time, dropout=config.dropout), attention, mid_attention
+
     def _down_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
-        """One block per resolution, highest first; all but the last halve the resolution."""
-        config, blocks = self.config, nn.ModuleList()
+        config = self.config
         downsample = {
             "conv": partial(Downsample, padding=config.downsample_padding),
             "resnet": partial(resnet, resample=nn.AvgPool2d(2)),
         }
         kinds = by_block("down_block_types", config.down_block_types, _DOWN_BLOCKS)
-        width, last = config.block_out_channels[0], len(kinds) - 1
-        for level, out_width in enumerate(config.block_out_channels):
-            attended, sampling = kinds[level]
-            layers = {
-                "attention": attention if attended else nn.Identity,
-                "downsample": None if level == last else downsample[sampling or config.downsample_type],
-            }
-            blocks.append(DownBlock(width, out_width, config.layers_per_block, resnet, **layers))
-            width = out_width
-        return blocks
+        attentions = [attention if attended else nn.Identity for attended, _ in kinds]
+        downsamples = [downsample[sampling or config.downsample_type] for _, sampling in kinds]
+        return down_path(config.block_out_channels, config.layers_per_block, resnet, attentions, downsamples)
 
     def _up_blocks(self, resnet: partial, attention: partial) -> nn.ModuleList:
-        """One block per resolution, lowest first; all but the last double the resolution."""
-        config, blocks = self.config, nn.ModuleList()
+        config = self.config
         upsample = {
             "conv": Upsample,
             "resnet": partial(resnet, resample=nn.Upsample(scale_factor=2.0, mode="nearest")),
         }
         kinds = by_block("up_block_types", config.up_block_types, _UP_BLOCKS)
-        widths, layers_per_block, last = config.block_out_channels, config.layers_per_block, len(kinds) - 1
+        attentions = [attention if attended else nn.Identity for attended, _ in kinds]
+        upsamples = [upsample[sampling or config.upsample_type] for _, sampling in kinds]
+        widths, per_block = config.block_out_channels, config.layers_per_block + 1
         # Skip connections: conv_in, then every residual block and every downsampler (the last level has none).
-        skips = [widths[0], *(width for width in widths for _ in range(layers_per_block + 1))][:-1]
-        width = widths[-1]
-        for level, out_width in enumerate(reversed(widths)):
-            attended, sampling = kinds[level]
-            layers = {
-                "attention": attention if attended else nn.Identity,
-                "upsample": None if level == last else upsample[sampling or config.upsample_type],
-            }
-            skip_channels = [skips.pop() for _ in range(layers_per_block + 1)]
-            blocks.append(UpBlock(width, out_width, skip_channels, resnet, **layers))
-            width = out_width
-        return blocks
+        made = [widths[0], *(width for width in widths for _ in range(per_block))][:-1]
+        skips = [[made.pop() for _ in range(per_block)] for _ in widths]
+        return up_path(widths[::-1], skips, resnet, attentions, upsamples)
 
     def forward(
         self,

@@ -24,22 +24,14 @@ class VQModel(LaidOut, FirstStage):
     output of the encoder *before* quantization, `(B, vq_embed_dim, H/f, W/f)`, unscaled: diffusion runs on
     `config.scaling_factor * latents`, so divide by the factor before decoding.
 
+    Arguments that are not listed here: see `FirstStage`.
+
     Args:
-        in_channels: channels of the image.
-        out_channels: channels of the reconstruction.
-        down_block_types: `DownEncoderBlock2D` or `AttnDownEncoderBlock2D` per resolution, highest first.
-        up_block_types: `UpDecoderBlock2D` or `AttnUpDecoderBlock2D` per resolution, lowest first.
-        block_out_channels: width per resolution, highest first; f is 2^(their number - 1).
-        layers_per_block: residual blocks per resolution (the decoder has one more).
-        act_fn: only `silu` is supported.
         latent_channels: channels between the encoder and `quant_conv`.
-        sample_size: resolution of the training images; information only.
         num_vq_embeddings: number of codes.
-        norm_num_groups: groups of every normalisation.
         vq_embed_dim: length of a code; None means `latent_channels`.
         scaling_factor: factor by which diffusion multiplies the latents.
         norm_type: only `group` is supported.
-        mid_block_add_attention: whether the middle blocks have attention (one head).
         lookup_from_codebook: whether `decode(..., force_not_quantize=True)` takes code indices.
         force_upcast: has no effect, as in diffusers.
 

@@ -21,10 +21,10 @@ from ldm_lab.checkpoints import checkpoint
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.sampling.seeds import generators
 from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, save_pngs
+from ldm_lab.utils.randomness import generators
 from ldm_lab.utils.reading import read_json
 from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import replacing, require_writable, write_json

@@ -17,9 +17,9 @@ from ldm_lab.diffusion.noise import randn
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling.generate import image_size
-from ldm_lab.sampling.seeds import generators
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
+from ldm_lab.utils.images import grid, save_sheet, to_uint8, to_unit
+from ldm_lab.utils.randomness import generators
 from ldm_lab.utils.writing import replacing
 
 STEPS_SHOWN = 10  # maximum number of steps shown of a denoising
@@ -29,25 +29,28 @@ VARIATIONS, MOST_RECONSTRUCTED, COLUMNS = 8, 32, 8
 
 
 @torch.no_grad()
-def denoising(pipe: LDMPipeline, count: int, seed: int, steps: int, eta: float = 0.0) -> Tensor:
-    """The denoising of the first samples: the predicted clean image at each step, decoded.
+def denoising(
+    pipe: LDMPipeline, indices: Sequence[int], seed: int, steps: int, eta: float = 0.0, most: int = STEPS_SHOWN
+) -> Tensor:
+    """The denoising of samples: the predicted clean image at each step, decoded.
 
     Args:
         pipe: the model with its sampler.
-        count: B, number of samples.
+        indices: indices of B samples.
         seed: seed of the samples.
         steps: N, steps of the sampler.
         eta: eta of the sampler.
+        most: maximum number of steps to show.
 
     Returns:
-        `(F, B, 3, H, W)` in [-1, 1], for F <= `STEPS_SHOWN` evenly spaced steps, the last included.
+        `(F, B, 3, H, W)` in [-1, 1], on the device, for F <= `most` evenly spaced steps, the last included.
     """
-    rngs = generators(seed, range(count))
-    latents = pipe.noise(count, rngs)
+    rngs = generators(seed, indices)
+    latents = pipe.noise(len(indices), rngs)
     pipe.scheduler.set_timesteps(steps)
-    shown = {round(place) for place in torch.linspace(0, steps - 1, min(STEPS_SHOWN, steps)).tolist()}
+    shown = {round(place) for place in torch.linspace(0, steps - 1, min(most, steps)).tolist()}
     frames = [
-        pipe.decode(output.pred_original_sample).cpu()
+        pipe.decode(output.pred_original_sample)
         for index, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, rngs, eta))
         if index in shown
     ]
@@ -176,11 +179,6 @@ def read_images(
     return torch.stack(tensors)
 
 
-def save_sheet(images: Tensor, path: Path, columns: int) -> None:
-    """Write `(B, 3, H, W)` images in [-1, 1] as one PNG."""
-    save_png(grid(to_uint8(to_unit(images)), columns), path)
-
-
 def save_animation(frames: Sequence[Tensor], path: Path, columns: int | None = None) -> None:
     """Write frames, each a grid of `(B, 3, H, W)` images in [-1, 1], as a looping animated WebP."""
     sheets = [grid(to_uint8(to_unit(frame)), columns) for frame in frames]
@@ -232,7 +230,7 @@ class PictureRequest:
         """Make the pictures and write them into `folder`, over earlier ones; returns the file names."""
         images, written = self.check(pipe), []
         if self.denoising:
-            frames = denoising(pipe, self.denoising, seed, steps, eta)  # (F, B, 3, H, W)
+            frames = denoising(pipe, range(self.denoising), seed, steps, eta)  # (F, B, 3, H, W)
             save_sheet(frames.transpose(0, 1).flatten(0, 1), folder / "denoising.png", len(frames))
             save_animation(list(frames), folder / "denoising.webp")
             written += ["denoising.png", "denoising.webp"]

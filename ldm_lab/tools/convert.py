@@ -10,7 +10,7 @@ import torch
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.models.pretrained import PretrainedModel
+from ldm_lab.models.pretrained import PretrainedModel, dtype_name
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.utils.errors import UserError
@@ -96,5 +96,4 @@ def describe_scheduler(scheduler: Scheduler) -> str:
 
 
 def _size(model: PretrainedModel) -> str:
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters in {dtype}"
+    return f"{type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters in {dtype_name(model.dtype)}"

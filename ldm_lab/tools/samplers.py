@@ -22,9 +22,9 @@ from torch import Tensor
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.sampling.seeds import generators
 from ldm_lab.utils import float32
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.randomness import generators
 from ldm_lab.utils.writing import replacing
 
 # Name -> sampler, and the settings that differ from those of `sample.py`.

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss, KLAutoencoderLoss
+from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.latents import latent_shape, posterior_noise
@@ -160,19 +159,8 @@ class AutoencoderModule(FirstStageModule):
 class KLAutoencoderModule(FirstStageModule):
     """Trains a KL autoencoder (Kingma & Welling 2014, arXiv 1312.6114) on latents drawn from the posterior.
 
-    Args:
-        autoencoder: the network to train.
-        loss: reconstruction, divergence and adversarial terms.
-        **training: see `FirstStageModule`.
+    Its arguments are those of `FirstStageModule`; the autoencoder is an `AutoencoderKL`.
     """
-
-    def __init__(
-        self,
-        autoencoder: AutoencoderKL,
-        loss: KLAutoencoderLoss,
-        **training: Any,  # noqa: ANN401
-    ) -> None:
-        super().__init__(autoencoder, loss, **training)
 
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Draw the posterior noise of training images on the CPU, from (seed, position)."""

@@ -155,7 +155,7 @@ class DiffusionModule(StageModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Images `(B, 3, H, W)` or cached `moments` `(B, M, h, w)` -> mean weighted denoising loss."""
         latents = self.encode(batch)
-        loss = self.objective(self._predict, latents, batch["noise"], batch["timestep"]).mean()
+        loss = self.objective(lambda x, t: self.unet(x, t).sample, latents, batch["noise"], batch["timestep"]).mean()
         self.count(latents)
         self.log_terms("train", {"loss": loss.detach()}, len(latents))
         return loss
@@ -173,16 +173,10 @@ class DiffusionModule(StageModule):
             For callbacks: `latents` `(B, C, h, w)`, scaled, and `losses` `(B,)`.
         """
         latents = self.encode(batch)
-        losses = self.objective(self._predict_averaged, latents, batch["noise"], batch["timestep"])
+        losses = self.objective(lambda x, t: self.ema.model(x, t).sample, latents, batch["noise"], batch["timestep"])
         name = ("loss", "loss_on_training_images")[dataloader_idx]
         self.log_terms("val", {name: losses.mean()}, len(latents))
         return {"latents": latents, "losses": losses}
-
-    def _predict(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        return self.unet(latents, timesteps).sample
-
-    def _predict_averaged(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        return self.ema.model(latents, timesteps).sample
 
     def on_load_checkpoint(self, state: dict[str, Any]) -> None:
         """Restore the scaling factor from the checkpoint, as it is measured only once."""

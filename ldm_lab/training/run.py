@@ -22,8 +22,7 @@ from ldm_lab.training.callbacks.encode import Encode
 from ldm_lab.training.callbacks.export import Export
 from ldm_lab.training.callbacks.interrupt import BrokenOff, Interrupt, without_own_handlers
 from ldm_lab.training.callbacks.not_finite import NotFinite
-from ldm_lab.training.callbacks.same_start import SameStart
-from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
+from ldm_lab.training.callbacks.ranks import SameStart, SmallestBatchSize
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.facts import facts

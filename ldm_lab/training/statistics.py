@@ -1,6 +1,8 @@
-"""Statistics over many batches in float64, also for devices without float64."""
+"""Statistics over many batches in float64, also for devices without float64, and lists over all ranks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -27,3 +29,12 @@ def of_all_ranks(trainer: Trainer, rows: list[Tensor]) -> Tensor:
     stacked = torch.stack(rows)
     gathered = trainer.strategy.all_gather(stacked)  # (n, ...); with several ranks (R, n, ...)
     return gathered.reshape(-1, *stacked.shape[1:]).cpu().double()
+
+
+def gathered(trainer: Trainer, items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all ranks; every rank gets the result."""
+    if trainer.world_size == 1:
+        return items
+    lists: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(lists, items)
+    return [item for of_rank in lists for item in of_rank]

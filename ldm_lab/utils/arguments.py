@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, SupportsIndex, TypeVar
 
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import MAX_LEVELS, MAX_SIDE, MAX_WIDTH
+from ldm_lab.utils.reading import MAX_LAYERS, MAX_LEVELS, MAX_SIDE, MAX_WIDTH
 
 T = TypeVar("T")
 
@@ -116,6 +116,15 @@ def require_widths(block_out_channels: Sequence[int], norm_num_groups: int, **bl
     for width in widths:
         require_positive(block_out_channels=width)
         require_divides("norm_num_groups", norm_num_groups, width)
+
+
+def require_architecture(config: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the arguments that an autoencoder shares with the UNet fit together."""
+    require_positive(in_channels=config["in_channels"], out_channels=config["out_channels"])
+    require_positive(MAX_LAYERS, layers_per_block=config["layers_per_block"])
+    types = {key: config[key] for key in ("down_block_types", "up_block_types")}
+    require_widths(config["block_out_channels"], config["norm_num_groups"], **types)
+    require_sample_size(config["sample_size"])
 
 
 def require_input(shape: Sequence[int], channels: int, factor: int, owner: str) -> None:

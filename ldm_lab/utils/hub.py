@@ -41,23 +41,28 @@ def is_name(source: str | Path) -> bool:
     return bool(found) and not found["model"].endswith(FILES) and not Path(found["owner"]).is_dir()
 
 
-def local(source: str | Path, subfolder: str | None = None, revision: str | None = None, **download: Any) -> Path:  # noqa: ANN401
+def local(source: str | Path, subfolder: str | None = None, **download: Any) -> Path:  # noqa: ANN401
     """The local path of a source; a model on the hub is downloaded first.
 
     Args:
         source: a path, or a name on the hub.
         subfolder: folder of a single network, "" for the top folder; None: the whole model.
-        revision: a branch, tag or commit on the hub.
         download: see `fetch`.
 
     Raises:
         LoadError: as `fetch`; or a local path comes with a revision.
     """
     if is_name(source):
-        return fetch(str(source), revision, subfolder=subfolder, **download) / (subfolder or "")
-    if revision:
+        return fetch(str(source), subfolder=subfolder, **download) / (subfolder or "")
+    if revision := download.get("revision"):
         raise LoadError(f"{source}: revision={revision} is for names on the hub, and this is none")
     return shell.path(source) / (subfolder or "")
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a download among some keyword arguments, and the others."""
+    download = {key: value for key, value in options.items() if key in DOWNLOAD}
+    return download, {key: value for key, value in options.items() if key not in DOWNLOAD}
 
 
 def fetch(
@@ -68,11 +73,8 @@ def fetch(
     *,
     force_download: bool = False,
     token: str | bool | None = None,
-    subfolder: str | None = None,
-    without: Collection[str] = (),
     weights: bool = True,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
+    **selected: Any,  # noqa: ANN401
 ) -> Path:
     """Download the missing files of a model on the hub into the cache; returns its local folder.
 
@@ -87,30 +89,19 @@ def fetch(
         local_files_only: use only the cache.
         force_download: download files again that are in the cache.
         token: access token instead of the login; False: no token.
-        subfolder: fetch only this folder, "" for the top folder; None: the top folder and its direct subfolders.
-        without: subfolders to leave out.
         weights: False fetches only the configs.
-        variant: variant of the weights; a network without it uses its plain weights, but some network must have it.
-        use_safetensors: see `weights.choose`.
+        selected: see `Selection`.
 
     Raises:
         LoadError: `huggingface_hub` is not installed; the model, its revision or the variant does not exist or is
             not accessible; the hub is unreachable and the cache has no copy; or this is another kind of pipeline.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import OfflineModeIsEnabled
-    except ImportError:
-        advice = 'a model on the Hugging Face hub needs huggingface_hub: pip install "ldm_lab[hub]"'
-        raise LoadError(f"{name}: nothing local has this name, and {advice}") from None
-    repository, _, named = name.partition("@")
-    if named and revision not in (None, named):
-        raise LoadError(f"{name}: names the revision {named!r}, but revision={revision!r}: give one of them")
-    revision = revision or named or None
+    snapshot_download, OfflineModeIsEnabled = _library(name)  # noqa: N806
+    repository, revision = _repository(name, revision)
     trouble = OfflineModeIsEnabled("local_files_only") if local_files_only else _trouble(repository, revision, token)
     options = {"force_download": force_download, "token": token, "local_files_only": trouble is not None}
     download = functools.partial(snapshot_download, repository, cache_dir=cache_dir, **options)
-    selection = Selection(subfolder, without, variant, use_safetensors)
+    selection = Selection(**selected)
     try:
         folder = _configs(download, name, revision, selection)
         files = selection.weights(folder, _listing(repository, folder, cache_dir)) if weights else []
@@ -121,9 +112,30 @@ def fetch(
     except Exception as error:  # errors of huggingface_hub, its HTTP library and the disk
         raise LoadError(f"{name}: {_explain(trouble or error, repository, revision)}") from error
     if trouble and not isinstance(trouble, OfflineModeIsEnabled):
-        reason = f"{type(trouble).__name__}: {first_line(trouble)}"
-        log.warning(f"{name}: the hub was of no help ({reason}): the copy in the cache is used")
+        log.warning(f"{name}: the hub was of no help ({_reason(trouble)}): the copy in the cache is used")
     return folder
+
+
+def _library(name: str) -> tuple[Callable[..., str], type[Exception]]:
+    """The library's download function, and its error if the hub may not be asked."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import OfflineModeIsEnabled
+    except ImportError:
+        advice = 'a model on the Hugging Face hub needs huggingface_hub: pip install "ldm_lab[hub]"'
+        raise LoadError(f"{name}: nothing local has this name, and {advice}") from None
+    return snapshot_download, OfflineModeIsEnabled
+
+
+def _repository(name: str, revision: str | None) -> tuple[str, str | None]:
+    repository, _, named = name.partition("@")
+    if named and revision not in (None, named):
+        raise LoadError(f"{name}: names the revision {named!r}, but revision={revision!r}: give one of them")
+    return repository, revision or named or None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _trouble(repository: str, revision: str | None, token: str | bool | None) -> Exception | None:
@@ -140,12 +152,19 @@ def _trouble(repository: str, revision: str | None, token: str | bool | None) ->
 
 @dataclass(frozen=True)
 class Selection:
-    """The files of a model to fetch: see `fetch`."""
+    """The files of a model to fetch.
 
-    subfolder: str | None
-    without: Collection[str]
-    variant: str | None
-    use_safetensors: bool | None
+    Attributes:
+        subfolder: only this folder, "" for the top folder; None: the top folder and its direct subfolders.
+        without: subfolders to leave out.
+        variant: variant of the weights; a network without it uses its plain weights, but some network must have it.
+        use_safetensors: see `weights.choose`.
+    """
+
+    subfolder: str | None = None
+    without: Collection[str] = ()
+    variant: str | None = None
+    use_safetensors: bool | None = None
 
     def configs(self) -> dict[str, list[str]]:
         """Patterns of the configs to allow and to ignore; in the hub's patterns, * matches slashes too."""
@@ -220,5 +239,4 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
         return f"nothing local has this name, nor has a model on {hub} that you may see; if it is private, {log_in}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "not whole in the cache, and the hub may not be asked (HF_HUB_OFFLINE or local_files_only)"
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    return f"nothing local has this name, nor is it whole in the cache, and {hub} is of no help ({reason})"
+    return f"nothing local has this name, nor is it whole in the cache, and {hub} is of no help ({_reason(error)})"

@@ -70,6 +70,11 @@ def save_png(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
+def save_sheet(images: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write `(B, 3, H, W)` images in [-1, 1] as one PNG; replaces an earlier file."""
+    save_png(grid(to_uint8(to_unit(images)), columns), path)
+
+
 def save_pngs(images: Mapping[Path, Image.Image]) -> None:
     """Write PNGs atomically, on all cores, as compressing a batch takes longer than sampling it on a GPU."""
     with ThreadPoolExecutor() as threads:

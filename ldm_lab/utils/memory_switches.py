@@ -61,8 +61,4 @@ class MemorySwitches:
         say_once(f"nothing is offloaded: both networks, {size:.1f} GB, stay on {found}; {advice}")
         return self.to(found)
 
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> Self:
-        """See `enable_model_cpu_offload`."""
-        return self.enable_model_cpu_offload(gpu_id, device)
+    enable_sequential_cpu_offload = enable_model_cpu_offload

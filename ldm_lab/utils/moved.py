@@ -27,10 +27,16 @@ MOVED = {
     "overrides": "config.overrides", "settings": "config.checks", "stages": "config.stages", "sweep": "config.sweep",
     "checkpoint": "checkpoints.checkpoint", "parts": "checkpoints.parts", "states": "checkpoints.locate",
     "state_dicts": "checkpoints.state_dicts", "interop": "checkpoints",
+    "diffusion.thresholding": "diffusion.broadcast",
+    "models.encoder": "models.encoder_decoder", "models.decoder": "models.encoder_decoder",
+    "models.gaussian": "models.outputs", "training.slurm": "training.launcher",
+    "training.callbacks.same_start": "training.callbacks.ranks",
+    "training.callbacks.smallest_batch_size": "training.callbacks.ranks",
     "nn": "models.layers", "serialization": "models.pretrained", "denoising": "diffusion.denoising",
     "card": "runs.card", "diagnosis": "runs.diagnosis", "records": "runs.record", "tracking": "runs.tracking",
     "training.changes": "runs.changes", "training.run_folder": "runs.folder", "pictures": "sampling.pictures",
     **{f"training.{name}": f"training.planning.{name}" for name in PLANNING},
+    "benchmark.peer": "tools.benchmark.subjects", "dashboard.runs": "tools.dashboard.command",
     "benchmark": "tools.benchmark", "commands": "tools", "dashboard": "tools.dashboard",
     "evaluation": "tools.evaluate", "report": "tools.report",
 }  # fmt: skip
@@ -41,7 +47,7 @@ def current(name: str) -> str:
     if not name.startswith(HOME):
         return name
     parts = name.removeprefix(HOME).split(".")
-    for count in (2, 1):
+    for count in (3, 2, 1):
         if new := MOVED.get(".".join(parts[:count])):
             return HOME + ".".join([new, *parts[count:]])
     return name

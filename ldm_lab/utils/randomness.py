@@ -34,22 +34,27 @@ def generator(seed: int, stream: str, *position: int) -> torch.Generator:
     return torch.Generator().manual_seed((start ^ inner) & 0xFFFFFFFF)
 
 
+def generators(seed: int, indices: Iterable[int], stream: str = "sample") -> list[torch.Generator]:
+    """One CPU generator for each sample; sample i is a function of (seed, i)."""
+    return [generator(seed, stream, index) for index in indices]
+
+
 def seeded(
-    generators: torch.Generator | SupportsIndex | Sequence[torch.Generator | SupportsIndex] | None,
+    given: torch.Generator | SupportsIndex | Sequence[torch.Generator | SupportsIndex] | None,
 ) -> torch.Generator | list[torch.Generator] | None:
     """Turn seeds, also in a list, into CPU generators; generators pass unchanged.
 
     Raises:
         UserError: an argument is neither a generator nor a seed.
     """
-    if generators is None or isinstance(generators, torch.Generator):
-        return generators
-    if isinstance(generators, (list, tuple)):
-        return [seeded(each) for each in generators]
+    if given is None or isinstance(given, torch.Generator):
+        return given
+    if isinstance(given, (list, tuple)):
+        return [seeded(each) for each in given]
     try:
-        return torch.Generator().manual_seed(operator.index(generators))
+        return torch.Generator().manual_seed(operator.index(given))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"generator={generators!r}: give a torch.Generator or a seed below 2**64, or a list") from error
+        raise UserError(f"generator={given!r}: give a torch.Generator or a seed below 2**64, or a list") from error
 
 
 def normal(seed: int, stream: str, positions: Iterable[int], shape: Sequence[int]) -> Tensor:

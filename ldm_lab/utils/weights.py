@@ -148,14 +148,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == f".{PICKLED}":
         state = read_torch(path)
-        if not isinstance(state, dict) or not all(map(_is_named_tensor, state.items())):
+        if not are_named_tensors(state):
             raise LoadError(f"{path}: does not hold tensors by name")
         return state
     return read_safetensors(path)
 
 
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+def are_named_tensors(state: Any) -> bool:  # noqa: ANN401
+    """Whether a file's content is a dict of tensors by name."""
+    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
 def write(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_lab.checkpoints.compvis import kl_config, kl_model_state, unet_config, unet_state, vq_config, vq_model_state
+from ldm_lab.checkpoints.compvis import autoencoder_state, kl_config, unet_config, unet_state, vq_config
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.models.layers.embedding import sinusoid
 from ldm_lab.models.unet import UNet2DModel
@@ -63,7 +63,7 @@ def floats(name):
 def build_vq(state, arch):
     config = vq_config(**arch)
     model = VQModel(**config).eval()
-    model.load_weights(vq_model_state(state, config), origin="golden")
+    model.load_weights(autoencoder_state(state, config), origin="golden")
     return model
 
 
@@ -144,7 +144,7 @@ def test_unet_like_that_of_churches():
 def test_autoencoder_with_a_gaussian():
     config = kl_config(**META["arch"]["kl"])
     model = AutoencoderKL(**config).eval()
-    model.load_weights(kl_model_state(floats("kl_state.safetensors"), config), origin="golden")
+    model.load_weights(autoencoder_state(floats("kl_state.safetensors"), config), origin="golden")
     posterior = model.encode(IO["in.kl_image"]).latent_dist
     assert_close_relative(torch.cat([posterior.mean, posterior.logvar], dim=1), IO["kl.moments"])
     assert_close_relative(posterior.mean, IO["kl.mean"])
@@ -175,8 +175,8 @@ def test_networks_inside_a_whole_checkpoint():
     [
         ("unet", UNet2DModel, unet_config(META["arch"]["unet"]), unet_state),
         ("unet_churches_like", UNet2DModel, unet_config(META["arch"]["unet_churches_like"]), unet_state),
-        ("vq", VQModel, vq_config(**META["arch"]["vq"]), vq_model_state),
-        ("kl", AutoencoderKL, kl_config(**META["arch"]["kl"]), kl_model_state),
+        ("vq", VQModel, vq_config(**META["arch"]["vq"]), autoencoder_state),
+        ("kl", AutoencoderKL, kl_config(**META["arch"]["kl"]), autoencoder_state),
     ],
 )
 def test_every_tensor_is_used_once(name, build, config, translate):
@@ -199,9 +199,9 @@ def test_recorded_codes_are_safe_from_rounding(vq):
 @pytest.mark.parametrize(
     ("translate", "config", "key"),
     [
-        (vq_model_state, vq_config(**META["arch"]["vq"]), "encoder.down.0.attn.9.q.weight"),
-        (vq_model_state, vq_config(**META["arch"]["vq"]), "loss.discriminator.main.0.weight"),
-        (kl_model_state, kl_config(**META["arch"]["kl"]), "quantize.embedding.weight"),
+        (autoencoder_state, vq_config(**META["arch"]["vq"]), "encoder.down.0.attn.9.q.weight"),
+        (autoencoder_state, vq_config(**META["arch"]["vq"]), "loss.discriminator.main.0.weight"),
+        (autoencoder_state, kl_config(**META["arch"]["kl"]), "quantize.embedding.weight"),
         (unet_state, unet_config(META["arch"]["unet"]), "input_blocks.99.0.in_layers.0.weight"),
         (unet_state, unet_config(META["arch"]["unet"]), "label_emb.weight"),
     ],

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from ldm_lab.diffusion.broadcast import dynamic_threshold
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS
 from ldm_lab.diffusion.spacing import SPACINGS
-from ldm_lab.diffusion.thresholding import dynamic_threshold
 from tests.diffusion.golden import COMPVIS, compvis, diffusers_meta, diffusers_tensors, recorded_schedule
 from tests.helpers import assert_close_relative
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm_lab.checkpoints.compvis import vq_config, vq_model_state
+from ldm_lab.checkpoints.compvis import autoencoder_state, vq_config
 from ldm_lab.losses.adversarial import AdversarialTerm
 from ldm_lab.losses.autoencoder import AutoencoderLoss
 from ldm_lab.losses.perceptual import MultiScaleL1
@@ -55,7 +55,7 @@ def golden_setup():
     config = vq_config(**meta["arch"]["vq"])
     state = {key: value.float() for key, value in load_file(GOLDEN / "compvis/vq_state.safetensors").items()}
     autoencoder = VQModel(**config)
-    autoencoder.load_weights(vq_model_state(state, config), origin="golden")
+    autoencoder.load_weights(autoencoder_state(state, config), origin="golden")
     settings = meta["arch"]["disc"]
     discriminator = PatchDiscriminator(
         settings["disc_in_channels"], settings["disc_ndf"], num_layers=settings["disc_num_layers"]

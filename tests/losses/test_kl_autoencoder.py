@@ -8,7 +8,7 @@ from ldm_lab.losses.adversarial import AdversarialTerm
 from ldm_lab.losses.autoencoder import AutoencoderLoss, KLAutoencoderLoss
 from ldm_lab.losses.perceptual import MultiScaleL1
 from ldm_lab.models.discriminator import PatchDiscriminator
-from ldm_lab.models.gaussian import DiagonalGaussian
+from ldm_lab.models.outputs import DiagonalGaussian
 from tests.helpers import assert_close_relative
 
 KL_WEIGHT, DISC_WEIGHT = 0.01, 0.5

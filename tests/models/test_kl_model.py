@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ldm_lab.models.gaussian import DiagonalGaussian
 from ldm_lab.models.kl_model import AutoencoderKL
+from ldm_lab.models.outputs import DiagonalGaussian
 from tests.helpers import assert_close_relative
 from tests.models.weights import assert_equal_weights
 

@@ -7,7 +7,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 from ldm_lab.metrics import own
 from ldm_lab.metrics.images import DataPixels
 from ldm_lab.tools.evaluate.autoencoder import reconstructions
-from ldm_lab.tools.evaluate.rows import features
+from ldm_lab.tools.evaluate.rows import rows
 from ldm_lab.training.trainer import Trainer
 from tests.rehearsal.accelerator import OVERRIDES, RehearsalStrategy
 from tests.trained import train
@@ -28,7 +28,7 @@ def test_an_evaluation_finds_what_it_finds_on_the_cpu(rehearsal, tmp_path, monke
     extractor = own.own(images, tmp_path, rehearsal.device)
     found, scores = [], []
     for each in (trainer(accelerator="cpu"), there):
-        found.append(features(each, extractor, images))
+        found.append(rows(each, extractor, images, extractor, extractor.dimension))
         scores.append(reconstructions(module.autoencoder, extractor, None, images, each, draws=2)[0])
     assert torch.allclose(*found, atol=1e-4)
     for name, one in scores[0].items():

@@ -32,7 +32,7 @@ def drawn(pipe, indices, steps, eta=0.0):
 @pytest.mark.parametrize("steps", [3, 15])
 def test_a_denoising_ends_at_the_samples(pipe, steps, eta):
     """The last step's x0 is where it ends: the chain's end is clean."""
-    frames = pictures.denoising(pipe, 2, seed=0, steps=steps, eta=eta)
+    frames = pictures.denoising(pipe, range(2), seed=0, steps=steps, eta=eta)
     assert frames.shape == (min(steps, pictures.STEPS_SHOWN), 2, 3, 32, 32)
     assert torch.allclose(to_unit(frames[-1]), drawn(pipe, [0, 1], steps, eta), atol=0.02)
     assert not torch.allclose(frames[0], frames[-1], atol=0.02)
@@ -75,7 +75,7 @@ def test_slerp_stays_on_the_sphere_and_turns_evenly():
 
 
 def test_the_weaker_a_variation_the_nearer_it_is(pipe):
-    image = pictures.denoising(pipe, 1, seed=3, steps=2)[-1, 0].clamp(-1, 1)
+    image = pictures.denoising(pipe, range(1), seed=3, steps=2)[-1, 0].clamp(-1, 1)
     copy = pictures.reconstructions(pipe.vqvae, image[None])
     distances = [
         (pictures.variations(pipe, image, 4, strength, seed=0, steps=50) - copy).square().mean().item()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_lab.training.slurm import check_tasks
+from ldm_lab.training.launcher import check_tasks
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/slurm.sh"
 JOB = {

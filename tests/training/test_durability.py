@@ -22,7 +22,7 @@ from lightning import Callback
 from ldm_lab.checkpoints import checkpoint, locate
 from ldm_lab.training import checkpoint_io
 from ldm_lab.training.callbacks.checkpoint import Checkpoint
-from ldm_lab.training.callbacks.same_start import SameStart
+from ldm_lab.training.callbacks.ranks import SameStart
 from ldm_lab.training.callbacks.validate import NEVER, Validate
 from ldm_lab.training.checkpoint_io import BackgroundCheckpointIO
 from ldm_lab.training.host_copy import HostCopy

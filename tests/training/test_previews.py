@@ -43,7 +43,7 @@ def test_the_strip_ends_where_the_grid_ends(shown, tmp_path, sampler):
     )
     settings = {"steps": 5, "seed": 3, "sampler": sampler}
     SampleGrid(tmp_path, 8, images=3, **settings).sample(ONE, module)
-    DenoisingStrip(tmp_path, 8, images=2, frames=3, **settings).draw(ONE, module)
+    DenoisingStrip(tmp_path, 8, images=2, frames=3, **settings).sample(ONE, module)
     frames, columns = shown["denoising"]
     assert columns == 3
     frames = frames.unflatten(0, (2, 3)).clamp(-1, 1)  # (n, F, 3, H, W)

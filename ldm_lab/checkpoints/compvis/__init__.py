@@ -9,19 +9,18 @@ The config is translated first, as the tensor names depend on it:
 A tensor without a counterpart in our networks, or a setting that they do not support, raises `LoadError`.
 """
 
-from ldm_lab.checkpoints.compvis.autoencoder import kl_config, kl_model_state, vq_config, vq_model_state
+from ldm_lab.checkpoints.compvis.autoencoder import autoencoder_state, kl_config, vq_config
 from ldm_lab.checkpoints.compvis.checkpoint import Part, is_checkpoint, read, read_first_stage
 from ldm_lab.checkpoints.compvis.unet import unet_config, unet_state
 
 __all__ = [
     "Part",
+    "autoencoder_state",
     "is_checkpoint",
     "kl_config",
-    "kl_model_state",
     "read",
     "read_first_stage",
     "unet_config",
     "unet_state",
     "vq_config",
-    "vq_model_state",
 ]

@@ -72,34 +72,20 @@ def _halves(ddconfig: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def vq_model_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of CompVis's `VQModel` (without prefix) under our names.
+def autoencoder_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of CompVis's `VQModel` or `AutoencoderKL` (without prefix) under our names.
 
     Args:
-        state: `encoder.*`, `decoder.*`, `quantize.*`, `quant_conv.*`, `post_quant_conv.*`.
-        config: the result of `vq_config`.
+        state: `encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`, and `quantize.*` of a `VQModel`.
+        config: the result of `vq_config` or `kl_config`.
 
     Raises:
         LoadError: a tensor has no counterpart in an autoencoder of this config.
     """
-    return _linear_attention(rename(state, _modules(config, "quantize.embedding"), "VQModel"))
-
-
-def kl_model_state(state: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Tensors of CompVis's `AutoencoderKL` (without prefix) under our names.
-
-    Args:
-        state: `encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`.
-        config: the result of `kl_config`.
-
-    Raises:
-        LoadError: a tensor has no counterpart in an autoencoder of this config.
-    """
-    return _linear_attention(rename(state, _modules(config), "AutoencoderKL"))
-
-
-def _linear_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: linear(value) if ".to_" in key else value for key, value in state.items()}
+    with_codes = "num_vq_embeddings" in config
+    modules = _modules(config, *(["quantize.embedding"] if with_codes else []))
+    renamed = rename(state, modules, "VQModel" if with_codes else "AutoencoderKL")
+    return {key: linear(value) if ".to_" in key else value for key, value in renamed.items()}
 
 
 def _modules(config: dict[str, Any], *extra: str) -> Iterator[Module]:

@@ -13,6 +13,7 @@ import torch
 from torch.serialization import safe_globals
 
 from ldm_lab.checkpoints.compvis import shapes
+from ldm_lab.checkpoints.compvis.autoencoder import autoencoder_state
 from ldm_lab.checkpoints.compvis.original_config import OriginalConfig
 from ldm_lab.checkpoints.compvis.unet import unet_state
 from ldm_lab.checkpoints.state_dicts import State, tensors_in, unwrapped
@@ -213,7 +214,7 @@ def _first_stage(
 ) -> Part:
     kind, arguments = config.first_stage()
     with blaming(path):
-        return Part({"_class_name": kind.class_name, **arguments, **settings}, kind.state(state, arguments))
+        return Part({"_class_name": kind.class_name, **arguments, **settings}, autoencoder_state(state, arguments))
 
 
 def _scheduler(noise: State, config: OriginalConfig, path: str | Path) -> DDIMScheduler:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from typing_extensions import Self
 
-from ldm_lab.checkpoints.compvis.autoencoder import kl_config, kl_model_state, vq_config, vq_model_state
+from ldm_lab.checkpoints.compvis.autoencoder import kl_config, vq_config
 from ldm_lab.checkpoints.compvis.translate import check
 from ldm_lab.checkpoints.compvis.unet import unet_config
 from ldm_lab.utils import shell
@@ -28,20 +27,18 @@ _OF_VQ_TRAINING = ("batch_resize_range", "scheduler_config", "lr_g_factor", "san
 
 @dataclass(frozen=True)
 class FirstStageKind:
-    """A CompVis class: our class for it, and the translations of its config and its tensors."""
+    """A CompVis class: our class for it, and the translation of its config."""
 
     class_name: str
     config: Callable[..., dict[str, Any]]
-    state: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
     needed: tuple[str, ...]
     fixed: dict[str, tuple | None]
 
 
-_KL = FirstStageKind("AutoencoderKL", kl_config, kl_model_state, ("ddconfig", "embed_dim"), dict.fromkeys(_OF_TRAINING))
+_KL = FirstStageKind("AutoencoderKL", kl_config, ("ddconfig", "embed_dim"), dict.fromkeys(_OF_TRAINING))
 _VQ = FirstStageKind(
     "VQModel",
     vq_config,
-    vq_model_state,
     ("ddconfig", "embed_dim", "n_embed"),
     {**dict.fromkeys(_OF_TRAINING + _OF_VQ_TRAINING), "remap": (None,)},
 )

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_lab.checkpoints.state_dicts import State
 from ldm_lab.utils.reading import MAX_LAYERS, MAX_LEVELS, LoadError
-
-State = dict[str, Tensor]
 
 # Values of every published unconditional model.
 RESOLUTION = 256  # pixels

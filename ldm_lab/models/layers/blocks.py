@@ -1,9 +1,9 @@
 """Blocks of one resolution: residual blocks, optional attention, and down- or upsampling.
 
-Autoencoder and UNet use the same three blocks. The blocks receive their layers as functions of the numbers
-of channels (`resnet(in, out)`, `attention(channels)`, ...), with all other arguments bound. For a UNet's skip
-connections, `DownBlock`s append their states to the list `skips`, and `UpBlock`s pop them, last state first;
-an autoencoder passes no list.
+Autoencoder and UNet use the same three blocks, and the same two ways through the resolutions. The blocks receive
+their layers as functions of the numbers of channels (`resnet(in, out)`, `attention(channels)`, ...), with all other
+arguments bound. For a UNet's skip connections, `DownBlock`s append their states to the list `skips`, and `UpBlock`s
+pop them, last state first; an autoencoder passes no list.
 """
 
 from __future__ import annotations
@@ -92,3 +92,35 @@ class UpBlock(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)  # (B, C, H, W) -> (B, C + skip, H, W)
             x = attention(resnet(x, time_embedding))
         return x if self.upsamplers is None else self.upsamplers[0](x, time_embedding)
+
+
+def down_path(
+    widths: Sequence[int],
+    num_layers: int,
+    resnet: MakeResnet,
+    attentions: Sequence[MakeLayer],
+    downsamples: Sequence[MakeLayer],
+) -> nn.ModuleList:
+    """A `DownBlock` for each of `widths`, highest resolution first; all but the last halve the resolution."""
+    blocks = nn.ModuleList()
+    for level, width in enumerate(widths):
+        downsample = downsamples[level] if level < len(widths) - 1 else None
+        before = widths[max(level - 1, 0)]
+        blocks.append(DownBlock(before, width, num_layers, resnet, attentions[level], downsample))
+    return blocks
+
+
+def up_path(
+    widths: Sequence[int],
+    skips: Sequence[Sequence[int]],
+    resnet: MakeResnet,
+    attentions: Sequence[MakeLayer],
+    upsamples: Sequence[MakeLayer],
+) -> nn.ModuleList:
+    """An `UpBlock` for each of `widths`, lowest resolution first; all but the last double the resolution."""
+    blocks = nn.ModuleList()
+    for level, width in enumerate(widths):
+        upsample = upsamples[level] if level < len(widths) - 1 else None
+        before = widths[max(level - 1, 0)]
+        blocks.append(UpBlock(before, width, skips[level], resnet, attentions[level], upsample))
+    return blocks

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ldm_lab.models.pretrained import dtype_name
 from ldm_lab.tools.benchmark.contest import Contestant, Timing, compare, is_emulated, matmul_peak, measure, row
 from ldm_lab.utils import float32
 from ldm_lab.utils.errors import UserError
@@ -127,13 +128,8 @@ def report(options: argparse.Namespace, made: list[Contestant], timings: list[Ti
         for one, timing in zip(made[1:], timings[1:], strict=True):
             ratios[one.name] = compare(timings[0], timing, made[0].images or 1, one.images or 1)
     found = {"flags": flags, "machine": machine(options.device), "rows": rows, "ratios": ratios}
-    found["matmul_flops"] = {name(dtype): peak for dtype, peak in peaks.items()}
-    return {**found, "emulated": [name(dtype) for dtype in peaks if is_emulated(options.device, dtype)]}
-
-
-def name(dtype: torch.dtype) -> str:
-    """`float32` of `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
+    found["matmul_flops"] = {dtype_name(dtype): peak for dtype, peak in peaks.items()}
+    return {**found, "emulated": [dtype_name(dtype) for dtype in peaks if is_emulated(options.device, dtype)]}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

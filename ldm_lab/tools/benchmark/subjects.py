@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from ldm_lab.config import stages
 from ldm_lab.config.compose import DictConfig, Recipe, build
 from ldm_lab.data.transforms import parse_size
+from ldm_lab.models.pretrained import PretrainedModel, dtype_name
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.tools.benchmark import peer
 from ldm_lab.tools.benchmark.contest import Contestant, synchronize
 from ldm_lab.training.callbacks.not_finite import gradient_norms
 from ldm_lab.training.ema import EMA
@@ -96,7 +97,7 @@ def load(
 def sample(subject: Subject) -> list[Contestant]:
     """The whole pipeline, from noise to PNG files; compares pixels in [0, 1]."""
     pipe = subject.pipe
-    peer_pipe = peer.pipeline(pipe) if subject.against else None
+    peer_pipe = peer_pipeline(pipe) if subject.against else None
     pipe.to(dtype=subject.dtype).set_progress_bar_config(disable=True)
 
     def own() -> Tensor:
@@ -117,32 +118,34 @@ def sample(subject: Subject) -> list[Contestant]:
 
 def encode(subject: Subject) -> list[Contestant]:
     """Images to latents (to moments for a KL first stage)."""
-    vqvae, images = subject.pipe.vqvae, subject.images()
-    network = peer.network(vqvae) if subject.against else None
-    vqvae.to(dtype=subject.dtype)
-    own = torch.no_grad()(lambda: vqvae.moments(images.to(subject.dtype)))
-    other = _peers(subject, lambda: _encoded(network, images))
-    return _pair(subject, own, other, partial(compile_for_inference, vqvae.encoder))
+    vqvae = subject.pipe.vqvae
+    return _networks(subject, vqvae, vqvae.encoder, subject.images(), lambda own, x: own.moments(x), _encoded)
 
 
 def forward(subject: Subject) -> list[Contestant]:
     """One call of the UNet."""
-    unet, noise, timestep = subject.pipe.unet, subject.noise(), torch.tensor(500, device=subject.device)
-    network = peer.network(unet) if subject.against else None
-    unet.to(dtype=subject.dtype)
-    own = torch.no_grad()(lambda: unet(noise.to(subject.dtype), timestep).sample)
-    other = _peers(subject, lambda: network(noise, timestep).sample)
-    return _pair(subject, own, other, partial(compile_for_inference, unet))
+    unet, timestep = subject.pipe.unet, torch.tensor(500, device=subject.device)
+    return _networks(subject, unet, unet, subject.noise(), lambda network, x: network(x, timestep).sample)
 
 
 def decode(subject: Subject) -> list[Contestant]:
     """Latents to images."""
-    vqvae, noise = subject.pipe.vqvae, subject.noise()
-    network = peer.network(vqvae) if subject.against else None
-    vqvae.to(dtype=subject.dtype)
-    own = torch.no_grad()(lambda: vqvae.decode(noise.to(subject.dtype)).sample)
-    other = _peers(subject, lambda: network.decode(noise).sample)
-    return _pair(subject, own, other, partial(compile_for_inference, vqvae.decoder))
+    vqvae = subject.pipe.vqvae
+    return _networks(subject, vqvae, vqvae.decoder, subject.noise(), lambda network, x: network.decode(x).sample)
+
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _networks(
+    subject: Subject, network: PretrainedModel, compiled: nn.Module, x: Tensor, call: Call, theirs: Call | None = None
+) -> list[Contestant]:
+    """Contestants of a call of one network with the input `x`; `theirs` is the peer's call, if it is another one."""
+    peer = peer_network(network) if subject.against else None
+    network.to(dtype=subject.dtype)
+    own = torch.no_grad()(lambda: call(network, x.to(subject.dtype)))
+    other = _peers(subject, lambda: (theirs or call)(peer, x))
+    return _pair(subject, own, other, partial(compile_for_inference, compiled))
 
 
 def train(subject: Subject) -> list[Contestant]:
@@ -156,7 +159,7 @@ def train(subject: Subject) -> list[Contestant]:
     if subject.against:
         from diffusers.training_utils import EMAModel
 
-        unet, vqvae = peer.network(subject.pipe.unet), peer.network(subject.pipe.vqvae)
+        unet, vqvae = peer_network(subject.pipe.unet), peer_network(subject.pipe.vqvae)
         images = subject.images()
         average = Step(subject, unet, lambda network: EMAModel(network.parameters(), decay=0.9999))
         average.encode = _peers(subject, lambda: _encoded(vqvae, images))
@@ -164,7 +167,7 @@ def train(subject: Subject) -> list[Contestant]:
         steps.append(average)
     names = ("ldm_lab {}, cached latents", "diffusers {}, encode in the step")
     found = [
-        Contestant(name.format(_short(step.dtype)), step, subject.batch_size, step.dtype, rest=step.rest)
+        Contestant(name.format(dtype_name(step.dtype)), step, subject.batch_size, step.dtype, rest=step.rest)
         for name, step in zip(names, steps, strict=False)
     ]
     found[0].compile = steps[0].network.compile
@@ -233,10 +236,41 @@ def _encoded(vqvae: nn.Module, images: Tensor) -> Tensor:
 
 def _pair(subject: Subject, own: Callable, other: Callable, compile_own: Callable[[], object]) -> list[Contestant]:
     """Our contestant, and diffusers' if it takes part."""
-    first = Contestant(f"ldm_lab {_short(subject.dtype)}", own, subject.batch_size, subject.dtype, compile_own)
-    second = Contestant(f"diffusers {_short(subject.peer_dtype)}", other, subject.batch_size, subject.peer_dtype)
+    first = Contestant(f"ldm_lab {dtype_name(subject.dtype)}", own, subject.batch_size, subject.dtype, compile_own)
+    second = Contestant(f"diffusers {dtype_name(subject.peer_dtype)}", other, subject.batch_size, subject.peer_dtype)
     return [first, second][: 1 + subject.against]
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _diffusers() -> ModuleType:
+    """The module diffusers. Raises `UserError` if it is not installed."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError("--against diffusers: it is not installed; pip install 'ldm_lab[benchmark]'") from error
+    diffusers.utils.logging.set_verbosity_error()
+    return diffusers
+
+
+def peer_network(own: PretrainedModel) -> Any:  # noqa: ANN401
+    """The diffusers network of the same name, weights, device and dtype, in evaluation mode.
+
+    Raises:
+        UserError: diffusers has no such network.
+    """
+    kind = getattr(_diffusers(), own.class_name(), None)
+    if kind is None:
+        raise UserError(f"--against diffusers: it has no {own.class_name()}")
+    twin = kind.from_config(dict(own.config))
+    twin.load_state_dict({key: value.contiguous() for key, value in own.exported_state_dict().items()})
+    return twin.to(device=own.device, dtype=own.dtype).eval()
+
+
+def peer_pipeline(own: LDMPipeline) -> Any:  # noqa: ANN401
+    """The diffusers pipeline of the same networks, with DDIM."""
+    diffusers = _diffusers()
+    scheduler = diffusers.DDIMScheduler.from_config(dict(own.scheduler.config))
+    twin = diffusers.LDMPipeline(vqvae=peer_network(own.vqvae), unet=peer_network(own.unet), scheduler=scheduler)
+    twin.set_progress_bar_config(disable=True)
+    # numpy has no bfloat16, which autocast returns.
+    twin.vqvae.decoder.register_forward_hook(lambda _, inputs, output: output.float())
+    return twin

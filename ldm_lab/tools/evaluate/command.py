@@ -8,7 +8,9 @@ mean, and what makes them wrong: docs/evaluation.md.
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ldm_lab.tools.cache import default_folder
 from ldm_lab.utils.errors import UserError
@@ -82,32 +84,17 @@ def main(argv: list[str]) -> None:
     from ldm_lab.tools.evaluate import evaluate as tools
     from ldm_lab.tools.evaluate.drawn import Sampling
 
-    sampling = Sampling(
-        options.num_samples, options.sampler, options.steps, options.eta, options.seed, options.batch_size
-    )
-    request = tools.Request(
-        source=options.source,
-        data=options.data,
-        sampling=sampling,
-        features=options.features,
-        weights=options.weights,
-        lpips_weights=options.lpips_weights,
-        image_size=options.image_size,
-        most=options.num_reference,
-        draws=options.bootstrap,
-        cache_dir=options.cache or default_folder(),
-        data_cache=options.cache and str(options.cache),
-        output=options.output,
-        save_reference=options.save_reference,
-        accelerator=options.accelerator,
-        devices=options.devices,
-        num_workers=options.num_workers,
-        plugins=options.plugins,
-        max_pixels=options.max_pixels,
-    )
+    options.sampling = Sampling(**_taken(options, Sampling))
+    options.cache_dir, options.data_cache = options.cache or default_folder(), options.cache and str(options.cache)
+    request = tools.Request(**_taken(options, tools.Request))
     if options.autoencoder:
         tools.evaluate_autoencoder(request)
     elif options.snapshots:
         tools.evaluate_snapshots(request, options.export_best)
     else:
         tools.evaluate(request)
+
+
+def _taken(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The options that a dataclass has fields for."""
+    return {field.name: getattr(options, field.name) for field in fields(kind)}

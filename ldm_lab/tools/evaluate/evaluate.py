@@ -33,27 +33,12 @@ from ldm_lab.utils.writing import SaveError, require_writable
 
 @dataclass(frozen=True)
 class Request:
-    """The user's request.
+    """The user's request: flags of `python -m ldm_lab evaluate` (see `command.parser`), those that are not given None.
 
     Attributes:
-        source: a model, or images.
-        data: reference images or statistics; None: the training images of the run.
         sampling: settings of sampling.
-        features: kind of features, one of `ldm_lab.metrics.features.FEATURES`.
-        weights: file of the features' weights; None: from torch's hub.
-        lpips_weights: file of LPIPS's weights; None: from torch's hub.
-        image_size: (height, width) to resize images to; None: no resizing.
-        most: maximum number of real images to compare with.
-        draws: replicates of the bootstrap.
         cache_dir: folder of cached extractors and features.
         data_cache: folder of drawn images; None: as in the run's config.
-        output: folder for the result; None: `eval/` of the run, or a folder beside the images.
-        save_reference: file to write the statistics of the real images to.
-        accelerator: of `lightning.Trainer`.
-        devices: of `lightning.Trainer`.
-        num_workers: loader processes per device.
-        plugins: packages whose classes a model or a config may name.
-        max_pixels: maximum pixels of an image file; None: Pillow's limit.
     """
 
     source: str
@@ -63,8 +48,8 @@ class Request:
     weights: str | None
     lpips_weights: str | None
     image_size: Sequence[int] | None
-    most: int
-    draws: int
+    num_reference: int
+    bootstrap: int
     cache_dir: Path
     data_cache: str | None
     output: Path | None
@@ -91,7 +76,7 @@ class Request:
 
     def evaluator(self, target: Target, trainer: Trainer) -> Evaluator:
         """The evaluator of this request."""
-        return Evaluator(target, trainer, self.features, self.weights, self.cache_dir, self.draws, self.num_workers)
+        return Evaluator(target, trainer, self.features, self.weights, self.cache_dir, self.bootstrap, self.num_workers)
 
     def target(self, size: Sequence[int], run: Path | None = None) -> Target:
         """The target for images of `size`: `data`, or by default the training images of the run.
@@ -100,7 +85,7 @@ class Request:
             UserError: there is no target, or its images have another size.
         """
         if self.data:
-            found = sources.named_data(self.data, size, self.said_of(run), self.most, self.max_pixels)
+            found = sources.named_data(self.data, size, self.said_of(run), self.num_reference, self.max_pixels)
         else:
             found = self.run_data(run)
         if found is None:
@@ -120,7 +105,7 @@ class Request:
 
     def run_data(self, run: Path | None) -> Target | None:
         """The data that a run was trained on; `None` without a run. Raises `UserError` if the data are gone."""
-        return run and sources.run_data(run, self.plugins, self.data_cache, self.most)
+        return run and sources.run_data(run, self.plugins, self.data_cache, self.num_reference)
 
 
 def evaluate(request: Request) -> Scores:
@@ -175,7 +160,7 @@ def finish(
         require_writable(folder, "--output")
     found = evaluator.features(images)  # first, as it starts the other processes
     real = evaluator.reference
-    content = results.describe(request.source, kind, images.fingerprint(), len(images), real, request.draws, **how)
+    content = results.describe(request.source, kind, images.fingerprint(), len(images), real, request.bootstrap, **how)
     name = results.file_name(content)
     scores, beside = evaluator.measure(found, images, folder / f"{name}_neighbours.png")
     if not evaluator.trainer.is_global_zero:
@@ -257,9 +242,11 @@ def evaluate_autoencoder(request: Request) -> Scores:
     evaluator = request.evaluator(target, trainer)
     evaluator.check(len(images))
     with watched():
-        scores, real = autoencoder.reconstructions(model, evaluator.extractor, lpips, images, trainer, request.draws)
+        scores, real = autoencoder.reconstructions(
+            model, evaluator.extractor, lpips, images, trainer, request.bootstrap
+        )
     identity = f"{fingerprint(model)}-{images.fingerprint()}"
-    content = results.describe(request.source, "reconstructions", identity, len(images), real, request.draws)
+    content = results.describe(request.source, "reconstructions", identity, len(images), real, request.bootstrap)
     if not trainer.is_global_zero:
         return scores
     written = results.write(folder, content, scores)

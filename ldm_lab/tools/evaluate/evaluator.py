@@ -18,7 +18,7 @@ from ldm_lab.metrics import own, reference
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.metrics.reference import Reference
-from ldm_lab.tools.evaluate.rows import features
+from ldm_lab.tools.evaluate.rows import rows
 from ldm_lab.tools.evaluate.scores import Scores, caution, compare, memorised, neighbour_sheet, require_two, unlike
 from ldm_lab.tools.evaluate.sources import Target
 from ldm_lab.utils.reading import LoadError
@@ -102,8 +102,9 @@ class Evaluator:
         return made
 
     def features(self, images: Pixels) -> Tensor:
-        """Features of every image: `(N, D)`."""
-        return features(self.trainer, self.extractor, images, self.num_workers)
+        """Features of every image: `(N, D)`, float32."""
+        extractor = self.extractor
+        return rows(self.trainer, extractor, images, extractor, extractor.dimension, self.num_workers)
 
     def measure(self, found: Tensor, images: Pixels, sheet: Path) -> tuple[Scores, dict[str, Any]]:
         """All metrics of some images, on the first rank; other ranks return empty results.

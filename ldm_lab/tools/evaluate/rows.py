@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, default_convert
 
 from ldm_lab.data.loading import Collate, Loader, enough_shared_memory
-from ldm_lab.metrics.extractors import CHUNK, Extractor, exactly
+from ldm_lab.metrics.extractors import CHUNK, exactly
 from ldm_lab.metrics.images import Pixels
 
 Compute = Callable[[Tensor], Tensor]  # images (B, 3, H, W), uint8 -> (B, K)
@@ -71,8 +71,3 @@ def rows(
     with enough_shared_memory():
         trainer.predict(module, return_predictions=False)
     return trainer.strategy.reduce(module.found.to(trainer.strategy.root_device), reduce_op="sum").cpu()
-
-
-def features(trainer: Trainer, extractor: Extractor, images: Pixels, num_workers: int = 0) -> Tensor:
-    """The features of every image: `(N, D)`, float32."""
-    return rows(trainer, extractor, images, extractor, extractor.dimension, num_workers)

@@ -13,9 +13,8 @@ from ldm_lab.diffusion import samplers
 from ldm_lab.metrics import distribution, features
 from ldm_lab.metrics.extractors import CHUNK, exactly
 from ldm_lab.metrics.images import DataPixels
-from ldm_lab.sampling.seeds import generators
 from ldm_lab.training.callbacks.every import Every
-from ldm_lab.training.device import precision_of
+from ldm_lab.training.callbacks.pictures import drawing
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Count, Whole
@@ -116,15 +115,6 @@ class EvaluateSamples(Callback):
         return trainer.strategy.reduce(found, reduce_op="sum").cpu()
 
     def drawing(self, trainer: Trainer, module: DiffusionModule) -> Callable[[range], Tensor]:
-        """A function that maps n sample indices to samples `(n, 3, H, W)`, uint8."""
-        pipe = module.pipeline()
-        pipe.scheduler = samplers.choose(self.sampler, pipe.scheduler)
-        pipe.set_progress_bar_config(disable=True)
-
-        def draw(places: range) -> Tensor:
-            rngs = generators(self.seed, places)
-            with precision_of(trainer):
-                images = pipe(len(places), rngs, num_inference_steps=self.steps, output_type="pt").images
-            return (images * 255).round().to(torch.uint8)  # as a PNG would store them
-
-        return draw
+        """A function that maps n sample indices to samples `(n, 3, H, W)`, uint8, as a PNG would store them."""
+        draw = drawing(trainer, module.pipeline(), self.sampler, self.steps, self.seed)
+        return lambda places: (draw(places) * 255).round().to(torch.uint8)

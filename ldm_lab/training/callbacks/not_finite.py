@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.training.statistics import gathered
 from ldm_lab.training.trainer import Trainer
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.writing import write_json
@@ -213,12 +214,3 @@ def read_later(flags: Tensor) -> Callable[[], list[bool]]:
         return copy.bool().tolist()
 
     return read
-
-
-def gathered(trainer: Trainer, items: list[Any]) -> list[Any]:
-    """Concatenate the lists of all ranks; every rank gets the result."""
-    if trainer.world_size == 1:
-        return items
-    lists: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(lists, items)
-    return [item for of_rank in lists for item in of_rank]

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from tqdm import tqdm
 
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.training.statistics import gathered
 from ldm_lab.utils.writing import replacing
 
 
@@ -76,10 +76,7 @@ class SkippedFiles(Callback):
         """Merge the lists of all ranks, and write the result on rank 0."""
         if not self.skipping:
             return
-        if trainer.world_size > 1:
-            lists: list[list[str]] = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(lists, list(self.lines))
-            self._add(trainer, (line for lines in lists for line in lines))
+        self._add(trainer, gathered(trainer, list(self.lines)))
         if trainer.is_global_zero and self.lines:
             text = "".join(f"{line}\n" for line in self.lines)
             with replacing(self.path) as temporary:

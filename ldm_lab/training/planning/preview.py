@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.dataset import spread
@@ -16,7 +15,7 @@ from ldm_lab.metrics.reconstruction import psnr
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
+from ldm_lab.utils.images import save_sheet
 
 SAMPLE = 64  # maximum number of images to examine
 CROPS, PAIRS = 36, 8  # numbers of images on the sheets
@@ -96,8 +95,3 @@ def judge(quality: float) -> str:
     if quality < 28:
         return "as published ones on photographs, 24 to 28 dB; small text and fine texture will soften"
     return "above the 24 to 28 dB of published ones on photographs"
-
-
-def save_sheet(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write `(B, 3, H, W)` images in [-1, 1] as one picture; replaces an earlier file."""
-    save_png(grid(to_uint8(to_unit(images)), columns), path)

@@ -12,7 +12,7 @@ def request(source, cache, **changes):
     sampling |= {key: changes.pop(key) for key in list(changes) if key in sampling}
     settings = {
         "source": str(source), "data": None, "features": "own", "weights": None, "lpips_weights": None,
-        "image_size": None, "most": 50_000, "draws": 5, "cache_dir": Path(cache), "data_cache": None, "output": None,
-        "save_reference": None, "accelerator": "cpu", "devices": 1, "num_workers": 0, "plugins": (),
+        "image_size": None, "num_reference": 50_000, "bootstrap": 5, "cache_dir": Path(cache), "data_cache": None,
+        "output": None, "save_reference": None, "accelerator": "cpu", "devices": 1, "num_workers": 0, "plugins": (),
     }  # fmt: skip
     return Request(sampling=Sampling(**sampling), **{**settings, **changes})

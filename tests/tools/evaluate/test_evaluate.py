@@ -89,7 +89,7 @@ def test_other_compression_is_warned_of(tmp_path, cache, capsys, kinds, said):
         for n in range(8):
             noise = np.random.default_rng(n).integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(noise).save(tmp_path / folder / f"{n}.png", kind)
-    evaluate(request(tmp_path / "drawn", cache, data=str(tmp_path / "real"), draws=0))
+    evaluate(request(tmp_path / "drawn", cache, data=str(tmp_path / "real"), bootstrap=0))
     lines = [line for line in capsys.readouterr().out.splitlines() if "JPEG" in line]
     assert [line.startswith(said) for line in lines] == ([True] if said else [])
 
@@ -100,9 +100,9 @@ def test_drawn_samples_are_no_jpeg_files_but_their_training_images_may_be(run, t
         Image.fromarray(np.random.default_rng(n).integers(0, 256, (32, 32, 3), np.uint8)).save(
             tmp_path / f"real/{n}.jpg"
         )
-    evaluate(request(run, cache, data=str(tmp_path / "real"), num_samples=6, draws=0))
+    evaluate(request(run, cache, data=str(tmp_path / "real"), num_samples=6, bootstrap=0))
     assert "the real ones are JPEG files" in capsys.readouterr().out
-    evaluate(request(run, cache, num_samples=6, draws=0))
+    evaluate(request(run, cache, num_samples=6, bootstrap=0))
     assert "JPEG" not in capsys.readouterr().out
 
 
@@ -112,8 +112,8 @@ def test_a_picture_above_the_limit_names_the_flag(tmp_path, cache, monkeypatch):
         Image.fromarray(np.random.default_rng(n).integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{n}.png")
     for wanted in ({}, {"max_pixels": 255}):
         with pytest.raises(ValueError, match=r"0\.png: 256 pixels, .*: --max-pixels 256 takes it"):
-            evaluate(request(tmp_path, cache, data=str(tmp_path), draws=0, **wanted))
-    evaluate(request(tmp_path, cache, data=str(tmp_path), draws=0, max_pixels=256))
+            evaluate(request(tmp_path, cache, data=str(tmp_path), bootstrap=0, **wanted))
+    evaluate(request(tmp_path, cache, data=str(tmp_path), bootstrap=0, max_pixels=256))
 
 
 def test_the_same_again_draws_nothing_and_writes_the_same_file(run, cache, monkeypatch):
@@ -128,7 +128,7 @@ def test_the_same_again_draws_nothing_and_writes_the_same_file(run, cache, monke
 
 
 def test_other_settings_have_a_file_of_their_own(run, cache):
-    for changes in ({}, {"num_samples": 11}, {"seed": 1}, {"draws": 6}):
+    for changes in ({}, {"num_samples": 11}, {"seed": 1}, {"bootstrap": 6}):
         evaluate(request(run, cache, **changes))
     assert len(written(run)) == 4
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ldm_lab.training.callbacks.smallest_batch_size import SmallestBatchSize
+from ldm_lab.training.callbacks.ranks import SmallestBatchSize
 from ldm_lab.training.planning import batch_size, memory
 from ldm_lab.training.run import set_lengths
 from tests.trained import undisturbed
