@@ -142,7 +142,8 @@ def wait_for(condition, seconds):
 def test_no_loader_outlives_its_training(tmp_path, number, stage):
     """The parent alone is killed, or is ended while it starts them: nobody tells its loaders."""
     process = start(tmp_path, RECIPE, "data.num_workers=2", "max_images=1000000")
-    workers = wait_for(lambda: len(children(process.pid)) >= 2 and children(process.pid), 60)
+    workers = wait_for(lambda: len(children(process.pid)) >= 2 and children(process.pid), 180)
+    assert workers, "no loader after three minutes"
     if stage == "step":
         assert wait_for(lambda: list(tmp_path.rglob("last.ckpt")), 60)
     os.kill(process.pid, number)

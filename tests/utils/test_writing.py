@@ -187,7 +187,7 @@ def quick(monkeypatch):
 
 def test_evaluation_where_nothing_can_be_written(tiny_runs, tmp_path, quick):
     runs, cache = copy(tiny_runs, tmp_path / "runs"), tmp_path / "cache"
-    wanted = {"num_samples": 6, "draws": 0}
+    wanted = {"num_samples": 6, "bootstrap": 0}
     with read_only(runs):
         for act in (evaluate, evaluate_autoencoder):
             with pytest.raises(SaveError, match=r"^--output must name another place: .*Read-only file system"):
