@@ -43,8 +43,8 @@ def colours(readings: Readings) -> Finding | None:
     if not readings.values(metric):
         return None
     advice = (
-        "The reconstructions are grey or of wrong colours, and so will be all samples: train longer (max_images), start"
-        " from a thumbnail (model.start=thumbnail), or weigh colours (model.loss.pixel, docs/two_stages.md)"
+        "The reconstructions are grey or of wrong colours, and so will be all samples: train longer (max_images), or"
+        " start with colours (model.start=thumbnail, see docs/colours.md)"
     )
     words = "the hue of {:.2g} of the colourful pixels is kept"
     return unless_learning(readings, metric, in_range(check, readings.values(metric)[-1], words, HUES, advice))
