@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.utils.errors import UserError
-
-# RGB -> luma and the two colour differences: ITU-R BT.601-7 (2011), section 2.5.
-_LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+from ldm_lab.utils.images import LUMA_CHROMA
 
 
 class ColourMSE(nn.Module):
@@ -29,7 +27,7 @@ class ColourMSE(nn.Module):
         super().__init__()
         if chroma < 0:
             raise UserError(f"model.loss.pixel.chroma={chroma}: must be at least 0")
-        matrix = torch.tensor(_LUMA_CHROMA) * torch.tensor([1.0, chroma, chroma]).sqrt()[:, None]
+        matrix = torch.tensor(LUMA_CHROMA) * torch.tensor([1.0, chroma, chroma]).sqrt()[:, None]
         self.register_buffer("matrix", matrix[:, :, None, None], persistent=False)  # (3, 3, 1, 1)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -84,6 +84,9 @@ _QUALITY = (
     Metric("val/loss_on_training_images", "mean loss on as many training images", "quality", _D, "lower",
            panel=_MEMORISES, beside=("val/loss",)),
     Metric("val/psnr", "peak signal-to-noise ratio of reconstructions", "quality", _A, "higher", "dB", main=True),
+    Metric("val/psnr_chroma", "peak signal-to-noise ratio of the colours, Cb and Cr, of reconstructions", "quality", _A,
+           "higher", "dB"),
+    Metric("val/hues_kept", "share of the colourful pixels whose hue reconstructions keep", "quality", _A, "higher"),
     Metric("val/ssim", "structural similarity of reconstructions", "quality", _A, "higher", main=True),
     Metric("val/loss", "mean loss on held-out images", "quality", _A, "lower", main=True),
 )  # fmt: skip

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss
-from ldm_lab.metrics.reconstruction import psnr, ssim
+from ldm_lab.metrics.reconstruction import hues_kept, psnr, psnr_chroma, ssim
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.pretrained import PretrainedModel
+from ldm_lab.models.thumbnail import start_as_thumbnail
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
@@ -32,6 +33,7 @@ class FirstStageModule(StageModule):
         loss: reconstruction, latent and adversarial terms; owns the discriminator.
         train: "all" of the autoencoder, or only its "decoder": latents then stay the same, so a UNet trained on
             them stays valid.
+        start: "random" weights, or weights with which the latents are a "thumbnail" (see `start_as_thumbnail`).
         gradient_checkpointing: recompute activations in the backward pass instead of storing them.
         **training: optimizer, schedule and seed, see `StageModule`.
 
@@ -46,12 +48,15 @@ class FirstStageModule(StageModule):
         autoencoder: FirstStage,
         loss: FirstStageLoss,
         train: str = "all",
+        start: Literal["random", "thumbnail"] = "random",
         gradient_checkpointing: Annotated[bool, Harmless] = False,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
         self.autoencoder, self.loss = autoencoder, loss
         choose_trained(autoencoder, train)
+        if start == "thumbnail":
+            start_as_thumbnail(autoencoder)
         if gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
 
@@ -104,6 +109,8 @@ class FirstStageModule(StageModule):
         terms = {
             "loss": self.loss.reconstruction_loss(images, reconstruction),
             "psnr": psnr(reconstruction, images),
+            "psnr_chroma": psnr_chroma(reconstruction, images),
+            "hues_kept": hues_kept(reconstruction, images),
             "ssim": ssim(reconstruction, images),
             "latent_std": latents.float().std(),
         }

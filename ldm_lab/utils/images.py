@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+# RGB -> luma and the two colour differences Cb and Cr: ITU-R BT.601-7 (2011), section 2.5.
+LUMA_CHROMA = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
 
 def to_unit(images: Tensor) -> Tensor:
     """[-1, 1] -> [0, 1], clamped, any shape."""

@@ -1,9 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ldm_lab.metrics.reconstruction import psnr, ssim
+from ldm_lab.metrics.reconstruction import hues_kept, psnr, psnr_chroma, ssim
+from ldm_lab.utils.images import to_uint8, to_unit
 
 
 def images(seed=0, shape=(3, 3, 32, 32)):
@@ -48,3 +51,40 @@ def test_reduced_precision_around_the_call_changes_nothing():
     expected = psnr(reconstruction, target), ssim(reconstruction, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (psnr(reconstruction, target), ssim(reconstruction, target)) == expected
+
+
+def painted(*colours):
+    """An image of vertical stripes of these colours, RGB in [0, 1]: `(1, 3, 8, W)` in [-1, 1]."""
+    return (torch.tensor(colours).T[None, :, None].repeat_interleave(4, dim=3).expand(1, 3, 8, -1) * 2 - 1).clone()
+
+
+RED, GREEN, BLUE, GREY, WHITE = (0.8, 0.1, 0.1), (0.1, 0.7, 0.2), (0.1, 0.2, 0.8), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)
+
+
+def test_chroma_sees_colour_alone():
+    """The oracle is Pillow's conversion of the 8-bit images."""
+    target, reconstruction = painted(RED, GREEN, BLUE), painted(GREEN, GREEN, GREY)
+    assert psnr_chroma(target * 0.5 + 0.1, target * 0.5).item() > 100  # brighter by a grey
+    rounded = [to_uint8(to_unit(images))[0] for images in (reconstruction, target)]
+    cb_cr = [np.asarray(Image.fromarray(image).convert("YCbCr"), dtype=np.float64)[..., 1:] / 255 for image in rounded]
+    expected = -10 * math.log10(((cb_cr[0] - cb_cr[1]) ** 2).mean())
+    assert psnr_chroma(reconstruction, target).item() == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        ((RED, GREEN, BLUE, WHITE), 1.0),
+        ((GREY, GREY, GREY, GREY), 0.0),  # of the right brightness or not
+        ((GREEN, RED, BLUE, RED), 1 / 3),  # white has no hue to keep
+        (((0.66, 0.27, 0.27), GREEN, BLUE, WHITE), 1.0),  # paler, to half
+        (((0.55, 0.42, 0.42), GREEN, BLUE, WHITE), 2 / 3),  # and less
+        (((0.8, 0.3, 0.1), (0.45, 0.7, 0.2), BLUE, WHITE), 2 / 3),  # a little orange; no green any more
+    ],
+)
+def test_hues_are_kept_within_an_angle_and_a_saturation(found, kept):
+    assert hues_kept(painted(*found), painted(RED, GREEN, BLUE, WHITE)).item() == pytest.approx(kept)
+
+
+def test_images_without_colour_have_no_hue_to_lose():
+    assert hues_kept(painted(RED, GREEN), painted(GREY, WHITE)).item() == 1.0

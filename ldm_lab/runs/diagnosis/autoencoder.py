@@ -1,4 +1,4 @@
-"""Checks of stage 1: reconstructions, spread of the latents, codebook, discriminator."""
+"""Checks of stage 1: reconstructions, colours, spread of the latents, codebook, discriminator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ldm_lab.utils.nested import find
 
 # dB on held-out images. Published values on ImageNet: 27.4 (VQ-f4) and 24.2 (KL-f8); the demo ends at 27.
 PSNR = Healthy(low=24.0, bad_below=15.0)
+# Share of the colourful pixels of held-out images.
+HUES = Healthy(low=0.75, bad_below=0.4)
 # Stage 2 divides by the measured scale, so only a degenerate spread is bad. The demo ends at 0.64.
 SPREAD = Healthy(low=0.05, high=20.0, bad_below=1e-3, bad_above=1e3)
 # Perplexity as a fraction of all codes, and the fewest codes in use. The demo ends at 0.6 of 512 codes; `CodebookUse`
@@ -33,6 +35,19 @@ def reconstruction(readings: Readings) -> Finding:
     return unless_learning(
         readings, metric, in_range(check, readings.values(metric)[-1], "{:.1f} dB PSNR", PSNR, advice)
     )
+
+
+def colours(readings: Readings) -> Finding | None:
+    """Whether the reconstructions keep the hues of held-out images; None for a run of before this was measured."""
+    check, metric = "colours", "val/hues_kept"
+    if not readings.values(metric):
+        return None
+    advice = (
+        "The reconstructions are grey or of wrong colours, and so will be all samples: train longer (max_images), or"
+        " start with colours (model.start=thumbnail, see docs/colours.md)"
+    )
+    words = "the hue of {:.2g} of the colourful pixels is kept"
+    return unless_learning(readings, metric, in_range(check, readings.values(metric)[-1], words, HUES, advice))
 
 
 def spread(readings: Readings) -> Finding:

@@ -13,7 +13,13 @@ ALWAYS: tuple[Check, ...] = (
     training.finite, training.loss, training.gradients, training.learning_rate, training.throughput,
 )  # fmt: skip
 OF_STAGE: dict[str, tuple[Check, ...]] = {
-    "autoencoder": (autoencoder.reconstruction, autoencoder.spread, autoencoder.codebook, autoencoder.discriminator),
+    "autoencoder": (
+        autoencoder.reconstruction,
+        autoencoder.colours,
+        autoencoder.spread,
+        autoencoder.codebook,
+        autoencoder.discriminator,
+    ),
     "diffusion": (diffusion.scale, diffusion.learned, diffusion.overfitting, diffusion.risen),
 }
 

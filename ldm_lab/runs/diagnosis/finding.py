@@ -12,6 +12,7 @@ from ldm_lab.runs.record import Curve, StageRecord
 OK, LOOK, BAD, UNKNOWN = "ok", "look", "bad", "unknown"
 # Every training begins badly. A bad value counts after this many images (by then the demo has learned most) ...
 EARLY = 10_000
+HIGHER = ("psnr", "hues_kept")  # metrics of which the higher value is the better one
 LEARNING = 0.002  # ... and only if the metric has improved by less than this fraction of its first value
 
 
@@ -105,7 +106,7 @@ class Readings:
 def unless_learning(readings: Readings, metric: str, finding: Finding) -> Finding:
     """Turn `BAD` into `LOOK` early in training, or if the metric has improved since its first value."""
     first, newest = readings.values(metric)[0], readings.values(metric)[-1]
-    gain = (newest - first) if metric.endswith("psnr") else (first - newest)
+    gain = (newest - first) if metric.endswith(HIGHER) else (first - newest)
     may_come = readings.images_seen < EARLY or gain > LEARNING * abs(first)
     return replace(finding, verdict=LOOK) if may_come and finding.verdict == BAD else finding
 

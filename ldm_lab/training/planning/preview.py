@@ -11,7 +11,7 @@ from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.dataset import spread
 from ldm_lab.data.images import ImageError
 from ldm_lab.data.sampler import StreamBatchSampler
-from ldm_lab.metrics.reconstruction import psnr
+from ldm_lab.metrics.reconstruction import hues_kept, psnr
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.utils.errors import UserError
@@ -80,12 +80,18 @@ def show_reconstructions(autoencoder: FirstStage, data: ImageDataModule, device:
         if time.monotonic() - start > SECONDS:
             break
     autoencoder.cpu()
-    quality, std = float(psnr(torch.cat(copies), torch.cat(originals))), float(torch.cat(latents).cpu().double().std())
+    pair, std = (torch.cat(copies), torch.cat(originals)), float(torch.cat(latents).cpu().double().std())
+    quality, hues = float(psnr(*pair)), float(hues_kept(*pair))
     print(f"autoencoder: {type(autoencoder).__name__}, on {len(originals)} held-out image(s)")
     print(f"  quality     {quality:.1f} dB PSNR: {judge(quality)}")
+    print(f"  colours     {hues:.0%} of the hues are kept{'' if hues >= FAITHFUL else PALE}")
     print(f"  latents     of standard deviation {std:.3g}; model.scaling_factor=measure gives {1 / std:.4g}")
     save_sheet(torch.cat([*originals[:PAIRS], *copies[:PAIRS]]), sheet, columns=min(PAIRS, len(originals)))
     print(f"  pictures    {sheet}: originals above their reconstructions")
+
+
+FAITHFUL = 0.75  # share of the hues; also the doctor's
+PALE = ": the others come out grey or wrong, and so will the samples; train stage 1 on these images, or longer"
 
 
 def judge(quality: float) -> str:

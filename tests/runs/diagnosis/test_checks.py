@@ -63,6 +63,10 @@ CASES = [
     (autoencoder.reconstruction, {"val_psnr": [27.0]}, OK),
     (autoencoder.reconstruction, {"val_psnr": [20.0]}, LOOK),
     (autoencoder.reconstruction, {"val_psnr": [9.0, 9.0]}, BAD),
+    (autoencoder.colours, {"val_hues_kept": [0.93]}, OK),
+    (autoencoder.colours, {"val_hues_kept": [0.6]}, LOOK),
+    (autoencoder.colours, {"val_hues_kept": [0.05, 0.2]}, LOOK),  # it rises
+    (autoencoder.colours, {"val_hues_kept": [0.2, 0.2]}, BAD),
     (autoencoder.spread, {"val_latent_std": [0.64]}, OK),
     (autoencoder.spread, {"val_latent_std": [30.0]}, LOOK),
     (autoencoder.spread, {"val_latent_std": [1e-5]}, BAD),
