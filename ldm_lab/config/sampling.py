@@ -67,8 +67,10 @@ def located(config: DictConfig) -> State:
 
 def load_pipeline(config: DictConfig, state: State) -> LDMPipeline:
     """Load the model of `ckpt=`, with the sampler and the memory options of the config."""
-    single_file = {"original_config": config.original_config} if config.original_config else None
-    pipe = averaged.load(state, config.ema, plugins=config.plugins, single_file=single_file)
+    reading = {"plugins": config.plugins, "given": averaged.given(state, config.ema, "ema", config.plugins)}
+    if config.original_config:
+        reading = {"single_file": {"original_config": config.original_config}}
+    pipe = LDMPipeline.from_file_or_folder(state.path, **reading)
     pipe.scheduler = samplers.choose(config.sampler.name, pipe.scheduler, config.sampler.eta or 0.0)
     if config.tiling:
         pipe.vqvae.enable_tiling()

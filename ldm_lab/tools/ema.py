@@ -1,4 +1,4 @@
-"""Choose the length of the weights' average after training: lists, evaluates and writes averages of a run's snapshots.
+"""Choose the length of the weights' average after training, from a run's snapshots: list, evaluate, write.
 
 The run needs model.power_ema=[0.05,0.1] and snapshots=INTERVAL. Lengths are sigma_rel of Karras et al. 2024, arXiv
 2312.02696; the residual is the relative L2 error of the profile. What to choose: docs/ema.md.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ldm_lab.checkpoints import averages, locate
 from ldm_lab.checkpoints.locate import State
+from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling import averaged
 from ldm_lab.tools.evaluate import command
 from ldm_lab.utils.errors import UserError
@@ -39,7 +40,9 @@ def main(argv: list[str]) -> None:
     if is_first_process():
         show(state, residuals, {})
     if options.output and is_first_process():
-        averaged.load(state, options.length[0], "--length", options.plugins).save_pretrained(options.output)
+        given = averaged.given(state, options.length[0], "--length", options.plugins)
+        pipe = LDMPipeline.from_file_or_folder(state.path, given=given, plugins=options.plugins)
+        pipe.save_pretrained(options.output)
         print(f"written to {options.output}")
     if request:
         evaluate(request, state, residuals)

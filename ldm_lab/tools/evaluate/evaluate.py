@@ -133,7 +133,8 @@ def evaluate_state(
     """Sample a model state and evaluate the samples; the returned evaluator serves other states of the run too."""
     if (length := request.sampling.ema) is not None:
         state = averages.snapshot_of(state, f"--ema={length}")
-    pipe = averaged.load(state, length, "--ema", request.plugins)
+    given = averaged.given(state, length, "--ema", request.plugins)
+    pipe = LDMPipeline.from_file_or_folder(state.path, given=given, plugins=request.plugins)
     if evaluator is None:
         evaluator = request.evaluator(request.target(image_size(pipe), state.source), trainer)
         prepare(evaluator.target)
