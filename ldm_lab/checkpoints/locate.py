@@ -74,7 +74,7 @@ def search(source: str | Path, stage: str) -> State | None:
         return _checkpoint(path, path)
     if not path.exists():
         return _snapshot(str(path))
-    folder = _stage_folder(path, stage)
+    folder = stage_folder(path, stage)
     if not trains_on(folder):
         for result in (path, folder / "final"):
             if (result / RESULTS[stage]).is_file():
@@ -102,7 +102,8 @@ def _checkpoint(source: Path, path: Path) -> State:
     return State(source, path, checkpoint.images_seen(path))
 
 
-def _stage_folder(path: Path, stage: str) -> Path:
+def stage_folder(path: Path, stage: str) -> Path:
+    """The folder of a stage in a run's folder, or `path` itself."""
     return path / stage if (path / stage).is_dir() else path
 
 
@@ -111,7 +112,7 @@ def _snapshot(source: str) -> State:
     run, _, text = source.rpartition("@")
     if not run or not Path(run).is_dir():
         raise LoadError(f"{source}: no such file or folder")
-    taken = snapshots(_stage_folder(Path(run), "diffusion") / SNAPSHOTS)
+    taken = snapshots(stage_folder(Path(run), "diffusion") / SNAPSHOTS)
     if not taken:
         raise LoadError(f"{source}: {run} has no snapshots; train.py snapshots=1M takes one every million images")
     there = f"there are {', '.join(map(short, taken))}"

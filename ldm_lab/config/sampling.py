@@ -6,14 +6,14 @@ from pathlib import Path
 
 from lightning import Trainer
 
-from ldm_lab.checkpoints import locate
+from ldm_lab.checkpoints import averages, locate
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.config import kinds
 from ldm_lab.config.build import DictConfig, build, plain
 from ldm_lab.diffusion import samplers
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs import tracking
-from ldm_lab.sampling import generate
+from ldm_lab.sampling import averaged, generate
 from ldm_lab.sampling.generate import MissingSamples, SampleSettings
 from ldm_lab.sampling.pictures import PictureRequest
 from ldm_lab.training import device
@@ -36,7 +36,7 @@ def sample(config: DictConfig) -> None:
     quiet()
     kinds.check(plain(config))
     device.check(plain(config.trainer))
-    state = locate.find(config.ckpt)
+    state = located(config)
     pipe = load_pipeline(config, state)
     settings = settings_of(config)
     trainer = make_trainer(config, settings.precision)
@@ -59,9 +59,15 @@ def sample(config: DictConfig) -> None:
             say(f"{config.num_samples:,} samples ({drawn:,} new) in {folder}: {', '.join(files)}")
 
 
+def located(config: DictConfig) -> State:
+    """The state that `ckpt=` names; with `ema=` a snapshot."""
+    state = locate.find(config.ckpt)
+    return state if config.ema is None else averages.snapshot_of(state, f"ema={config.ema}")
+
+
 def load_pipeline(config: DictConfig, state: State) -> LDMPipeline:
     """Load the model of `ckpt=`, with the sampler and the memory options of the config."""
-    reading = {"plugins": config.plugins}
+    reading = {"plugins": config.plugins, "given": averaged.given(state, config.ema, "ema", config.plugins)}
     if config.original_config:
         reading = {"single_file": {"original_config": config.original_config}}
     pipe = LDMPipeline.from_file_or_folder(state.path, **reading)
@@ -77,7 +83,7 @@ def settings_of(config: DictConfig) -> SampleSettings:
     """The settings that, together with the model, determine the samples."""
     sampler = config.sampler
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
-    switches = {"compile": config.compile, "tiling": config.tiling}
+    switches = {"compile": config.compile, "tiling": config.tiling, "ema": config.ema}
     return SampleSettings(config.seed, sampler.name, sampler.steps, sampler.eta or 0.0, precision, **switches)
 
 

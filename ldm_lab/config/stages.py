@@ -23,11 +23,13 @@ from ldm_lab.training.planning import batch_size, preview
 from ldm_lab.training.planning import plan as planning
 from ldm_lab.training.planning.preflight import check_fit, check_order
 from ldm_lab.training.planning.trial import Trial
+from ldm_lab.training.power_ema import PowerEMA
 from ldm_lab.training.quiet import quiet
 from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.utils import locks
+from ldm_lab.utils import locks, signatures
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.limits import Positive
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.signals import STOPPING
 from ldm_lab.utils.terminal import is_first_process, say
@@ -130,6 +132,10 @@ def try_training(model: DictConfig) -> None:
     build(model.optimizer, "model.optimizer", params=weights.parameters())
     build(model.schedule, "model.schedule")
     build(model.get("ema"), "model.ema", network=weights)
+    if model.get("power_ema") is not None:
+        lengths = plain(model.power_ema)
+        signatures.require("model.power_ema", lengths, Sequence[Positive])
+        PowerEMA(weights, lengths)
 
 
 def plan(configs: list[DictConfig], command: str) -> None:

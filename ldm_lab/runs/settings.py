@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "model.unet.out_channels": Count | None,
     # of sample.py
     "ckpt": Given,
+    "ema": Positive | None,
     "num_samples": Whole,
     "batch_size": Count,
     "sampler.name": Given,

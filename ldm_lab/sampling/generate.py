@@ -30,7 +30,7 @@ from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import replacing, require_writable, write_json
 
 MANIFEST = "manifest.json"
-ADDED = {"compile": False, "tiling": False}  # settings missing in older manifests -> their values then
+ADDED = {"compile": False, "tiling": False, "ema": None}  # settings missing in older manifests -> their values then
 GRID_IMAGES = 64
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # last chunk of every PNG, with its CRC
 
@@ -130,6 +130,7 @@ class SampleSettings:
         precision: precision of the networks.
         compile: whether the networks are compiled.
         tiling: whether the first stage decodes in tiles.
+        ema: length of the weights' average (see `checkpoints.averages`); None: the usual average.
     """
 
     seed: int
@@ -139,6 +140,7 @@ class SampleSettings:
     precision: str
     compile: bool = False
     tiling: bool = False
+    ema: float | None = None
 
 
 def default_folder(state: State, settings: SampleSettings) -> Path:
@@ -146,7 +148,8 @@ def default_folder(state: State, settings: SampleSettings) -> Path:
     source = state.source
     samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
     name = f"{settings.sampler}_{settings.steps}_eta{settings.eta:g}_seed{settings.seed}"
-    return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
+    name += "" if state.images_seen is None else f"_at{state.images_seen}"
+    return samples / (name if settings.ema is None else f"{name}_ema{settings.ema}")
 
 
 def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False) -> DataLoader:

@@ -40,6 +40,7 @@ class Variant:
         answer: the tested answer.
         settings: overrides of stage 2.
         first_stage: one of `FIRST_STAGES`.
+        flags: flags of the evaluation.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Variant:
     answer: str
     settings: tuple[str, ...] = ()
     first_stage: str = "vq"
+    flags: tuple[str, ...] = ()
 
 
 DEMO = Variant("demo", "the demo as it is", "VQ, velocity, min-SNR, low-discrepancy timesteps, EMA 0.999")
@@ -66,6 +68,11 @@ VARIANTS = (
     # A longer average than the demo's would be equal, as the decay's warm-up does not reach it in so short a training.
     Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
     Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
+    # Trains like the demo. Other lengths: python -m ldm_lab ema runs/quality/post_hoc_0 --length ... --evaluate.
+    Variant(
+        "post_hoc", "moving average", "post hoc, length 0.03",
+        ("model.power_ema=[0.05,0.1]", "snapshots=700"), flags=("--ema", "0.03"),
+    ),
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
@@ -167,7 +174,8 @@ class Workshop:
         """Evaluate samples, which are drawn once."""
         sampler, steps, eta = how
         flags = {"--num-samples": self.options.samples, "--sampler": sampler, "--steps": steps, "--eta": eta}
-        return self.evaluation(f"{variant.name}_{seed}", *(str(word) for flag in flags.items() for word in flag))
+        words = [str(word) for flag in flags.items() for word in flag]
+        return self.evaluation(f"{variant.name}_{seed}", *words, *variant.flags)
 
     def evaluation(self, name: str, *flags: str) -> Evaluation:
         """Run `evaluate` into a folder for exactly these flags."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count, islice
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.training.ema import EMA
 from ldm_lab.training.latents import latent_shape, posterior_noise
+from ldm_lab.training.power_ema import PowerEMA
 from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.training.statistics import moments, of_all_ranks, pooled
 from ldm_lab.utils import randomness
@@ -34,6 +35,7 @@ class DiffusionModule(StageModule):
         scheduler: noise schedule of training; sampling uses the same object.
         objective: noise, target and weight of the denoising loss.
         ema: makes the moving average of a network.
+        power_ema: lengths of further averages, for a choice after training (see `PowerEMA`); None: none.
         scaling_factor: a number, or "measure": 1 / std of the latents, measured once when training starts.
         gradient_checkpointing: recompute the UNet's activations in the backward pass instead of storing them.
         **training: optimizer, schedule and seed, see `StageModule`.
@@ -54,12 +56,14 @@ class DiffusionModule(StageModule):
         ema: Callable[[UNet2DModel], EMA],
         scaling_factor: Positive | Literal["measure"] = 1.0,
         gradient_checkpointing: Annotated[bool, Harmless] = False,
+        power_ema: Sequence[float] | None = None,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
         LDMPipeline(autoencoder, unet, scheduler)  # raises if the parts do not fit
         unet.zero_residuals()
         self.unet, self.ema = unet, ema(unet)
+        self.power_ema = None if power_ema is None else PowerEMA(unet, power_ema)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
@@ -116,7 +120,7 @@ class DiffusionModule(StageModule):
         """Write the latent size into the UNet's config, as sampling starts from noise of that size."""
         _, height, width = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
         size = height if height == width else [height, width]
-        for network in (self.unet, self.ema.model):
+        for network in (self.unet, self.ema.model, *(self.power_ema.averages.values() if self.power_ema else ())):
             network.register_to_config(sample_size=size)
 
     @torch.no_grad()
@@ -161,8 +165,10 @@ class DiffusionModule(StageModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Step, then update the EMA: once per optimizer step, whatever the gradient accumulation."""
+        """Step, then update the averages: once per optimizer step, whatever the gradient accumulation."""
         super().optimizer_step(*args, **kwargs)
+        if self.power_ema is not None:  # after a skipped step too, whose weights are those of the step before
+            self.power_ema.update(self.unet, self.images_seen, self.trainer.datamodule.global_batch_size)
         if not self.step_left_out:
             self.ema.update(self.unet)
 

@@ -33,7 +33,7 @@ class EMA(nn.Module):
         if not 0 <= decay < 1:
             raise UserError(f"model.ema.decay={decay}: must be at least 0 and less than 1")
         self.max_decay = decay
-        self.model = copy.deepcopy(network).float().eval().requires_grad_(False)
+        self.model = frozen_copy(network)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self._known_updates: int | None = 0  # avoids a read from the device; None: unknown after loading
         self.register_load_state_dict_post_hook(_forget_updates)
@@ -42,28 +42,42 @@ class EMA(nn.Module):
         """Decay at update n = 1, 2, ..."""
         return min(self.max_decay, (1 + n) / (10 + n))
 
-    @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Move the average towards the weights of `network`; call once per optimizer step.
 
         Raises:
             UserError: `network` has other parameters or buffers than the averaged network.
         """
-        averages, values = _aligned(self.model.named_parameters(), network.named_parameters())
         before = int(self.num_updates) if self._known_updates is None else self._known_updates
+        move(self.model, network, self.decay(before + 1))
         self._known_updates = before + 1
         self.num_updates += 1
-        values = [value.to(mean) for mean, value in zip(averages, values, strict=True)]
-        get_ema_multi_avg_fn(self.decay(self._known_updates))(averages, values, self._known_updates)
-        copies, values = _aligned(self.model.named_buffers(), network.named_buffers())
-        for copied, value in zip(copies, values, strict=True):
-            copied.copy_(value)
 
     def train(self, mode: bool = True) -> EMA:
         """Set the mode of this module; the averaged network always stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
         return self
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A float32 copy of a network in evaluation mode, without gradients."""
+    return copy.deepcopy(network).float().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def move(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move the parameters of `average` towards those of `network`: θ̄ ← θ̄ + (1 - decay) (θ - θ̄); copy its buffers.
+
+    Raises:
+        UserError: `network` has other parameters or buffers than the average.
+    """
+    averages, values = _aligned(average.named_parameters(), network.named_parameters())
+    values = [value.to(mean) for mean, value in zip(averages, values, strict=True)]
+    get_ema_multi_avg_fn(decay)(averages, values, 0)
+    copies, values = _aligned(average.named_buffers(), network.named_buffers())
+    for copied, value in zip(copies, values, strict=True):
+        copied.copy_(value)
 
 
 def _forget_updates(ema: EMA, _: object) -> None:

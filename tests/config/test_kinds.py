@@ -14,6 +14,7 @@ from ldm_lab.utils.nested import find, flatten
 
 # Which keys `null` says something about; what it says stands beside them in configs/.
 MAY_BE_NULL = {
+    "ema", "model.power_ema",
     "autoencoder", "init", "snapshots", "data.root", "data.batch_size", "data.val_batch_size", "trainer.precision",
     "trainer.gradient_clip_val", "trainer.max_epochs", "trainer.check_val_every_n_epoch", "trainer.log_every_n_steps",
     "trainer.num_sanity_val_steps", "trainer.benchmark", "trainer.enable_progress_bar", "trainer.enable_model_summary",

@@ -24,15 +24,16 @@ KL = ("experiment=lsun_churches", SMALL, "model.loss.adversarial.start_images=16
 CSV = "logger=csv"
 LOADERS = "data.num_workers=2"
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+AVERAGES = ("model.power_ema=[0.05,0.1]", "snapshots=16")
 
 # name -> overrides, processes. The VQ model has its discriminator from the start, KL after two steps, the demo none.
 VARIANTS = {
     "vq, W&B": (VQ, 1),
     "vq, loaders, few rows": ((*VQ, CSV, LOADERS, "trainer.log_every_n_steps=3"), 1),
     "vq, accumulation": ((*VQ, CSV, "data.batch_size=2"), 1),
-    "kl": ((*KL, CSV), 1),
+    "kl, averages": ((*KL, CSV, *AVERAGES), 1),
     "kl, accumulation, loaders, W&B": ((*KL, LOADERS, "data.batch_size=4"), 1),
-    "demo, two processes": (("experiment=avatars", CSV, *TWO), 2),
+    "demo, two processes, averages": (("experiment=avatars", CSV, *TWO, *AVERAGES), 2),
     "vq, two processes, accumulation": ((*VQ, CSV, "data.batch_size=2", *TWO), 2),
     "kl, two processes, loaders": ((*KL, CSV, LOADERS, *TWO), 2),
 }
@@ -190,7 +191,7 @@ def test_killed_at_random_moments(undisturbed, tmp_path, variant, numbers):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("variant", ["kl", "demo, two processes"])
+@pytest.mark.parametrize("variant", ["kl, averages", "demo, two processes, averages"])
 def test_killed_while_the_scale_is_measured(undisturbed, tmp_path, variant):
     moments = [Moment("encode diffusion 0", count) for count in (1, 3)]
     starts = kill_repeatedly(tmp_path / "runs", variant, moments)
@@ -199,7 +200,7 @@ def test_killed_while_the_scale_is_measured(undisturbed, tmp_path, variant):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("variant", ["vq, W&B", "kl", "demo, two processes"])
+@pytest.mark.parametrize("variant", ["vq, W&B", "kl, averages", "demo, two processes, averages"])
 def test_killed_while_latents_are_encoded(undisturbed, tmp_path, variant):
     """The latents are those of the undisturbed run, too."""
     run, _ = undisturbed(variant)

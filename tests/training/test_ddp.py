@@ -37,7 +37,7 @@ def two_processes(tmp_path_factory):
         "+callbacks.dump._target_=tests.callbacks.DumpWeights",
         f"+callbacks.dump.folder={folder}/ranks",
     )
-    done = command(*TWO, f"paths.runs={folder}/runs", *dump)
+    done = command(*TWO, f"paths.runs={folder}/runs", *dump, "model.power_ema=[0.05,0.1]", "snapshots=32")
     assert done.returncode == 0, done.stderr
     return folder / "runs", folder / "ranks", done.stdout
 

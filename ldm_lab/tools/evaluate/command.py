@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_lab.tools.cache import default_folder
 from ldm_lab.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_lab.tools.evaluate.evaluate import Request
 
 FEATURES = {
     "own": "a small network trained here on the data set itself",
@@ -36,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sampler", default="ddim", help="a name of configs/sampler/ (default: %(default)s)")
     add("--steps", type=int, default=50, help="evaluations of the UNet for a sample (default: %(default)s)")
     add("--eta", type=float, default=0.0, help="of ddim (default: %(default)s)")
+    add("--ema", type=float, metavar="LENGTH", help="of the weights' average, with model.power_ema (docs/ema.md)")
     add("--seed", type=int, default=0, help="sample i is drawn from (seed, i) (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="samples at a time on each device (default: %(default)s)")
     add("--autoencoder", action="store_true", help="judge the first stage of SRC alone, on held-out images")
@@ -68,6 +72,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.image_size = sides and (sides[0], sides[-1])
     if options.autoencoder and options.snapshots:
         raise UserError("--autoencoder and --snapshots exclude each other: a run has one first stage")
+    if options.ema is not None and (options.autoencoder or options.snapshots):
+        raise UserError(f"--ema {options.ema} is for samples of one time: leave --autoencoder and --snapshots out")
     if options.export_best and not options.snapshots:
         raise UserError("--export-best is for --snapshots")
     if options.save_reference and options.autoencoder:
@@ -82,17 +88,24 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
 
     from ldm_lab.tools.evaluate import evaluate as tools
-    from ldm_lab.tools.evaluate.drawn import Sampling
 
-    options.sampling = Sampling(**_taken(options, Sampling))
-    options.cache_dir, options.data_cache = options.cache or default_folder(), options.cache and str(options.cache)
-    request = tools.Request(**_taken(options, tools.Request))
+    request = requested(options)
     if options.autoencoder:
         tools.evaluate_autoencoder(request)
     elif options.snapshots:
         tools.evaluate_snapshots(request, options.export_best)
     else:
         tools.evaluate(request)
+
+
+def requested(options: argparse.Namespace) -> Request:
+    """The request of checked flags."""
+    from ldm_lab.tools.evaluate.drawn import Sampling
+    from ldm_lab.tools.evaluate.evaluate import Request
+
+    options.sampling = Sampling(**_taken(options, Sampling))
+    options.cache_dir, options.data_cache = options.cache or default_folder(), options.cache and str(options.cache)
+    return Request(**_taken(options, Request))
 
 
 def _taken(options: argparse.Namespace, kind: type) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Sampling:
         eta: eta of DDIM.
         seed: sample i is drawn from (seed, i).
         batch_size: images at a time on each device.
+        ema: length of the weights' average (see `checkpoints.averages`); None: the usual average.
     """
 
     num_samples: int
@@ -40,10 +41,12 @@ class Sampling:
     eta: float
     seed: int
     batch_size: int
+    ema: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine samples."""
-        return {name: getattr(self, name) for name in KEPT}
+        ema = {} if self.ema is None else {"ema": self.ema}
+        return {name: getattr(self, name) for name in KEPT} | ema
 
 
 def draw(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_lab.checkpoints import locate
+from ldm_lab.checkpoints import averages, locate
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs import card, tracking
+from ldm_lab.sampling import averaged
 from ldm_lab.sampling.generate import image_size
 from ldm_lab.tools.evaluate import autoencoder, drawn, results, sources
 from ldm_lab.tools.evaluate.drawn import Sampling
@@ -118,6 +119,8 @@ def evaluate(request: Request) -> Scores:
     with watched():
         if state is not None:
             return evaluate_state(request, state, trainer)[0]
+        if request.sampling.ema is not None:
+            raise UserError(f"--ema {request.sampling.ema}: {request.source} is images, not a run: leave --ema out")
         images = sources.images_of(request.source, request.image_size, request.max_pixels)
         evaluator = request.evaluator(request.target(images.size), trainer)
         evaluator.check(len(images), images.jpeg())
@@ -128,7 +131,10 @@ def evaluate_state(
     request: Request, state: State, trainer: Trainer, evaluator: Evaluator | None = None
 ) -> tuple[Scores, Evaluator]:
     """Sample a model state and evaluate the samples; the returned evaluator serves other states of the run too."""
-    pipe = LDMPipeline.from_pretrained(state.path, plugins=request.plugins)
+    if (length := request.sampling.ema) is not None:
+        state = averages.snapshot_of(state, f"--ema={length}")
+    given = averaged.given(state, length, "--ema", request.plugins)
+    pipe = LDMPipeline.from_file_or_folder(state.path, given=given, plugins=request.plugins)
     if evaluator is None:
         evaluator = request.evaluator(request.target(image_size(pipe), state.source), trainer)
         prepare(evaluator.target)

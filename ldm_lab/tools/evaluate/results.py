@@ -61,6 +61,7 @@ def file_name(content: Mapping[str, Any]) -> str:
     """File name of an evaluation, without extension; equal exactly for equal settings."""
     sampling = content["sampling"]
     how = ["{sampler}_{steps}_eta{eta:g}_seed{seed}".format(**sampling)] if sampling else []
+    how += [f"ema{sampling['ema']}"] if sampling and "ema" in sampling else []
     at = [f"at{content['images_seen']}"] if content["images_seen"] is not None else []
     settings = {key: content[key] for key in SETTINGS}
     settings["reference"] = {key: value for key, value in content["reference"].items() if key != "source"}

@@ -60,6 +60,8 @@ def _title(evaluation: Evaluation) -> str:
     parts = [f"{content.get('num_samples')} {content.get('kind')}"]
     if sampler := find(content, "sampling.sampler"):
         parts.append(f"{sampler} {find(content, 'sampling.steps')} steps, eta {find(content, 'sampling.eta')}")
+    if length := find(content, "sampling.ema"):
+        parts.append(f"EMA of length {length}")
     if extractor := find(content, "extractor.name"):
         parts.append(f"features: {extractor}")
     return ", ".join(parts)

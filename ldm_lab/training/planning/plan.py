@@ -138,7 +138,9 @@ def on_disk(trial: Trial, measured: Measured, max_images: int, snapshots: int | 
     result = sum(networks.values())
     count = max_images // snapshots if snapshots and trial.module.stage == "diffusion" else 0
     shared = networks["vqvae"]
-    return 3 * measured.checkpoint + result + count * (result - shared) + shared * bool(count)
+    averages = getattr(trial.module, "power_ema", None)
+    each = result - shared + (memory.num_bytes(averages.state_dict()) if averages else 0)
+    return 3 * measured.checkpoint + result + count * each + shared * bool(count)
 
 
 def millions(parameters: Iterable[nn.Parameter]) -> str:
