@@ -40,7 +40,7 @@ def sample(config: DictConfig) -> None:
     state = locate.find(config.ckpt)
     pipe = load_pipeline(config, state)
     settings = settings_of(config, load_guide(config, pipe))
-    cost = generate.evaluations(pipe, settings)  # on all processes: too many steps end each of them
+    cost = guide.evaluations(pipe, settings.steps, settings.how_guided)  # all processes refuse too many steps
     trainer = make_trainer(config, settings.precision)
     pictures = requested_pictures(config, pipe)
     folder = Path(config.output or generate.default_folder(state, settings))
@@ -95,19 +95,19 @@ def load_guide(config: DictConfig, pipe: LDMPipeline) -> str | None:
     return guide.attach(pipe, config.guide, config.plugins)
 
 
-def settings_of(config: DictConfig, guide: str | None = None) -> SampleSettings:
+def settings_of(config: DictConfig, guide_hash: str | None = None) -> SampleSettings:
     """The settings that, together with the model, determine the samples.
 
     Args:
         config: the config.
-        guide: fingerprint of the guide; None: no guidance.
+        guide_hash: fingerprint of the guide; None: no guidance.
     """
     sampler = config.sampler
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
     more = {"compile": config.compile, "tiling": config.tiling}
-    if guide:
+    if guide_hash:
         interval = plain(config)["guidance_interval"]
-        more |= {"guide": guide, "guidance": config.guidance, "guidance_interval": interval}
+        more |= {"guide": guide_hash, "guidance": config.guidance, "guidance_interval": interval}
     return SampleSettings(config.seed, sampler.name, sampler.steps, sampler.eta or 0.0, precision, **more)
 
 

@@ -66,6 +66,12 @@ class Guidance:
                 f"guidance_interval={given!r}: must be two rising noise levels from 0 on, such as [0.2, 5], or null"
             )
 
+    @property
+    def slug(self) -> str:
+        """Part of a file name with all digits, as other digits are another setting: guided2_0.25_5."""
+        numbers = (self.scale, *(self.interval or ()))
+        return "guided" + "_".join(repr(float(number)).removesuffix(".0") for number in numbers)
+
     def acts_at(self, level: float) -> bool:
         """Whether the guide has an effect at the noise level σ/α."""
         return self.scale != 1 and (self.interval is None or self.interval[0] < level <= self.interval[1])

@@ -23,6 +23,7 @@ from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.guidance import NO_GUIDANCE, Guidance
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.sampling import guide
 from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, save_pngs
@@ -171,14 +172,8 @@ def default_folder(state: State, settings: SampleSettings) -> Path:
     samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
     name = f"{settings.sampler}_{settings.steps}_eta{settings.eta:g}_seed{settings.seed}"
     if settings.guide:
-        name += "_guided" + "_".join(map(_digits, (settings.guidance, *(settings.guidance_interval or ()))))
-        name += f"_by{settings.guide[:8]}"
+        name += f"_{settings.how_guided.slug}_by{settings.guide[:8]}"
     return samples / (name if state.images_seen is None else f"{name}_at{state.images_seen}")
-
-
-def _digits(number: float) -> str:
-    """All digits of a number, as other digits are another setting: 0.25, 2."""
-    return repr(float(number)).removesuffix(".0")
 
 
 def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int = 1, full: bool = False) -> DataLoader:
@@ -210,13 +205,7 @@ def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings, guide_ckpt:
     known = {"ckpt": ckpt, "hashes": hashes, **asdict(settings), "scheduler": dict(pipe.scheduler.config)}
     if settings.guide:
         known["guide_ckpt"] = guide_ckpt
-    return {**known, "evaluations": evaluations(pipe, settings), "versions": versions}
-
-
-def evaluations(pipe: LDMPipeline, settings: SampleSettings) -> dict[str, int]:
-    """Evaluations of the UNet and of the guide for each sample."""
-    pipe.scheduler.set_timesteps(settings.steps)
-    return {"unet": len(pipe.scheduler.timesteps), "guide": settings.how_guided.evaluations(pipe.scheduler)}
+    return {**known, "evaluations": guide.evaluations(pipe, settings.steps, settings.how_guided), "versions": versions}
 
 
 def identity(manifest: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from ldm_lab.checkpoints import locate
 from ldm_lab.checkpoints.checkpoint import fingerprint
-from ldm_lab.diffusion.guidance import Converted, require_same_latents
+from ldm_lab.diffusion.guidance import Converted, Guidance, require_same_latents
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.utils.errors import UserError
@@ -44,6 +44,12 @@ def attach(pipe: LDMPipeline, source: str, plugins: Sequence[str] = ()) -> str:
     except UserError as error:
         raise UserError(f"guide={source}: {error}") from error
     return fingerprint(other.unet)
+
+
+def evaluations(pipe: LDMPipeline, steps: int, guidance: Guidance) -> dict[str, int]:
+    """Evaluations of the UNet and of the guide for each sample. Raises `UserError` for too many steps."""
+    pipe.scheduler.set_timesteps(steps)
+    return {"unet": len(pipe.scheduler.timesteps), "guide": guidance.evaluations(pipe.scheduler)}
 
 
 def _require_same_process(pipe: LDMPipeline, other: LDMPipeline) -> None:

@@ -57,7 +57,7 @@ class MemorySwitches(PipelineNetworks):
         found = found if gpu_id is None or found.type == "cpu" else torch.device(found.type, gpu_id)
         size = sum(value.nbytes for part in self.networks.values() for value in part.parameters()) / 1e9
         advice = "enable_vae_slicing() and enable_vae_tiling() save what decoding takes"
-        say_once(f"nothing is offloaded: both networks, {size:.1f} GB, stay on {found}; {advice}")
+        say_once(f"nothing is offloaded: the networks, {size:.1f} GB, stay on {found}; {advice}")
         return self.to(found)
 
     enable_sequential_cpu_offload = enable_model_cpu_offload

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from ldm_lab.diffusion import samplers
 from ldm_lab.metrics.images import FilePixels
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.record import read_run
-from ldm_lab.sampling import generate
+from ldm_lab.sampling import generate, guide
 from ldm_lab.utils import locks
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.writing import SaveError, require_writable
 
 KEPT = ("sampler", "steps", "eta", "seed")
+GUIDED = ("guide", "guidance", "guidance_interval")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Sampling:
         eta: eta of DDIM.
         seed: sample i is drawn from (seed, i).
         batch_size: images at a time on each device.
+        guide: the guide, anything that `checkpoints.locate.find` takes; None: no guidance.
+        guidance: scale w of autoguidance; 1: none.
+        guidance_interval: noise levels between which the guide acts; None: everywhere.
     """
 
     num_samples: int
@@ -40,10 +45,13 @@ class Sampling:
     eta: float
     seed: int
     batch_size: int
+    guide: str | None = None
+    guidance: float = 1.0
+    guidance_interval: Sequence[float] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine samples."""
-        return {name: getattr(self, name) for name in KEPT}
+        """The settings that determine samples; those of guidance only with guidance."""
+        return {name: getattr(self, name) for name in (*KEPT, *(GUIDED if self.guidance != 1 else ()))}
 
 
 def draw(
@@ -54,6 +62,7 @@ def draw(
     trainer: Trainer,
     first: bool,
     output: Path | None = None,
+    plugins: Sequence[str] = (),
 ) -> FilePixels:
     """Draw the missing samples; returns all samples.
 
@@ -65,16 +74,20 @@ def draw(
         trainer: distributes the work over its devices.
         first: whether this process may write.
         output: parent of the samples' folder if the model's folder is not writable.
+        plugins: packages whose classes the guide may name.
 
     Raises:
-        UserError: there is no such sampler, or the folder holds other samples.
+        UserError: there is no such sampler, the guide does not fit, or the folder holds other samples.
         SaveError: no folder is writable.
     """
     pipe.scheduler = samplers.choose(how.sampler, pipe.scheduler, how.eta)
-    settings = generate.SampleSettings(**how.settings(), precision=trainer.precision)
+    wanted = how.settings()
+    if how.guidance != 1:
+        wanted["guide"] = guide.attach(pipe, how.guide, plugins)
+    settings = generate.SampleSettings(**wanted, precision=trainer.precision)
     folder = _folder(generate.default_folder(state, settings), how.num_samples, output)
-    manifest = generate.describe(pipe, source, settings)
-    module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta)
+    manifest = generate.describe(pipe, source, settings, how.guide)
+    module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta, guidance=settings.how_guided)
     missing = generate.MissingSamples(folder, how.num_samples, how.batch_size)
     with locks.alone(folder, "another --seed", first):
         if first:

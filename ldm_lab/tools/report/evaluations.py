@@ -60,6 +60,10 @@ def _title(evaluation: Evaluation) -> str:
     parts = [f"{content.get('num_samples')} {content.get('kind')}"]
     if sampler := find(content, "sampling.sampler"):
         parts.append(f"{sampler} {find(content, 'sampling.steps')} steps, eta {find(content, 'sampling.eta')}")
+    if scale := find(content, "sampling.guidance"):
+        interval = find(content, "sampling.guidance_interval")
+        where = f" at noise levels {interval}" if interval else ""
+        parts.append(f"guidance {scale} by {find(content, 'sampling.guide')}{where}")
     if extractor := find(content, "extractor.name"):
         parts.append(f"features: {extractor}")
     return ", ".join(parts)
