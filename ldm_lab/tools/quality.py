@@ -19,6 +19,7 @@ from typing import Any
 
 from ldm_lab.runs.record import Evaluation, read_evaluation
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.lengths import parse_images
 from ldm_lab.utils.writing import replacing
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -40,6 +41,7 @@ class Variant:
         answer: the tested answer.
         settings: overrides of stage 2.
         first_stage: one of `FIRST_STAGES`.
+        guidance: scale of autoguidance by the run's own snapshot at a quarter of its training; 1: none.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Variant:
     answer: str
     settings: tuple[str, ...] = ()
     first_stage: str = "vq"
+    guidance: float = 1.0
 
 
 DEMO = Variant("demo", "the demo as it is", "VQ, velocity, min-SNR, low-discrepancy timesteps, EMA 0.999")
@@ -66,6 +69,7 @@ VARIANTS = (
     # A longer average than the demo's would be equal, as the decay's warm-up does not reach it in so short a training.
     Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
     Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
+    Variant("autoguidance", "guidance", "by its snapshot at a quarter of the training, w = 2", guidance=2.0),
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
@@ -151,7 +155,8 @@ class Workshop:
         """Train the run `<variant>_<seed>` on the first stage of seed 0, which all runs share."""
         first = self.runs / f"first_{variant.first_stage}_0" / "autoencoder" / "final"
         settings = ["experiment=avatars/diffusion", f"max_images={self.options.budget}", f"autoencoder={first}"]
-        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *variant.settings])
+        guide = [f"snapshots={self.quarter}"] if variant.guidance != 1 else []
+        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *guide, *variant.settings])
 
     def run_training(self, name: str, seed: int, settings: list[str]) -> None:
         """Run `train.py`, which does nothing for a finished run."""
@@ -167,14 +172,22 @@ class Workshop:
         """Evaluate samples, which are drawn once."""
         sampler, steps, eta = how
         flags = {"--num-samples": self.options.samples, "--sampler": sampler, "--steps": steps, "--eta": eta}
-        return self.evaluation(f"{variant.name}_{seed}", *(str(word) for flag in flags.items() for word in flag))
+        name, guide = f"{variant.name}_{seed}", ()
+        if variant.guidance != 1:
+            flags["--guidance"], guide = variant.guidance, ("--guide", f"{self.runs / name}@{self.quarter}")
+        return self.evaluation(name, *(str(word) for flag in flags.items() for word in flag), guide=guide)
 
-    def evaluation(self, name: str, *flags: str) -> Evaluation:
+    @property
+    def quarter(self) -> int:
+        """Training images of the snapshot that guides."""
+        return parse_images(self.options.budget, "--budget") // 4
+
+    def evaluation(self, name: str, *flags: str, guide: Sequence[str] = ()) -> Evaluation:
         """Run `evaluate` into a folder for exactly these flags."""
         folder = self.runs / name / "tables" / "_".join(flag.strip("-") for flag in flags)
         if not list(folder.glob("*.json")):
             cache = ["--cache", str(self.options.cache.absolute())] if self.options.cache else []
-            words = [*flags, *cache, "--output", str(folder), "--batch-size", "32"]
+            words = [*flags, *guide, *cache, "--output", str(folder), "--batch-size", "32"]
             self.command("-m", "ldm_lab", "evaluate", str(self.runs / name), *words)
         return read_evaluation(next(iter(sorted(folder.glob("*.json")))))
 
