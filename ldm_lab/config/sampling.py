@@ -107,7 +107,8 @@ def settings_of(config: DictConfig, guide_hash: str | None = None) -> SampleSett
     more = {"compile": config.compile, "tiling": config.tiling}
     if guide_hash:
         interval = plain(config)["guidance_interval"]
-        more |= {"guide": guide_hash, "guidance": config.guidance, "guidance_interval": interval}
+        interval = interval and [float(end) for end in interval]  # as `evaluate` reads them: 2 and 2.0 are the same
+        more |= {"guide": guide_hash, "guidance": float(config.guidance), "guidance_interval": interval}
     return SampleSettings(config.seed, sampler.name, sampler.steps, sampler.eta or 0.0, precision, **more)
 
 

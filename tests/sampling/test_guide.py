@@ -223,7 +223,7 @@ def test_the_command_draws_what_the_pipeline_draws(pipe, weak, tmp_path, capsys)
         drawn = pipe(1, [generator(0, "sample", index)], 0.0, 2, **how).images[0]
         assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(image_path(tmp_path, index))))
     assert {"denoising.png", "interpolation.png"} < set(contents(tmp_path))
-    with pytest.raises(ValueError, match=r"holds samples of other settings .*guidance: 2 -> 3"):
+    with pytest.raises(ValueError, match=r"holds samples of other settings .*guidance: 2.0 -> 3.0"):
         sample.job(command(tmp_path, **{**wanted, "guidance": 3}))
 
 
