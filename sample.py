@@ -9,13 +9,15 @@ USAGE = """Draw images from a trained model.
   python sample.py ckpt=runs/celebahq                                   64 images with 50 steps of DDIM
   python sample.py ckpt=runs/celebahq num_samples=50000 sampler.steps=200 trainer=ddp trainer.devices=8
   python sample.py ckpt=runs/celebahq@2M                                its snapshot at two million training images
+  python sample.py ckpt=runs/celebahq guide=runs/celebahq@500k guidance=2   guided by its own early snapshot
   python sample.py ckpt=model.ckpt original_config=config.yaml          a checkpoint of CompVis/latent-diffusion
 
 Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder, training checkpoint, file of CompVis, hub name),
 original_config (of a file of CompVis; the one beside it is found by itself), num_samples, batch_size, seed, sampler
-(ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer, compile, and for large images tiling
-and slicing. Pictures beside the samples: denoising=8 (how the first eight come about), interpolate=[3,17] (from one
-sample to another), variation=image.png with strength, reconstruct=folder; num_samples=0 for these alone.
+(ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer, guide with guidance and
+guidance_interval (autoguidance), compile, and for large images tiling and slicing. Pictures beside the samples:
+denoising=8 (how the first eight come about), interpolate=[3,17] (from one sample to another), variation=image.png with
+strength, reconstruct=folder; num_samples=0 for these alone.
 The same command again draws only what is missing."""
 
 

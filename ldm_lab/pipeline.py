@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ldm_lab.checkpoints import locate, parts
 from ldm_lab.diffusion.denoising import denoise
+from ldm_lab.diffusion.guidance import Converted, Denoiser, Guidance, guided, require_same_latents
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.diffusion.scheduler import Scheduler
@@ -23,12 +24,12 @@ from ldm_lab.models.pretrained import floating_type, one_device
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.utils import hub, shell
 from ldm_lab.utils.arguments import whole
-from ldm_lab.utils.compiled import compile_for_inference
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import array_to_pil, to_numpy, to_pil, to_unit
 from ldm_lab.utils.memory_switches import MemorySwitches
 from ldm_lab.utils.randomness import seeded
 from ldm_lab.utils.reading import blaming
+from ldm_lab.utils.terminal import say_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +50,8 @@ class LDMPipeline(MemorySwitches):
         unet: network that predicts `scheduler.config.prediction_type`.
         scheduler: the sampler; assign another one to `pipe.scheduler` to change it. Schedulers of diffusers that are
             compatible with its `LDMPipeline` work too.
+        guide: a smaller or less trained network of the same latents, schedule and prediction type, for `guidance_scale`
+            (see `diffusion.guidance`; `sampling.guide` loads and checks one). It is not part of a saved folder.
     """
 
     # A folder may only name these classes and those of plugins, as a config is data and must not cause imports.
@@ -58,46 +61,24 @@ class LDMPipeline(MemorySwitches):
         "scheduler": tuple(SAMPLERS.values()),
     }
 
-    def __init__(self, vqvae: FirstStage, unet: UNet2DModel, scheduler: Scheduler) -> None:
+    def __init__(
+        self, vqvae: FirstStage, unet: UNet2DModel, scheduler: Scheduler, guide: UNet2DModel | Converted | None = None
+    ) -> None:
         channels = vqvae.embed_dim
         if (unet.config.in_channels, unet.config.out_channels) != (channels, channels):
             raise UserError(
                 f"unet.in_channels={unet.config.in_channels} and out_channels={unet.config.out_channels}, but the"
                 f" latents of the autoencoder have {channels} channels: set both to {channels}, or take another one"
             )
-        self.vqvae, self.unet, self.scheduler = vqvae, unet, scheduler
+        if guide is not None:
+            require_same_latents(unet, guide)
+        self.vqvae, self.unet, self.scheduler, self.guide = vqvae, unet, scheduler, guide
         self._progress: dict[str, Any] = {}
 
     @property
     def components(self) -> dict[str, Any]:
-        """The three parts by name; `LDMPipeline(**pipe.components)` shares them."""
-        return {"vqvae": self.vqvae, "unet": self.unet, "scheduler": self.scheduler}
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the networks."""
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the networks."""
-        return self.unet.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401
-        """Move both networks to a device and/or dtype, as `torch.nn.Module.to`."""
-        self.vqvae.to(*args, **kwargs)
-        self.unet.to(*args, **kwargs)
-        return self
-
-    def compile(self) -> Self:
-        """Compile the networks in place for their device; the first call of each batch size takes minutes.
-
-        Images stay the same up to rounding. Weights must not change any more (see `compile_for_inference`).
-        """
-        compile_for_inference(self.unet, graphs=True)
-        if self.device.type != "cpu":  # there the eager decoder does less arithmetic (see `Conv3x3`)
-            compile_for_inference(self.vqvae.decoder)
-        return self
+        """The three parts by name, and a guide; `LDMPipeline(**pipe.components)` shares them."""
+        return {**self.networks, "scheduler": self.scheduler}
 
     def progress_bar(self, iterable: Iterable | None = None, total: int | None = None) -> tqdm:
         """Progress bar over the steps; see `set_progress_bar_config`."""
@@ -128,6 +109,8 @@ class LDMPipeline(MemorySwitches):
         *,
         latents: Tensor | None = None,
         callback: Callable[[int, int, Tensor], None] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -142,16 +125,19 @@ class LDMPipeline(MemorySwitches):
             return_dict: `False` returns `(images,)`.
             latents: the starting noise `(B, C, h, w)`, scaled for the scheduler.
             callback: called after each step with (step, timestep, latents).
+            guidance_scale: w of autoguidance: 1 is without the guide, above 1 leads away from it.
+            guidance_interval: noise levels σ/α (low, high) between which the guide acts; None: everywhere.
 
         Raises:
             UserError: an argument is out of range, or pixels of "pil" or "np" are not finite; the message says which.
         """
         self._check(output_type, latents)
+        network = self.denoiser(Guidance(guidance_scale, guidance_interval))
         generator = seeded(generator)
         self.scheduler.set_timesteps(whole("num_inference_steps", num_inference_steps))
         if latents is None:
             latents = self.noise(whole("batch_size", batch_size), generator)
-        latents = self._denoise(latents.to(self.device), generator, eta, callback)
+        latents = self._denoise(network, latents.to(self.device), generator, eta, callback)
         images = self._output(latents, output_type)
         return ImagePipelineOutput(images) if return_dict else (images,)
 
@@ -174,9 +160,15 @@ class LDMPipeline(MemorySwitches):
         shape = (batch_size, self.unet.config.in_channels, height, width)
         return randn(shape, generator=seeded(generator), device=self.device) * self.scheduler.init_noise_sigma
 
-    def _denoise(self, latents: Tensor, generator: Generators, eta: float, callback: Callable | None) -> Tensor:
+    def denoiser(self, guidance: Guidance) -> Denoiser:
+        """The network for `denoise`: the UNet, or with guidance the UNet and the guide. See `guidance.guided`."""
+        return guided(self.unet, self.guide, self.scheduler, guidance)
+
+    def _denoise(
+        self, network: Denoiser, latents: Tensor, generator: Generators, eta: float, callback: Callable | None
+    ) -> Tensor:
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for index, (timestep, output) in enumerate(denoise(self.unet, self.scheduler, latents, generator, eta)):
+            for index, (timestep, output) in enumerate(denoise(network, self.scheduler, latents, generator, eta)):
                 latents = output.prev_sample
                 bar.update()
                 if callback is not None:
@@ -208,7 +200,10 @@ class LDMPipeline(MemorySwitches):
         For the arguments see a network's `save_pretrained`. A compiled network is written as an uncompiled one.
         """
         files = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        parts.write(shell.path(folder), self.components, **files)
+        if self.guide is not None:
+            say_once("the guide is not part of the folder: save its own pipeline, and name that with guide=")
+        components = {name: part for name, part in self.components.items() if name in self.classes}
+        parts.write(shell.path(folder), components, **files)
 
     @classmethod
     def from_pretrained(

@@ -114,7 +114,7 @@ def test_an_unknown_output_type(output_type):
     still(error(draw, theirs(), output_type=output_type) is None)
 
 
-@pytest.mark.parametrize("argument", ["guidance_scale", "callback_on_step_end", "num_inference_step"])
+@pytest.mark.parametrize("argument", ["negative_prompt", "callback_on_step_end", "num_inference_step"])
 def test_an_unknown_argument(argument):
     """Arguments that it does not know, and misspelt ones, are ignored."""
     assert error(draw, load(), **{argument: 1}) is TypeError

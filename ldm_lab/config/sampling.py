@@ -11,9 +11,10 @@ from ldm_lab.checkpoints.locate import State
 from ldm_lab.config import kinds
 from ldm_lab.config.build import DictConfig, build, plain
 from ldm_lab.diffusion import samplers
+from ldm_lab.diffusion.guidance import Guidance
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs import tracking
-from ldm_lab.sampling import averaged, generate
+from ldm_lab.sampling import averaged, generate, guide
 from ldm_lab.sampling.generate import MissingSamples, SampleSettings
 from ldm_lab.sampling.pictures import PictureRequest
 from ldm_lab.training import device
@@ -21,7 +22,7 @@ from ldm_lab.training.quiet import quiet
 from ldm_lab.training.watch import watched
 from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError, doing
-from ldm_lab.utils.terminal import is_first_process, say
+from ldm_lab.utils.terminal import is_first_process, say, say_once
 
 PICTURES = ("denoising", "interpolate", "variation", "strength", "reconstruct", "max_pixels")
 
@@ -38,7 +39,8 @@ def sample(config: DictConfig) -> None:
     device.check(plain(config.trainer))
     state = located(config)
     pipe = load_pipeline(config, state)
-    settings = settings_of(config)
+    settings = settings_of(config, load_guide(config, pipe))
+    cost = guide.evaluations(pipe, settings.steps, settings.how_guided)  # all processes refuse too many steps
     trainer = make_trainer(config, settings.precision)
     pictures = requested_pictures(config, pipe)
     folder = Path(config.output or generate.default_folder(state, settings))
@@ -47,7 +49,9 @@ def sample(config: DictConfig) -> None:
             images = state.images_seen
             stands = "finished" if images is None else f"not finished, at {images:,} images: {state.path}"
             say(f"{config.ckpt}: {stands}")
-            manifest = generate.describe(pipe, config.ckpt, settings)
+            if settings.guide:
+                say(f"a sample costs {cost['unet']} evaluations of the UNet and {cost['guide']} of the guide")
+            manifest = generate.describe(pipe, config.ckpt, settings, config.guide)
             generate.claim(folder, manifest)
         drawn = draw(config, pipe, settings, trainer, folder)
         if is_first_process():
@@ -79,12 +83,39 @@ def load_pipeline(config: DictConfig, state: State) -> LDMPipeline:
     return pipe
 
 
-def settings_of(config: DictConfig) -> SampleSettings:
-    """The settings that, together with the model, determine the samples."""
+def load_guide(config: DictConfig, pipe: LDMPipeline) -> str | None:
+    """Load the guide of `guide=` into the pipeline, and return its fingerprint; None if guidance is off.
+
+    Raises:
+        UserError: guidance without a guide, a wrong interval, or a guide that does not fit.
+    """
+    Guidance(config.guidance, plain(config)["guidance_interval"])
+    if config.guidance == 1:
+        if config.guide:
+            say_once(f"guide={config.guide}: has no effect at guidance=1; add guidance=2, for example")
+        return None
+    if not config.guide:
+        raise UserError(
+            f"guidance={config.guidance:g}: needs guide=, a smaller or less trained model, e.g. {config.ckpt}@500k"
+        )
+    return guide.attach(pipe, config.guide, config.plugins)
+
+
+def settings_of(config: DictConfig, guide_hash: str | None = None) -> SampleSettings:
+    """The settings that, together with the model, determine the samples.
+
+    Args:
+        config: the config.
+        guide_hash: fingerprint of the guide; None: no guidance.
+    """
     sampler = config.sampler
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
-    switches = {"compile": config.compile, "tiling": config.tiling, "ema": config.ema}
-    return SampleSettings(config.seed, sampler.name, sampler.steps, sampler.eta or 0.0, precision, **switches)
+    more = {"compile": config.compile, "tiling": config.tiling, "ema": config.ema}
+    if guide_hash:
+        interval = plain(config)["guidance_interval"]
+        interval = interval and [float(end) for end in interval]  # as `evaluate` reads them: 2 and 2.0 are the same
+        more |= {"guide": guide_hash, "guidance": float(config.guidance), "guidance_interval": interval}
+    return SampleSettings(config.seed, sampler.name, sampler.steps, sampler.eta or 0.0, precision, **more)
 
 
 def make_trainer(config: DictConfig, precision: str) -> Trainer:
@@ -108,7 +139,8 @@ def requested_pictures(config: DictConfig, pipe: LDMPipeline) -> PictureRequest:
 def draw(config: DictConfig, pipe: LDMPipeline, settings: SampleSettings, trainer: Trainer, folder: Path) -> int:
     """Draw the missing samples on all devices; returns their number."""
     pipe.to(dtype=device.ROUNDED.get(settings.precision))
-    module = generate.SamplingModule(pipe, folder, settings.seed, settings.steps, settings.eta, settings.compile)
+    how = (settings.seed, settings.steps, settings.eta, settings.compile, settings.how_guided)
+    module = generate.SamplingModule(pipe, folder, *how)
     samples = MissingSamples(folder, config.num_samples, config.batch_size, full=settings.compile)
     with watched(), doing(f"drawing samples into {folder}"):
         trainer.predict(module, datamodule=samples, return_predictions=False)
@@ -124,4 +156,4 @@ def write_pictures(
         return []
     pipe.to(trainer.strategy.root_device)  # Lightning has moved the networks away
     with trainer.precision_plugin.forward_context():
-        return request.write(pipe, folder, settings.seed, settings.steps, settings.eta)
+        return request.write(pipe, folder, settings.seed, settings.steps, settings.eta, settings.how_guided)

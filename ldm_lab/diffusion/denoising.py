@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ldm_lab.diffusion.guidance import Denoiser, GuidedModel
 from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.transfer import to_device
 
 
-class UNet(Protocol):
-    """Protocol of a denoising network: `unet(latents, timestep).sample`."""
-
-    dtype: torch.dtype
-
-    def __call__(self, sample: Tensor, timestep: Tensor) -> Any:  # noqa: ANN401
-        """`(B, C, h, w)` and a timestep -> an object with `.sample` of the same shape."""
-
-
 @torch.no_grad()
 def denoise(
-    unet: UNet,
+    unet: Denoiser,
     scheduler: Scheduler,
     latents: Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -35,7 +26,7 @@ def denoise(
     """Denoise latents over the scheduler's timesteps; latents stay float32 for any dtype of the network.
 
     Args:
-        unet: network that predicts `scheduler.config.prediction_type`.
+        unet: network that predicts `scheduler.config.prediction_type`, alone or with a guide.
         scheduler: a scheduler after `set_timesteps`, of this package or of diffusers.
         latents: `(B, C, h, w)` at the first timestep, on the network's device.
         generator: generator of the noise that steps add; a list has one per image.
@@ -58,7 +49,8 @@ def denoise(
     latents = latents.float()  # (B, C, h, w)
     for index, timestep in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(latents, timestep).to(unet.dtype)
-        prediction = unet(model_input, on_device[index]).sample
+        network = unet.at(timestep) if isinstance(unet, GuidedModel) else unet
+        prediction = network(model_input, on_device[index]).sample
         prediction = prediction.to(torch.float32, copy=True)  # the next call may overwrite the network's output
         drawn = {} if noise is None else {"generator": None, "variance_noise": noise()}
         output = scheduler.step(prediction, timestep, latents, **{**options, **drawn})

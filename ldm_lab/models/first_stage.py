@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from ldm_lab.checkpoints import compvis
+from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.models.encoder_decoder import Decoder, Encoder
 from ldm_lab.models.layers.recomputed import GradientCheckpointing
 from ldm_lab.models.outputs import DecoderOutput
@@ -18,6 +19,8 @@ from ldm_lab.models.tiling import Tiles
 from ldm_lab.utils import shell
 from ldm_lab.utils.arguments import require_architecture, require_bool, require_choice, require_positive, require_scale
 from ldm_lab.utils.reading import LoadError
+
+DECODER = ("post_quant_conv", "decoder")  # submodules that map latents to images
 
 # Arguments of both kinds.
 _SWITCHES = (
@@ -63,6 +66,11 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
     def downsample_factor(self) -> int:
         """Pixels of an image per position of its latents, along one side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def encoding(self) -> str:
+        """Fingerprint of the weights that determine the latents; excludes the decoder, which may be trained further."""
+        return fingerprint(nn.ModuleDict({name: part for name, part in self.named_children() if name not in DECODER}))
 
     def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] -> unscaled latents `(B, embed_dim, H/f, W/f)` for diffusion.

@@ -56,6 +56,7 @@ SETTINGS: dict[str, Any] = {
     "sampler.name": Given,
     "sampler.steps": Count,
     "sampler.eta": NonNegative | None,
+    "guidance": NonNegative,
     "tiling": bool,
     "slicing": bool,
     "denoising": Whole,

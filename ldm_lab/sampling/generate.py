@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from ldm_lab.checkpoints import checkpoint
 from ldm_lab.checkpoints.locate import State
+from ldm_lab.diffusion.guidance import NO_GUIDANCE, Guidance
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.pipeline import LDMPipeline
+from ldm_lab.sampling import guide
 from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import grid, save_png, save_pngs
@@ -30,7 +33,10 @@ from ldm_lab.utils.version import __version__
 from ldm_lab.utils.writing import replacing, require_writable, write_json
 
 MANIFEST = "manifest.json"
-ADDED = {"compile": False, "tiling": False, "ema": None}  # settings missing in older manifests -> their values then
+UNGUIDED = {"guide": None, "guidance": 1.0, "guidance_interval": None}
+# Settings that are missing in older manifests -> their values then.
+ADDED = {"compile": False, "tiling": False, "ema": None, **UNGUIDED}
+NOT_OF_SAMPLES = ("ckpt", "guide_ckpt", "evaluations", "versions")  # keys of the manifest that change no image
 GRID_IMAGES = 64
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # last chunk of every PNG, with its CRC
 
@@ -45,15 +51,24 @@ class SamplingModule(LightningModule):
         steps: UNet evaluations per sample.
         eta: 0 for deterministic DDIM.
         compiled: whether to compile the networks, once they are on their device.
+        guidance: how the guide of `pipe` acts.
     """
 
     def __init__(
-        self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float, compiled: bool = False
+        self,
+        pipe: LDMPipeline,
+        folder: Path,
+        seed: int,
+        steps: int,
+        eta: float,
+        compiled: bool = False,
+        guidance: Guidance = NO_GUIDANCE,
     ) -> None:
         super().__init__()
-        self.networks = nn.ModuleList([pipe.vqvae, pipe.unet])  # so that Lightning moves them
+        self.networks = nn.ModuleDict(pipe.networks)  # so that Lightning moves them
         self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
         self.compiled = compiled
+        self.guided = {"guidance_scale": guidance.scale, "guidance_interval": guidance.interval}
         pipe.set_progress_bar_config(disable=True)
 
     def on_predict_start(self) -> None:
@@ -64,7 +79,7 @@ class SamplingModule(LightningModule):
     def predict_step(self, batch: Tensor, _: int) -> None:
         """Sample indices `(B,)` and write a file for each; an index may repeat."""
         indices = batch.tolist()
-        images = self.pipe(len(indices), generators(self.seed, indices), self.eta, self.steps).images
+        images = self.pipe(len(indices), generators(self.seed, indices), self.eta, self.steps, **self.guided).images
         save_pngs({image_path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
 
 
@@ -131,6 +146,9 @@ class SampleSettings:
         compile: whether the networks are compiled.
         tiling: whether the first stage decodes in tiles.
         ema: length of the weights' average (see `checkpoints.averages`); None: the usual average.
+        guide: fingerprint of the guide's weights; None without guidance.
+        guidance: scale w of autoguidance; 1: none.
+        guidance_interval: noise levels between which the guide acts; None: everywhere.
     """
 
     seed: int
@@ -141,6 +159,14 @@ class SampleSettings:
     compile: bool = False
     tiling: bool = False
     ema: float | None = None
+    guide: str | None = None
+    guidance: float = 1.0
+    guidance_interval: Sequence[float] | None = None
+
+    @property
+    def how_guided(self) -> Guidance:
+        """Scale and interval of the guidance."""
+        return Guidance(self.guidance, self.guidance_interval)
 
 
 def default_folder(state: State, settings: SampleSettings) -> Path:
@@ -148,6 +174,8 @@ def default_folder(state: State, settings: SampleSettings) -> Path:
     source = state.source
     samples = source / "samples" if source.is_dir() else source.with_name(f"{source.stem}_samples")
     name = f"{settings.sampler}_{settings.steps}_eta{settings.eta:g}_seed{settings.seed}"
+    if settings.guide:
+        name += f"_{settings.how_guided.slug}_by{settings.guide[:8]}"
     name += "" if state.images_seen is None else f"_at{state.images_seen}"
     return samples / (name if settings.ema is None else f"{name}_ema{settings.ema}")
 
@@ -167,17 +195,27 @@ def loader(indices: list[int], batch_size: int, rank: int = 0, world_size: int =
     return DataLoader(of_device + surplus, batch_size=batch_size)  # type: ignore[arg-type]
 
 
-def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings) -> dict[str, Any]:
-    """The manifest: everything that determines the images, and the versions that made them."""
+def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings, guide_ckpt: str | None = None) -> dict[str, Any]:
+    """The manifest: everything that determines the images, the cost of each, and the versions that made them.
+
+    Args:
+        pipe: the model with its sampler.
+        ckpt: name of the model as typed.
+        settings: settings of the samples.
+        guide_ckpt: name of the guide as typed.
+    """
     hashes = {name: checkpoint.fingerprint(getattr(pipe, name)) for name in ("unet", "vqvae")}
     versions = {"ldm_lab": __version__, "torch": torch.__version__}
-    scheduler = dict(pipe.scheduler.config)
-    return {"ckpt": ckpt, "hashes": hashes, **asdict(settings), "scheduler": scheduler, "versions": versions}
+    known = {"ckpt": ckpt, "hashes": hashes, **asdict(settings), "scheduler": dict(pipe.scheduler.config)}
+    if settings.guide:
+        known["guide_ckpt"] = guide_ckpt
+    return {**known, "evaluations": guide.evaluations(pipe, settings.steps, settings.how_guided), "versions": versions}
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """Hash of everything that determines samples, without the model's location and the versions."""
-    settings = {key: value for key, value in manifest.items() if key not in ("ckpt", "versions")}
+    """Hash of everything that determines samples; without guidance that of versions without this setting."""
+    left_out = {*NOT_OF_SAMPLES, *(UNGUIDED if manifest.get("guide") is None else ())}
+    settings = {key: value for key, value in manifest.items() if key not in left_out}
     return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -206,7 +244,7 @@ def claim(folder: Path, manifest: dict[str, Any], key: str = "output=") -> None:
         return
     new = json.loads(json.dumps(manifest))
     old = _completed(read_json(path), new)
-    changed = [key for key in new if key not in ("ckpt", "versions") and old.get(key) != new[key]]
+    changed = [key for key in new if key not in NOT_OF_SAMPLES and old.get(key) != new[key]]
     if changed:
         values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
         raise UserError(f"output={folder} holds samples of other settings ({values}): choose another output=")

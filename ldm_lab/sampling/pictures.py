@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm_lab.data.decode import EXTENSIONS, PixelLimitError, decode
 from ldm_lab.data.transforms import center_crop, resize_to_cover, to_tensor
 from ldm_lab.diffusion.denoising import denoise
+from ldm_lab.diffusion.guidance import NO_GUIDANCE, Guidance
 from ldm_lab.diffusion.noise import randn
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
@@ -30,7 +31,13 @@ VARIATIONS, MOST_RECONSTRUCTED, COLUMNS = 8, 32, 8
 
 @torch.no_grad()
 def denoising(
-    pipe: LDMPipeline, indices: Sequence[int], seed: int, steps: int, eta: float = 0.0, most: int = STEPS_SHOWN
+    pipe: LDMPipeline,
+    indices: Sequence[int],
+    seed: int,
+    steps: int,
+    eta: float = 0.0,
+    most: int = STEPS_SHOWN,
+    guidance: Guidance = NO_GUIDANCE,
 ) -> Tensor:
     """The denoising of samples: the predicted clean image at each step, decoded.
 
@@ -41,6 +48,7 @@ def denoising(
         steps: N, steps of the sampler.
         eta: eta of the sampler.
         most: maximum number of steps to show.
+        guidance: how the guide of `pipe` acts.
 
     Returns:
         `(F, B, 3, H, W)` in [-1, 1], on the device, for F <= `most` evenly spaced steps, the last included.
@@ -48,10 +56,11 @@ def denoising(
     rngs = generators(seed, indices)
     latents = pipe.noise(len(indices), rngs)
     pipe.scheduler.set_timesteps(steps)
+    network = pipe.denoiser(guidance)
     shown = {round(place) for place in torch.linspace(0, steps - 1, min(most, steps)).tolist()}
     frames = [
         pipe.decode(output.pred_original_sample)
-        for index, (_, output) in enumerate(denoise(pipe.unet, pipe.scheduler, latents, rngs, eta))
+        for index, (_, output) in enumerate(denoise(network, pipe.scheduler, latents, rngs, eta))
         if index in shown
     ]
     return torch.stack(frames)  # F x (B, 3, H, W) -> (F, B, 3, H, W)
@@ -59,7 +68,13 @@ def denoising(
 
 @torch.no_grad()
 def interpolation(
-    pipe: LDMPipeline, indices: Sequence[int], seed: int, steps: int, eta: float = 0.0, batch_size: int = 16
+    pipe: LDMPipeline,
+    indices: Sequence[int],
+    seed: int,
+    steps: int,
+    eta: float = 0.0,
+    batch_size: int = 16,
+    guidance: Guidance = NO_GUIDANCE,
 ) -> Tensor:
     """Interpolation between samples: spherical interpolation of all noise from one sample to the next.
 
@@ -72,18 +87,25 @@ def interpolation(
         steps: steps of the sampler.
         eta: eta of the sampler.
         batch_size: images at a time.
+        guidance: how the guide of `pipe` acts.
 
     Returns:
         `(L, F, 3, H, W)` in [-1, 1]: L legs of F frames, each from a sample to the next, ends included.
     """
     frames = list(itertools.product(range(len(indices) - 1), torch.linspace(0, 1, BETWEEN).tolist()))
     batches = [frames[first : first + batch_size] for first in range(0, len(frames), batch_size)]
-    images = torch.cat([_draw_frames(pipe, indices, batch, seed, steps, eta) for batch in batches])
+    images = torch.cat([_draw_frames(pipe, indices, batch, seed, steps, eta, guidance) for batch in batches])
     return images.unflatten(0, (-1, BETWEEN))  # (L*F, 3, H, W) -> (L, F, 3, H, W)
 
 
 def _draw_frames(
-    pipe: LDMPipeline, indices: Sequence[int], frames: Sequence[tuple[int, float]], seed: int, steps: int, eta: float
+    pipe: LDMPipeline,
+    indices: Sequence[int],
+    frames: Sequence[tuple[int, float]],
+    seed: int,
+    steps: int,
+    eta: float,
+    guidance: Guidance,
 ) -> Tensor:
     """Frames of an interpolation, as (leg, fraction) pairs -> `(B, 3, H, W)` in [-1, 1], on the CPU."""
     rngs = generators(seed, indices)  # new for each batch of frames, which draws the same noise
@@ -94,9 +116,8 @@ def _draw_frames(
     start = pipe.noise(len(indices), rngs).cpu()
     latents = between(start).to(pipe.device)
     pipe.scheduler.set_timesteps(steps)
-    for _, output in denoise(
-        pipe.unet, pipe.scheduler, latents, eta=eta, noise=lambda: between(randn(start.shape, rngs))
-    ):
+    network, noise = pipe.denoiser(guidance), lambda: between(randn(start.shape, rngs))
+    for _, output in denoise(network, pipe.scheduler, latents, eta=eta, noise=noise):
         latents = output.prev_sample
     return pipe.decode(latents).clamp(-1, 1).cpu()
 
@@ -118,7 +139,14 @@ def slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
 
 @torch.no_grad()
 def variations(
-    pipe: LDMPipeline, image: Tensor, count: int, strength: float, seed: int, steps: int, eta: float = 0.0
+    pipe: LDMPipeline,
+    image: Tensor,
+    count: int,
+    strength: float,
+    seed: int,
+    steps: int,
+    eta: float = 0.0,
+    guidance: Guidance = NO_GUIDANCE,
 ) -> Tensor:
     """Variations of an image by SDEdit (Meng et al. 2022): encode, add noise up to t, denoise.
 
@@ -130,6 +158,7 @@ def variations(
         seed: variation i is a function of (seed, i).
         steps: N, steps of the sampler; it takes `strength * N` of them.
         eta: eta of the sampler.
+        guidance: how the guide of `pipe` acts.
 
     Returns:
         `(B, 3, H, W)` in [-1, 1].
@@ -142,7 +171,7 @@ def variations(
     clean = clean.expand(count, -1, -1, -1)  # (1, C, h, w) -> (B, C, h, w)
     noise = randn(clean.shape, rngs, pipe.device)
     latents = scheduler.add_noise(clean, noise, scheduler.timesteps[:1].expand(count))
-    for _, output in denoise(pipe.unet, scheduler, latents, rngs, eta):
+    for _, output in denoise(pipe.denoiser(guidance), scheduler, latents, rngs, eta):
         latents = output.prev_sample
     return pipe.decode(latents).cpu()
 
@@ -226,21 +255,23 @@ class PictureRequest:
                 found[key] = read_images(source, image_size(pipe), number, key, self.max_pixels)
         return found
 
-    def write(self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float) -> list[str]:
+    def write(
+        self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float, guidance: Guidance = NO_GUIDANCE
+    ) -> list[str]:
         """Make the pictures and write them into `folder`, over earlier ones; returns the file names."""
         images, written = self.check(pipe), []
         if self.denoising:
-            frames = denoising(pipe, range(self.denoising), seed, steps, eta)  # (F, B, 3, H, W)
+            frames = denoising(pipe, range(self.denoising), seed, steps, eta, guidance=guidance)  # (F, B, 3, H, W)
             save_sheet(frames.transpose(0, 1).flatten(0, 1), folder / "denoising.png", len(frames))
             save_animation(list(frames), folder / "denoising.webp")
             written += ["denoising.png", "denoising.webp"]
         if self.interpolate:
-            legs = interpolation(pipe, self.interpolate, seed, steps, eta)  # (L, F, 3, H, W)
+            legs = interpolation(pipe, self.interpolate, seed, steps, eta, guidance=guidance)  # (L, F, 3, H, W)
             save_sheet(legs.flatten(0, 1), folder / "interpolation.png", BETWEEN)
             save_animation([frame[None] for frame in legs.flatten(0, 1)], folder / "interpolation.webp")
             written += ["interpolation.png", "interpolation.webp"]
         if self.variation:
-            varied = variations(pipe, images["variation"][0], VARIATIONS, self.strength, seed, steps, eta)
+            varied = variations(pipe, images["variation"][0], VARIATIONS, self.strength, seed, steps, eta, guidance)
             save_sheet(torch.cat([images["variation"], varied]), folder / "variations.png", VARIATIONS + 1)
             written.append("variations.png")
         if self.reconstruct:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ldm_lab.runs.record import Evaluation, read_evaluation
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.lengths import parse_images
 from ldm_lab.utils.writing import replacing
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -41,6 +42,7 @@ class Variant:
         settings: overrides of stage 2.
         first_stage: one of `FIRST_STAGES`.
         flags: flags of the evaluation.
+        guidance: scale of autoguidance by the run's own snapshot at a quarter of its training; 1: none.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Variant:
     settings: tuple[str, ...] = ()
     first_stage: str = "vq"
     flags: tuple[str, ...] = ()
+    guidance: float = 1.0
 
 
 DEMO = Variant("demo", "the demo as it is", "VQ, velocity, min-SNR, low-discrepancy timesteps, EMA 0.999")
@@ -73,6 +76,7 @@ VARIANTS = (
         "post_hoc", "moving average", "post hoc, length 0.03",
         ("model.power_ema=[0.05,0.1]", "snapshots=700"), flags=("--ema", "0.03"),
     ),
+    Variant("autoguidance", "guidance", "by its snapshot at a quarter of the training, w = 2", guidance=2.0),
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
@@ -158,7 +162,8 @@ class Workshop:
         """Train the run `<variant>_<seed>` on the first stage of seed 0, which all runs share."""
         first = self.runs / f"first_{variant.first_stage}_0" / "autoencoder" / "final"
         settings = ["experiment=avatars/diffusion", f"max_images={self.options.budget}", f"autoencoder={first}"]
-        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *variant.settings])
+        guide = [f"snapshots={self.quarter}"] if variant.guidance != 1 else []
+        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *guide, *variant.settings])
 
     def run_training(self, name: str, seed: int, settings: list[str]) -> None:
         """Run `train.py`, which does nothing for a finished run."""
@@ -174,15 +179,23 @@ class Workshop:
         """Evaluate samples, which are drawn once."""
         sampler, steps, eta = how
         flags = {"--num-samples": self.options.samples, "--sampler": sampler, "--steps": steps, "--eta": eta}
+        name, guide = f"{variant.name}_{seed}", ()
+        if variant.guidance != 1:
+            flags["--guidance"], guide = variant.guidance, ("--guide", f"{self.runs / name}@{self.quarter}")
         words = [str(word) for flag in flags.items() for word in flag]
-        return self.evaluation(f"{variant.name}_{seed}", *words, *variant.flags)
+        return self.evaluation(name, *words, *variant.flags, guide=guide)
 
-    def evaluation(self, name: str, *flags: str) -> Evaluation:
+    @property
+    def quarter(self) -> int:
+        """Training images of the snapshot that guides."""
+        return parse_images(self.options.budget, "--budget") // 4
+
+    def evaluation(self, name: str, *flags: str, guide: Sequence[str] = ()) -> Evaluation:
         """Run `evaluate` into a folder for exactly these flags."""
         folder = self.runs / name / "tables" / "_".join(flag.strip("-") for flag in flags)
         if not list(folder.glob("*.json")):
             cache = ["--cache", str(self.options.cache.absolute())] if self.options.cache else []
-            words = [*flags, *cache, "--output", str(folder), "--batch-size", "32"]
+            words = [*flags, *guide, *cache, "--output", str(folder), "--batch-size", "32"]
             self.command("-m", "ldm_lab", "evaluate", str(self.runs / name), *words)
         return read_evaluation(next(iter(sorted(folder.glob("*.json")))))
 

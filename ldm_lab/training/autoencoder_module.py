@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss
 from ldm_lab.metrics.reconstruction import hues_kept, psnr, psnr_chroma, ssim
 from ldm_lab.models.codebook import CodebookUsage
-from ldm_lab.models.first_stage import FirstStage
+from ldm_lab.models.first_stage import DECODER, FirstStage
 from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.models.thumbnail import start_as_thumbnail
 from ldm_lab.models.vq_model import VQModel
@@ -19,7 +19,6 @@ from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Harmless
 
-DECODER = ("post_quant_conv", "decoder")  # submodules that map latents to images
 ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # adversarial terms
 
 

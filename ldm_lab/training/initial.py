@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ldm_lab.checkpoints import checkpoint
-from ldm_lab.checkpoints.checkpoint import class_of, fingerprint
+from ldm_lab.checkpoints.checkpoint import class_of
 from ldm_lab.checkpoints.locate import State, search
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.autoencoders import load_autoencoder
@@ -25,7 +24,7 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.pretrained import Configurable, PretrainedModel
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.folder import RunFolder
-from ldm_lab.training.autoencoder_module import DECODER, AutoencoderModule
+from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.stage_module import StageModule
 from ldm_lab.utils import hub
@@ -202,7 +201,7 @@ def _take_scale(module: DiffusionModule, source: Source, is_typed: bool) -> None
     """Use the scaling factor of the UNet's training, if the UNet was trained on the latents of this autoencoder."""
     current = "measure" if module.measures_scale else module.autoencoder.config.scaling_factor
     vqvae = source.network("vqvae") if "vqvae" in source.configs else None
-    if vqvae is None or _encoding(vqvae) != _encoding(module.autoencoder):
+    if vqvae is None or vqvae.encoding != module.autoencoder.encoding:
         why = "comes without an autoencoder" if vqvae is None else "was trained on another autoencoder"
         say(f"init: the UNet of {source.name} {why}; model.scaling_factor={current} stands")
         return
@@ -216,9 +215,3 @@ def _take_scale(module: DiffusionModule, source: Source, is_typed: bool) -> None
         say(f"init: model.scaling_factor {current} -> {scale:.6g}, from {source.name}")
     module.autoencoder.register_to_config(scaling_factor=scale)
     module.measures_scale = False
-
-
-def _encoding(autoencoder: FirstStage) -> str:
-    """Fingerprint of the weights that determine the latents; excludes the decoder, which may be trained further."""
-    parts = {name: part for name, part in autoencoder.named_children() if name not in DECODER}
-    return fingerprint(nn.ModuleDict(parts))

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from ldm_lab.utils.pipeline_networks import PipelineNetworks
 from ldm_lab.utils.terminal import say_once
 
 ATTENTION = "attention is torch's scaled_dot_product_attention, which never holds the whole matrix of its weights"
 
 
-class MemorySwitches:
-    """Mixin for a pipeline with a first stage `vqvae`; a method without effect here says so once."""
-
-    vqvae: Any
+class MemorySwitches(PipelineNetworks):
+    """Mixin for a pipeline; a method without effect here says so once."""
 
     def enable_vae_slicing(self) -> None:
         """Decode the images of a batch one by one: see `FirstStage.enable_slicing`."""
@@ -48,7 +47,7 @@ class MemorySwitches:
         """Has no effect: xformers is not used."""
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> Self:
-        """Move both networks to the accelerator and leave them there.
+        """Move all networks to the accelerator and leave them there.
 
         Args:
             gpu_id: index of the GPU.
@@ -56,9 +55,9 @@ class MemorySwitches:
         """
         found = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         found = found if gpu_id is None or found.type == "cpu" else torch.device(found.type, gpu_id)
-        size = sum(value.nbytes for part in (self.unet, self.vqvae) for value in part.parameters()) / 1e9
+        size = sum(value.nbytes for part in self.networks.values() for value in part.parameters()) / 1e9
         advice = "enable_vae_slicing() and enable_vae_tiling() save what decoding takes"
-        say_once(f"nothing is offloaded: both networks, {size:.1f} GB, stay on {found}; {advice}")
+        say_once(f"nothing is offloaded: the networks, {size:.1f} GB, stay on {found}; {advice}")
         return self.to(found)
 
     enable_sequential_cpu_offload = enable_model_cpu_offload

@@ -15,7 +15,7 @@ from pathlib import Path
 from ldm_lab.utils.errors import UserError
 
 PATHS = re.compile(
-    r"autoencoder|init|ckpt|original_config|output|variation|reconstruct|paths\.\w+|(\w+\.)+(root|folder|cache_dir)"
+    r"autoencoder|init|ckpt|guide|original_config|output|variation|reconstruct|paths\.\w+|(\w+\.)+(root|folder|cache_dir)"
     r"|model\.loss\.perceptual\.weights|callbacks\.\w+\.weights"
 )
 NAMES = re.compile(

@@ -80,7 +80,7 @@ def test_offloading_runs_where_the_namesake_would(pipe, said, name, monkeypatch)
     getattr(pipe, name)()
     assert {pipe.unet.device.type, pipe.vqvae.device.type} == {"meta"}
     assert said() == [
-        "nothing is offloaded: both networks, 0.0 GB, stay on meta;"
+        "nothing is offloaded: the networks, 0.0 GB, stay on meta;"
         " enable_vae_slicing() and enable_vae_tiling() save what decoding takes"
     ]
     other = load()

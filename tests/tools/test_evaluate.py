@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
         ("--autoencoder --snapshots", "exclude each other"),
         ("--autoencoder --save-reference new.npz", "--save-reference is for samples"),
         ("--export-best best", "--export-best is for --snapshots"),
+        ("--guidance 2", "--guidance 2: needs --guide"),
+        ("--guidance nan --guide x", "--guidance nan: must be a number, at least 0"),
+        ("--guide x --guidance-interval 5 1", "--guidance-interval 5 1: must be two rising"),
         (f"--save-reference {__file__}", "is there already"),
     ],
 )

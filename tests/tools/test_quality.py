@@ -59,3 +59,20 @@ def test_the_table_is_made_and_made_again_for_nothing(tmp_path, capsys):
     quality.main(flags)
     assert (tmp_path / "quality.md").read_text() == found
     assert folders[0].stat().st_mtime_ns == written
+
+
+def test_a_guided_row_is_guided_by_its_own_snapshot(tmp_path, monkeypatch):
+    (variant,) = (one for one in quality.VARIANTS if one.guidance != 1)
+    options = argparse.Namespace(runs=tmp_path, only=[variant.name], seeds=1, budget="22400", cache=None, settings=[])
+    options.samples, lines = 8, []
+    shop = quality.Workshop(options)
+    monkeypatch.setattr(shop, "command", lambda *words: lines.append(" ".join(words)))
+    monkeypatch.setattr(quality, "read_evaluation", lambda path: path)
+    shop.train(variant, 0)
+    with pytest.raises(StopIteration):  # nothing was written
+        shop.evaluate(variant, 0, quality.STANDARD)
+    run = tmp_path / f"{variant.name}_0"
+    assert "snapshots=5600" in lines[0]
+    assert f"--guidance 2.0 --guide {run}@5600" in lines[1]
+    folder = run / "tables/num-samples_8_sampler_dpm_solver_steps_20_eta_0_guidance_2.0"
+    assert str(folder) in lines[1]

@@ -10,9 +10,9 @@ from ldm_lab.config.compose import Recipe, build
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.metrics.reconstruction import psnr
 from ldm_lab.models.autoencoders import load_autoencoder
+from ldm_lab.models.first_stage import DECODER
 from ldm_lab.models.kl_model import AutoencoderKL
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.training.autoencoder_module import DECODER
 from ldm_lab.utils import randomness
 from tests.helpers import assert_close_relative
 from tests.trained import metrics, train, undisturbed

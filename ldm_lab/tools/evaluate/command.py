@@ -8,6 +8,7 @@ mean, and what makes them wrong: docs/evaluation.md.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=50, help="evaluations of the UNet for a sample (default: %(default)s)")
     add("--eta", type=float, default=0.0, help="of ddim (default: %(default)s)")
     add("--ema", type=float, metavar="LENGTH", help="of the weights' average, with model.power_ema (docs/ema.md)")
+    add("--guide", help="guide the samples by this smaller or less trained model, e.g. SRC@500k; with --guidance")
+    add("--guidance", type=float, default=1.0, metavar="W", help="scale of the guide; 1: without (default: 1)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="noise levels where the guide acts")
     add("--seed", type=int, default=0, help="sample i is drawn from (seed, i) (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="samples at a time on each device (default: %(default)s)")
     add("--autoencoder", action="store_true", help="judge the first stage of SRC alone, on held-out images")
@@ -70,6 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if sides and (len(sides) > 2 or min(sides) < 1):
         raise UserError(f"--image-size {' '.join(map(str, sides))}: give one or two positive numbers of pixels")
     options.image_size = sides and (sides[0], sides[-1])
+    _check_guidance(options)
     if options.autoencoder and options.snapshots:
         raise UserError("--autoencoder and --snapshots exclude each other: a run has one first stage")
     if options.ema is not None and (options.autoencoder or options.snapshots):
@@ -81,6 +86,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.save_reference and options.save_reference.exists():
         raise UserError(f"--save-reference {options.save_reference}: is there already; name a new file")
     return options
+
+
+def _check_guidance(options: argparse.Namespace) -> None:
+    scale, (low, high) = options.guidance, options.guidance_interval or (0, 1)
+    if not 0 <= scale < math.inf:
+        raise UserError(f"--guidance {scale:g}: must be a number, at least 0; 1 is without guidance")
+    if scale != 1 and not options.guide:
+        raise UserError(f"--guidance {scale:g}: needs --guide, a smaller or less trained model")
+    if not 0 <= low < high < math.inf:
+        raise UserError(f"--guidance-interval {low:g} {high:g}: must be two rising noise levels from 0 on")
 
 
 def main(argv: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from ldm_lab.diffusion import samplers
 from ldm_lab.metrics.images import FilePixels
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.record import read_run
-from ldm_lab.sampling import generate
+from ldm_lab.sampling import generate, guide
 from ldm_lab.utils import locks
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.writing import SaveError, require_writable
 
 KEPT = ("sampler", "steps", "eta", "seed")
+GUIDED = ("guide", "guidance", "guidance_interval")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Sampling:
         seed: sample i is drawn from (seed, i).
         batch_size: images at a time on each device.
         ema: length of the weights' average (see `checkpoints.averages`); None: the usual average.
+        guide: the guide, anything that `checkpoints.locate.find` takes; None: no guidance.
+        guidance: scale w of autoguidance; 1: none.
+        guidance_interval: noise levels between which the guide acts; None: everywhere.
     """
 
     num_samples: int
@@ -42,11 +47,14 @@ class Sampling:
     seed: int
     batch_size: int
     ema: float | None = None
+    guide: str | None = None
+    guidance: float = 1.0
+    guidance_interval: Sequence[float] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The settings that determine samples."""
-        ema = {} if self.ema is None else {"ema": self.ema}
-        return {name: getattr(self, name) for name in KEPT} | ema
+        """The settings that determine samples; those of average and guidance only where they are used."""
+        used = (*KEPT, *(() if self.ema is None else ("ema",)), *(GUIDED if self.guidance != 1 else ()))
+        return {name: getattr(self, name) for name in used}
 
 
 def draw(
@@ -57,6 +65,7 @@ def draw(
     trainer: Trainer,
     first: bool,
     output: Path | None = None,
+    plugins: Sequence[str] = (),
 ) -> FilePixels:
     """Draw the missing samples; returns all samples.
 
@@ -68,16 +77,20 @@ def draw(
         trainer: distributes the work over its devices.
         first: whether this process may write.
         output: parent of the samples' folder if the model's folder is not writable.
+        plugins: packages whose classes the guide may name.
 
     Raises:
-        UserError: there is no such sampler, or the folder holds other samples.
+        UserError: there is no such sampler, the guide does not fit, or the folder holds other samples.
         SaveError: no folder is writable.
     """
     pipe.scheduler = samplers.choose(how.sampler, pipe.scheduler, how.eta)
-    settings = generate.SampleSettings(**how.settings(), precision=trainer.precision)
+    wanted = how.settings()
+    if how.guidance != 1:
+        wanted["guide"] = guide.attach(pipe, how.guide, plugins)
+    settings = generate.SampleSettings(**wanted, precision=trainer.precision)
     folder = _folder(generate.default_folder(state, settings), how.num_samples, output)
-    manifest = generate.describe(pipe, source, settings)
-    module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta)
+    manifest = generate.describe(pipe, source, settings, how.guide)
+    module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta, guidance=settings.how_guided)
     missing = generate.MissingSamples(folder, how.num_samples, how.batch_size)
     with locks.alone(folder, "another --seed", first):
         if first:

@@ -140,7 +140,8 @@ def evaluate_state(
         prepare(evaluator.target)
         # Before sampling. By default JPEG compression matches, as the reference is the model's training images.
         evaluator.check(request.sampling.num_samples, jpeg=0.0 if request.data else None)
-    samples = drawn.draw(pipe, state, request.source, request.sampling, trainer, is_first_process(), request.output)
+    more = {"output": request.output, "plugins": request.plugins}
+    samples = drawn.draw(pipe, state, request.source, request.sampling, trainer, is_first_process(), **more)
     how = {"images_seen": drawn.images_seen(state), "sampling": request.sampling.settings()}
     return finish(request, evaluator, samples, "samples", state, **how), evaluator
 

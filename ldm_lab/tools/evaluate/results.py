@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ldm_lab.data.dataset import digest
+from ldm_lab.diffusion.guidance import Guidance
 from ldm_lab.metrics.distribution import Estimate
 from ldm_lab.metrics.reference import Reference
 from ldm_lab.runs import metrics
@@ -62,6 +63,8 @@ def file_name(content: Mapping[str, Any]) -> str:
     sampling = content["sampling"]
     how = ["{sampler}_{steps}_eta{eta:g}_seed{seed}".format(**sampling)] if sampling else []
     how += [f"ema{sampling['ema']}"] if sampling and "ema" in sampling else []
+    if sampling and "guidance" in sampling:
+        how.append(Guidance(sampling["guidance"], sampling["guidance_interval"]).slug)
     at = [f"at{content['images_seen']}"] if content["images_seen"] is not None else []
     settings = {key: content[key] for key in SETTINGS}
     settings["reference"] = {key: value for key, value in content["reference"].items() if key != "source"}

@@ -62,6 +62,10 @@ def _title(evaluation: Evaluation) -> str:
         parts.append(f"{sampler} {find(content, 'sampling.steps')} steps, eta {find(content, 'sampling.eta')}")
     if length := find(content, "sampling.ema"):
         parts.append(f"EMA of length {length}")
+    if scale := find(content, "sampling.guidance"):
+        interval = find(content, "sampling.guidance_interval")
+        where = f" at noise levels {interval}" if interval else ""
+        parts.append(f"guidance {scale} by {find(content, 'sampling.guide')}{where}")
     if extractor := find(content, "extractor.name"):
         parts.append(f"features: {extractor}")
     return ", ".join(parts)

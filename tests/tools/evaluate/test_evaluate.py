@@ -294,3 +294,19 @@ def test_snapshots_make_a_curve_and_the_best_is_exported(run, cache, tmp_path, c
 def test_a_run_without_snapshots_says_how_they_are_made(run, cache):
     with pytest.raises(ValueError, match="snapshots=1M"):
         evaluate_snapshots(request(run, cache))
+
+
+def test_guided_samples_have_figures_of_their_own(run, cache):
+    weak = LDMPipeline.from_pretrained(run)
+    with torch.no_grad():
+        weak.unet.conv_out.weight.mul_(0.5)
+    weak.save_pretrained(run / "diffusion/snapshots/000000016")
+    how = {"guide": f"{run}@16", "guidance": 2.0, "guidance_interval": [0.1, 100.0]}
+    for settings in ({}, how, {**how, "guidance": 1.0}):
+        evaluate(request(run, cache, **settings))
+    plain, guided = written(run)  # at scale 1 the guide changes nothing
+    assert guided["sampling"] == {**plain["sampling"], **how}
+    assert plain["sampling"].keys() == {"sampler", "steps", "eta", "seed"}
+    assert guided["images"] != plain["images"]
+    assert len(list((run / "samples").glob("*_guided2_0.1_100_by*"))) == 1
+    assert len(list((run / "eval").glob("*_seed0_guided2_0.1_100_at64_*.json"))) == 1

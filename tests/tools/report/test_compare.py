@@ -7,6 +7,7 @@ import pytest
 from ldm_lab.runs.metrics import direction
 from ldm_lab.runs.record import read_run
 from ldm_lab.tools.report.compare import compare, verdict
+from ldm_lab.tools.report.evaluations import series
 from ldm_lab.tools.report.values import best, thinned
 from tests.tools.report.runs import MODEL, OBJECTIVE, write_evaluation, write_run, write_stage
 
@@ -201,3 +202,15 @@ def test_a_thinned_curve_keeps_its_ends_and_its_spikes():
     assert len(kept) <= 100
     assert {curve[0], curve[777], curve[-1]} <= set(kept) <= set(curve)
     assert thinned(curve, 1000) == curve
+
+
+def test_guided_samples_are_a_measurement_of_their_own(tmp_path):
+    run = write_run(tmp_path / "a")
+    how = {"sampler": "ddim", "steps": 20, "eta": 0.0, "seed": 0}
+    guided = {**how, "guide": "runs/a@10", "guidance": 2.0, "guidance_interval": [0.2, 5]}
+    write_evaluation(run, {"fid": 9.0}, "plain", sampling=how)
+    write_evaluation(run, {"fid": 7.0}, "guided", sampling=guided)
+    plain, better = sorted(series([read_run(run)]), key=lambda one: len(one.title))
+    assert "guidance" not in plain.title
+    assert "eta 0.0, guidance 2.0 by runs/a@10 at noise levels [0.2, 5], features: " in better.title
+    assert [one.curves("fid") for one in (plain, better)] == [[[(20, 9.0)]], [[(20, 7.0)]]]
