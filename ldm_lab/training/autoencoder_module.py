@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.pretrained import PretrainedModel
+from ldm_lab.models.quantizer import straight_through
+from ldm_lab.models.rotation import rotate
+from ldm_lab.models.simvq import SimVQ
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
@@ -19,6 +22,7 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Harmless
 
 DECODER = ("post_quant_conv", "decoder")  # submodules that map latents to images
+GRADIENTS = {"straight_through": straight_through, "rotation": rotate}
 ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # adversarial terms
 
 
@@ -113,12 +117,19 @@ class FirstStageModule(StageModule):
 class AutoencoderModule(FirstStageModule):
     """Trains a VQ autoencoder.
 
+    Quantizer and gradient are choices of training: the autoencoder holds a plain codebook whatever they are.
+
     Args:
         autoencoder: the network to train.
         loss: reconstruction, codebook and adversarial terms.
         codebook: keeps the codes in use; its state belongs to training and is not exported.
         legacy_codebook_loss: weight the two codebook terms as CompVis did (commitment 1, codebook 0.25).
+        quantizer: `plain` trains each code, `simvq` a matrix that moves all codes (see `SimVQ`).
+        gradient: of the latents through quantization: `straight_through`, or `rotation` (see `rotation.rotate`).
         **training: see `FirstStageModule`.
+
+    Raises:
+        UserError: quantizer or gradient would have no effect, as `train` is "decoder".
     """
 
     def __init__(
@@ -127,17 +138,38 @@ class AutoencoderModule(FirstStageModule):
         loss: AutoencoderLoss,
         codebook: CodebookUsage,
         legacy_codebook_loss: bool = True,
+        quantizer: Literal["plain", "simvq"] = "plain",
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(autoencoder, loss, **training)
         self.codebook = codebook
         self.quantized: list[tuple[Tensor, Tensor]] = []  # latents and code indices of this step's micro-batches
-        autoencoder.quantize.legacy = legacy_codebook_loss
+        plain = autoencoder.quantize
+        self.learns_codes = plain.embedding.weight.requires_grad
+        for key, value, default in (("quantizer", quantizer, "plain"), ("gradient", gradient, "straight_through")):
+            if value != default and not self.learns_codes:
+                raise UserError(f"model.{key}={value}: does nothing with model.train=decoder; leave one of them out")
+        plain.legacy, plain.gradient = legacy_codebook_loss, GRADIENTS[gradient]
+        self.simvq = SimVQ(plain.n_e, plain.vq_embed_dim) if quantizer == "simvq" else None
+        if self.simvq is not None:
+            self.simvq.write(plain.embedding.weight.requires_grad_(False))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters of the autoencoder, with SimVQ's matrix, and of the loss's discriminator."""
+        parts = [self.autoencoder] if self.simvq is None else [self.autoencoder, self.simvq]
+        return trainable(nn.ModuleList(parts), self.loss)
+
+    def keep_codes(self) -> None:
+        """Train on from the codes of the autoencoder, which were trained before: no new ones are drawn."""
+        self.codebook.initialised.fill_(True)
+        if self.simvq is not None:
+            self.simvq.start(self.autoencoder.quantize.embedding.weight)
 
     def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Decode the codes nearest to the latents; the penalty is the quantizer's loss."""
         latents = self.autoencoder.latents(batch["image"])  # (B, 3, H, W) -> (B, C, h, w)
-        codes = self.autoencoder.quantize(latents)
+        codes = self.autoencoder.quantize(latents, None if self.simvq is None else self.simvq())
         self.quantized.append((latents.detach(), codes.info.indices))
         return self.autoencoder.decode(codes.quantized, force_not_quantize=True).sample, codes.loss
 
@@ -151,9 +183,13 @@ class AutoencoderModule(FirstStageModule):
         latents, indices = (torch.cat(parts) for parts in zip(*self.quantized, strict=True))
         self.quantized.clear()
         quantizer = self.autoencoder.quantize
-        if quantizer.embedding.weight.requires_grad and not self.step_left_out:
+        if self.simvq is not None:
+            self.simvq.write(quantizer.embedding.weight)
+        if self.learns_codes and not self.step_left_out:
             step = self.images_seen // self.trainer.datamodule.global_batch_size
             self.codebook.update(quantizer, latents, indices, step=step, seed=self.seed)
+            if self.simvq is not None:
+                self.simvq.follow(quantizer.embedding.weight)
 
 
 class KLAutoencoderModule(FirstStageModule):
