@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss
 from ldm_lab.metrics.reconstruction import psnr, ssim
+from ldm_lab.metrics.spectrum import high_frequency_share
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.pretrained import PretrainedModel
@@ -16,6 +18,7 @@ from ldm_lab.models.quantizer import straight_through
 from ldm_lab.models.rotation import rotate
 from ldm_lab.models.simvq import SimVQ
 from ldm_lab.models.vq_model import VQModel
+from ldm_lab.training.equivariance import OFF, UNCHANGED, Equivariance, Transform
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.utils.errors import UserError
@@ -37,10 +40,11 @@ class FirstStageModule(StageModule):
         train: "all" of the autoencoder, or only its "decoder": latents then stay the same, so a UNet trained on
             them stays valid.
         gradient_checkpointing: recompute activations in the backward pass instead of storing them.
+        equivariance: arguments of `Equivariance`: how often a step trains on transformed latents.
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
-        UserError: `train` has another value.
+        UserError: `train` has another value; the decoder alone is to be trained on transformed latents.
     """
 
     stage = "autoencoder"
@@ -51,11 +55,18 @@ class FirstStageModule(StageModule):
         loss: FirstStageLoss,
         train: str = "all",
         gradient_checkpointing: Annotated[bool, Harmless] = False,
+        equivariance: Mapping[str, float] = OFF,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
         self.autoencoder, self.loss = autoencoder, loss
         choose_trained(autoencoder, train)
+        self.equivariance = Equivariance(**equivariance)
+        if train == "decoder" and self.equivariance.probability:
+            raise UserError(
+                f"model.equivariance.probability={self.equivariance.probability}: changes the latents, which"
+                " model.train=decoder leaves as they are; leave one of them out"
+            )
         if gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
 
@@ -79,8 +90,11 @@ class FirstStageModule(StageModule):
         self.autoencoder.encoder.compile(dynamic=False)  # one kernel per size, whatever was compiled before
         self.autoencoder.decoder.compile(dynamic=False)
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Reconstruction `(B, 3, H, W)` of a training batch, and the penalty on its latents, 0-dim."""
+    def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
+        """Reconstruction of a training batch from its transformed latents, `(B, 3, H, W)` if these are unchanged.
+
+        Second comes the penalty on the latents, 0-dim.
+        """
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,16 +103,26 @@ class FirstStageModule(StageModule):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] -> the sum of all loss terms."""
-        images = batch["image"]
-        reconstruction, penalty = self.reconstruct(batch)
-        last_layer = self.autoencoder.decoder.conv_out.weight
-        output = self.loss(images, reconstruction, penalty, last_layer, self.images_seen)
+        images, last_layer = batch["image"], self.autoencoder.decoder.conv_out.weight
+        transform = self._transform(images)
+        reconstruction, penalty = self.reconstruct(batch, transform)
+        target = transform.images(images, self.autoencoder.downsample_factor)
+        output = self.loss(target, reconstruction, penalty, last_layer, self.images_seen)
         self.count(images)
         terms = {"loss": output.total.detach(), **output.terms}
         adversarial = {name: terms.pop(name) for name in ADVERSARIAL if name in terms}
         self.log_terms("train", terms, len(images))
         self.log_terms("disc", adversarial, len(images))
         return output.total
+
+    def _transform(self, images: Tensor) -> Transform:
+        """The transform of this step's latents; images stay large enough for every term of the loss."""
+        if not self.equivariance.probability:
+            return UNCHANGED
+        factor, step = self.autoencoder.downsample_factor, self.images_seen // self.trainer.datamodule.global_batch_size
+        height, width = images.shape[-2:]
+        smallest = -(-self.loss.smallest_side // factor)  # rounded up
+        return self.equivariance.draw(self.seed, step, (height // factor, width // factor), smallest)
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Reconstruct held-out images; `val/loss` is the mean reconstruction loss without the adversary."""
@@ -110,6 +134,7 @@ class FirstStageModule(StageModule):
             "psnr": psnr(reconstruction, images),
             "ssim": ssim(reconstruction, images),
             "latent_std": latents.float().std(),
+            "latent_high_frequency": high_frequency_share(latents),
         }
         self.log_terms("val", {**terms, **more}, len(images))
 
@@ -166,9 +191,10 @@ class AutoencoderModule(FirstStageModule):
         if self.simvq is not None:
             self.simvq.start(self.autoencoder.quantize.embedding.weight)
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode the codes nearest to the latents; the penalty is the quantizer's loss."""
+    def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
+        """Decode the codes nearest to the transformed latents; the penalty is the quantizer's loss."""
         latents = self.autoencoder.latents(batch["image"])  # (B, 3, H, W) -> (B, C, h, w)
+        latents = transform.latents(latents)  # before quantization, as diffusion's latents are
         codes = self.autoencoder.quantize(latents, None if self.simvq is None else self.simvq())
         self.quantized.append((latents.detach(), codes.info.indices))
         return self.autoencoder.decode(codes.quantized, force_not_quantize=True).sample, codes.loss
@@ -206,11 +232,11 @@ class KLAutoencoderModule(FirstStageModule):
             batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, positions, shape)
         return batch
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode drawn latents; the penalty is the KL divergence from N(0, I), in nats per image."""
+    def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
+        """Decode transformed draws of latents; the penalty is the KL divergence from N(0, I), in nats per image."""
         posterior = self.autoencoder.encode(batch["image"]).latent_dist
         latents = posterior.from_noise(batch["posterior_noise"])  # (B, C, h, w)
-        return self.autoencoder.decode(latents).sample, posterior.kl().mean()
+        return self.autoencoder.decode(transform.latents(latents)).sample, posterior.kl().mean()
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mode of the posterior; `kl` in nats per image; `posterior_std`, the mean standard deviation."""

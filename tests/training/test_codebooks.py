@@ -11,6 +11,7 @@ from tests.trained import last_checkpoint, metrics, train
 from tests.training.test_resume import assert_same_training, interrupt
 
 STAGE = "experiment=avatars/autoencoder"
+EQUIVARIANT = "model.equivariance.probability=0.6"  # so that one training tests all that is new for codebooks
 BOTH = ("model.quantizer=simvq", "model.gradient=rotation")
 FOLDER = "avatars/autoencoder"
 
@@ -22,16 +23,16 @@ def module_with(*overrides):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A stage trained with both."""
+    """A stage trained with both, some steps on transformed latents."""
     runs = tmp_path_factory.mktemp("codebooks")
-    train(runs, STAGE, *BOTH, "data=drawn")
+    train(runs, STAGE, *BOTH, EQUIVARIANT)
     return runs / FOLDER
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(run, tmp_path):
     with pytest.raises(SystemExit):
-        train(tmp_path, STAGE, *BOTH, "data=drawn", *interrupt("autoencoder", 24))
-    train(tmp_path, STAGE, *BOTH, "data=drawn")
+        train(tmp_path, STAGE, *BOTH, EQUIVARIANT, *interrupt("autoencoder", 24))
+    train(tmp_path, STAGE, *BOTH, EQUIVARIANT)
     assert_same_training(tmp_path / FOLDER, run)
     assert metrics(run)[64]["codebook/perplexity"] > 1
 
