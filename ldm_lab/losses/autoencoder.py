@@ -75,6 +75,11 @@ class FirstStageLoss(nn.Module):
         self.perceptual_weight = perceptual_weight
         self.penalty_weight = penalty_weight
 
+    @property
+    def smallest_side(self) -> int:
+        """Least height and width of images, for the perceptual distance and the discriminator."""
+        return max(getattr(part, "smallest_side", 1) for part in (self.perceptual, self.discriminator))
+
     def scale(self, images: Tensor) -> int:
         """Factor of `nll`, a mean over the entries of `images` `(B, 3, H, W)`, in the total."""
         raise NotImplementedError

@@ -21,7 +21,13 @@ _READ_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingEr
 
 
 class PerceptualDistance(nn.Module):
-    """Interface of a perceptual distance: `forward(reconstruction, target)` returns a distance per image."""
+    """Interface of a perceptual distance: `forward(reconstruction, target)` returns a distance per image.
+
+    Attributes:
+        smallest_side: least height and width of the images.
+    """
+
+    smallest_side: int = 1
 
     def setup(self) -> None:
         """Load the files that the distance needs, so that missing files raise before training starts."""
@@ -49,6 +55,7 @@ class MultiScaleL1(PerceptualDistance):
         super().__init__()
         require_positive(levels=levels)
         self.levels = levels
+        self.smallest_side = 2**levels
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
         """`(B, C, H, W)` twice, in [-1, 1] -> `(B,)`, float32."""
@@ -79,6 +86,7 @@ class LPIPS(PerceptualDistance):
             `IMAGENET1K_FEATURES`, expects images of another scale and does not fit the learned weights.)
     """
 
+    smallest_side = 16
     shift = (-0.030, -0.088, -0.188)  # mean and standard deviation of ImageNet, for images in [-1, 1]
     scale = (0.458, 0.448, 0.450)
 

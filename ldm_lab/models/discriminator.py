@@ -18,11 +18,15 @@ class PatchDiscriminator(LaidOut):
         in_channels: channels of the images.
         channels: width of the first convolution; each further layer doubles it, up to eight times.
         num_layers: number of convolutions with stride 2.
+
+    Attributes:
+        smallest_side: least height and width of the images: one logit.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
         require_positive(in_channels=in_channels, channels=channels, num_layers=num_layers)
+        self.smallest_side = 3 * 2**num_layers  # two convolutions without stride each take a pixel off the side
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(in_channels, channels, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, num_layers + 1):

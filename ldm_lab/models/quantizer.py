@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_DISTANCES = 2**25  # maximum number of distances in memory: 128 MiB
@@ -49,7 +50,13 @@ class VectorQuantizer(nn.Module):
         vq_embed_dim: length of a code; 3 or 4 in latent diffusion.
         beta: the smaller of the two weights.
         legacy: the term that `beta` weights, see above. Both attributes may be changed later.
+
+    Attributes:
+        gradient: gives the quantized latents their gradient, `(latents, codes) -> quantized`, all `(..., C)`:
+            `straight_through`, or `rotation.rotate`.
     """
+
+    gradient: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, n_e: int, vq_embed_dim: int, beta: float = 0.25, legacy: bool = True) -> None:
         super().__init__()
@@ -57,22 +64,29 @@ class VectorQuantizer(nn.Module):
         self.vq_embed_dim = vq_embed_dim
         self.beta = beta
         self.legacy = legacy
+        self.gradient = straight_through
         self.embedding = nn.Embedding(n_e, vq_embed_dim)
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents `(B, C, H, W)`. Distances and loss are float32 for any dtype of `z`."""
+    def forward(self, z: Tensor, table: Tensor | None = None) -> QuantizerOutput:
+        """Quantize latents `(B, C, H, W)`. Distances and loss are float32 for any dtype of `z`.
+
+        Args:
+            z: the latents.
+            table: the codes `(n_e, C)`, equal to `embedding.weight`, where they are computed from other parameters,
+                which then get the gradient of the codes.
+        """
         latents = z.float().permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H, W, C)
         indices = self.nearest(latents.flatten(0, 2))  # (B*H*W,)
-        codes = self.embedding(indices).float().view(latents.shape)  # (B*H*W, C) -> (B, H, W, C)
+        table = self.embedding.weight if table is None else table
+        codes = F.embedding(indices, table).float().view(latents.shape)  # (B*H*W, C) -> (B, H, W, C)
 
         commitment = (latents - codes.detach()).square().mean()
         codebook = (latents.detach() - codes).square().mean()
         weights = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
         loss = weights[0] * commitment + weights[1] * codebook
 
-        quantized = latents + (codes - latents).detach()  # the value of the code, the gradient of the latent
-        quantized = quantized.permute(0, 3, 1, 2).to(z.dtype)  # (B, H, W, C) -> (B, C, H, W)
+        quantized = self.gradient(latents, codes).permute(0, 3, 1, 2).to(z.dtype)  # (B, H, W, C) -> (B, C, H, W)
         info = QuantizerInfo(perplexity(code_counts(indices, self.n_e)), None, indices)
         return QuantizerOutput(quantized, loss, info)
 
@@ -98,6 +112,11 @@ class VectorQuantizer(nn.Module):
         """The codes with these indices: `(..., C)`, or `(B, C, H, W)` if `shape` is `(B, H, W, C)`."""
         codes = self.embedding(indices)
         return codes if shape is None else codes.view(*shape).permute(0, 3, 1, 2)
+
+
+def straight_through(latents: Tensor, codes: Tensor) -> Tensor:
+    """The value of the codes with the gradient of the latents (van den Oord et al. 2017, section 3.2)."""
+    return latents + (codes - latents).detach()
 
 
 def code_counts(indices: Tensor, n: int) -> Tensor:

@@ -128,9 +128,11 @@ _LATENTS = (
     Metric("collapse/codebook", "1 while the codebook is collapsed", "latents", _A, panel="Collapsed: 1"),
     Metric("collapse/discriminator", "1 while the discriminator is collapsed", "latents", _A, panel="Collapsed: 1"),
     Metric("val/latent_std", "standard deviation of the latents", "latents", _A),
+    Metric("val/latent_high_frequency", "share of the latents' energy in the upper half of the frequencies", "latents",
+           _A),
     Metric("val/kl", "divergence of the posterior from the standard normal", "latents", _A),
     Metric("val/posterior_std", "mean standard deviation of the posterior", "latents", _A),
-)
+)  # fmt: skip
 _GAME = (
     Metric("disc/discriminator", "hinge loss of the discriminator", "game", _A, panel="Loss of the discriminator"),
     Metric("disc/logits_real", "mean logit of images", "game", _A, panel="Logits of the discriminator"),

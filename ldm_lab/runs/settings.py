@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from ldm_lab.utils import signatures
-from ldm_lab.utils.limits import Count, Given, Harmless, NonNegative, Positive, Whole
+from ldm_lab.utils.limits import Count, Given, Harmless, NonNegative, Positive, Probability, Whole
 from ldm_lab.utils.moved import HOME, current
 from ldm_lab.utils.nested import find, targets
 
@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "data.module": Given,
     "data.root": Annotated[Any, Harmless],  # also of plugins: a run knows images by content
     "data.cache_dir": Annotated[Any, Harmless],
+    "model.equivariance.probability": Probability,
     "model.optimizer.lr": Positive,
     "model.optimizer.fused": Annotated[bool | None, Harmless],
     "model.schedule.max_images": Annotated[Count, Harmless],  # also of plugins: follows `max_images`

@@ -27,6 +27,11 @@ FIRST_STAGES = {
     "vq": (),
     "vq_left_alone": ("model.codebook.init_step=null", "+model.codebook.until_step=0"),
     "kl": ("model=kl_avatars",),
+    "vq_simvq": ("model.quantizer=simvq",),
+    "vq_simvq_gaussian": ("model.quantizer=simvq", "model.codebook.init_step=null", "+model.codebook.until_step=0"),
+    "vq_rotation": ("model.gradient=rotation",),
+    "vq_equivariant": ("model.equivariance.probability=0.5",),
+    "kl_equivariant": ("model=kl_avatars", "model.equivariance.probability=0.5"),
 }
 OBJECTIVE = "ldm_lab.diffusion.objective"
 
@@ -59,6 +64,11 @@ VARIANTS = (
     DEMO,
     Variant("kl", "first stage", "KL", first_stage="kl"),
     Variant("left_alone", "codebook", "neither drawn from latents nor re-used", first_stage="vq_left_alone"),
+    Variant("simvq", "codebook", "SimVQ, drawn from latents", first_stage="vq_simvq"),
+    Variant("simvq_gaussian", "codebook", "SimVQ, Gaussian", first_stage="vq_simvq_gaussian"),
+    Variant("rotation", "gradient of the quantizer", "rotation trick", first_stage="vq_rotation"),
+    Variant("equivariant", "latents", "equivariant, p = 0.5", first_stage="vq_equivariant"),
+    Variant("kl_equivariant", "latents", "KL, equivariant, p = 0.5", first_stage="kl_equivariant"),
     Variant("epsilon", "prediction", "epsilon", ("model.scheduler.prediction_type=epsilon",)),
     Variant(
         "uniform", "timesteps", "uniform",

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_lab.losses.autoencoder import AutoencoderLoss, FirstStageLoss
 from ldm_lab.metrics.reconstruction import hues_kept, psnr, psnr_chroma, ssim
+from ldm_lab.metrics.spectrum import high_frequency_share
 from ldm_lab.models.codebook import CodebookUsage
 from ldm_lab.models.first_stage import DECODER, FirstStage
 from ldm_lab.models.pretrained import PretrainedModel
+from ldm_lab.models.quantizer import straight_through
+from ldm_lab.models.rotation import rotate
+from ldm_lab.models.simvq import SimVQ
 from ldm_lab.models.thumbnail import start_as_thumbnail
 from ldm_lab.models.vq_model import VQModel
+from ldm_lab.training.equivariance import OFF, UNCHANGED, Equivariance, Transform
 from ldm_lab.training.latents import latent_shape, posterior_noise
 from ldm_lab.training.stage_module import StageModule, trainable
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Harmless
 
+GRADIENTS = {"straight_through": straight_through, "rotation": rotate}
 ADVERSARIAL = ("discriminator", "generator", "d_weight", "factor", "logits_real", "logits_fake")  # adversarial terms
 
 
@@ -34,10 +41,11 @@ class FirstStageModule(StageModule):
             them stays valid.
         start: "random" weights, or weights with which the latents are a "thumbnail" (see `start_as_thumbnail`).
         gradient_checkpointing: recompute activations in the backward pass instead of storing them.
+        equivariance: arguments of `Equivariance`: how often a step trains on transformed latents.
         **training: optimizer, schedule and seed, see `StageModule`.
 
     Raises:
-        UserError: `train` has another value.
+        UserError: `train` has another value; the decoder alone is to be trained on transformed latents.
     """
 
     stage = "autoencoder"
@@ -49,6 +57,7 @@ class FirstStageModule(StageModule):
         train: str = "all",
         start: Literal["random", "thumbnail"] = "random",
         gradient_checkpointing: Annotated[bool, Harmless] = False,
+        equivariance: Mapping[str, float] = OFF,
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**training)
@@ -56,6 +65,12 @@ class FirstStageModule(StageModule):
         choose_trained(autoencoder, train)
         if start == "thumbnail":
             start_as_thumbnail(autoencoder)
+        self.equivariance = Equivariance(**equivariance)
+        if train == "decoder" and self.equivariance.probability:
+            raise UserError(
+                f"model.equivariance.probability={self.equivariance.probability}: changes the latents, which"
+                " model.train=decoder leaves as they are; leave one of them out"
+            )
         if gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
 
@@ -79,8 +94,11 @@ class FirstStageModule(StageModule):
         self.autoencoder.encoder.compile(dynamic=False)  # one kernel per size, whatever was compiled before
         self.autoencoder.decoder.compile(dynamic=False)
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Reconstruction `(B, 3, H, W)` of a training batch, and the penalty on its latents, 0-dim."""
+    def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
+        """Reconstruction of a training batch from its transformed latents, `(B, 3, H, W)` if these are unchanged.
+
+        Second comes the penalty on the latents, 0-dim.
+        """
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,16 +107,26 @@ class FirstStageModule(StageModule):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] -> the sum of all loss terms."""
-        images = batch["image"]
-        reconstruction, penalty = self.reconstruct(batch)
-        last_layer = self.autoencoder.decoder.conv_out.weight
-        output = self.loss(images, reconstruction, penalty, last_layer, self.images_seen)
+        images, last_layer = batch["image"], self.autoencoder.decoder.conv_out.weight
+        transform = self._transform(images)
+        reconstruction, penalty = self.reconstruct(batch, transform)
+        target = transform.images(images, self.autoencoder.downsample_factor)
+        output = self.loss(target, reconstruction, penalty, last_layer, self.images_seen)
         self.count(images)
         terms = {"loss": output.total.detach(), **output.terms}
         adversarial = {name: terms.pop(name) for name in ADVERSARIAL if name in terms}
         self.log_terms("train", terms, len(images))
         self.log_terms("disc", adversarial, len(images))
         return output.total
+
+    def _transform(self, images: Tensor) -> Transform:
+        """The transform of this step's latents; images stay large enough for every term of the loss."""
+        if not self.equivariance.probability:
+            return UNCHANGED
+        factor, step = self.autoencoder.downsample_factor, self.images_seen // self.trainer.datamodule.global_batch_size
+        height, width = images.shape[-2:]
+        smallest = -(-self.loss.smallest_side // factor)  # rounded up
+        return self.equivariance.draw(self.seed, step, (height // factor, width // factor), smallest)
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Reconstruct held-out images; `val/loss` is the mean reconstruction loss without the adversary."""
@@ -112,6 +140,7 @@ class FirstStageModule(StageModule):
             "hues_kept": hues_kept(reconstruction, images),
             "ssim": ssim(reconstruction, images),
             "latent_std": latents.float().std(),
+            "latent_high_frequency": high_frequency_share(latents),
         }
         self.log_terms("val", {**terms, **more}, len(images))
 
@@ -119,12 +148,19 @@ class FirstStageModule(StageModule):
 class AutoencoderModule(FirstStageModule):
     """Trains a VQ autoencoder.
 
+    Quantizer and gradient are choices of training: the autoencoder holds a plain codebook whatever they are.
+
     Args:
         autoencoder: the network to train.
         loss: reconstruction, codebook and adversarial terms.
         codebook: keeps the codes in use; its state belongs to training and is not exported.
         legacy_codebook_loss: weight the two codebook terms as CompVis did (commitment 1, codebook 0.25).
+        quantizer: `plain` trains each code, `simvq` a matrix that moves all codes (see `SimVQ`).
+        gradient: of the latents through quantization: `straight_through`, or `rotation` (see `rotation.rotate`).
         **training: see `FirstStageModule`.
+
+    Raises:
+        UserError: quantizer or gradient would have no effect, as `train` is "decoder".
     """
 
     def __init__(
@@ -133,17 +169,39 @@ class AutoencoderModule(FirstStageModule):
         loss: AutoencoderLoss,
         codebook: CodebookUsage,
         legacy_codebook_loss: bool = True,
+        quantizer: Literal["plain", "simvq"] = "plain",
+        gradient: Literal["straight_through", "rotation"] = "straight_through",
         **training: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(autoencoder, loss, **training)
         self.codebook = codebook
         self.quantized: list[tuple[Tensor, Tensor]] = []  # latents and code indices of this step's micro-batches
-        autoencoder.quantize.legacy = legacy_codebook_loss
+        plain = autoencoder.quantize
+        self.learns_codes = plain.embedding.weight.requires_grad
+        for key, value, default in (("quantizer", quantizer, "plain"), ("gradient", gradient, "straight_through")):
+            if value != default and not self.learns_codes:
+                raise UserError(f"model.{key}={value}: does nothing with model.train=decoder; leave one of them out")
+        plain.legacy, plain.gradient = legacy_codebook_loss, GRADIENTS[gradient]
+        self.simvq = SimVQ(plain.n_e, plain.vq_embed_dim) if quantizer == "simvq" else None
+        if self.simvq is not None:
+            self.simvq.write(plain.embedding.weight.requires_grad_(False))
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode the codes nearest to the latents; the penalty is the quantizer's loss."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters of the autoencoder, with SimVQ's matrix, and of the loss's discriminator."""
+        parts = [self.autoencoder] if self.simvq is None else [self.autoencoder, self.simvq]
+        return trainable(nn.ModuleList(parts), self.loss)
+
+    def keep_codes(self) -> None:
+        """Train on from the codes of the autoencoder, which were trained before: no new ones are drawn."""
+        self.codebook.initialised.fill_(True)
+        if self.simvq is not None:
+            self.simvq.start(self.autoencoder.quantize.embedding.weight)
+
+    def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
+        """Decode the codes nearest to the transformed latents; the penalty is the quantizer's loss."""
         latents = self.autoencoder.latents(batch["image"])  # (B, 3, H, W) -> (B, C, h, w)
-        codes = self.autoencoder.quantize(latents)
+        latents = transform.latents(latents)  # before quantization, as diffusion's latents are
+        codes = self.autoencoder.quantize(latents, None if self.simvq is None else self.simvq())
         self.quantized.append((latents.detach(), codes.info.indices))
         return self.autoencoder.decode(codes.quantized, force_not_quantize=True).sample, codes.loss
 
@@ -157,9 +215,13 @@ class AutoencoderModule(FirstStageModule):
         latents, indices = (torch.cat(parts) for parts in zip(*self.quantized, strict=True))
         self.quantized.clear()
         quantizer = self.autoencoder.quantize
-        if quantizer.embedding.weight.requires_grad and not self.step_left_out:
+        if self.simvq is not None:
+            self.simvq.write(quantizer.embedding.weight)
+        if self.learns_codes and not self.step_left_out:
             step = self.images_seen // self.trainer.datamodule.global_batch_size
             self.codebook.update(quantizer, latents, indices, step=step, seed=self.seed)
+            if self.simvq is not None:
+                self.simvq.follow(quantizer.embedding.weight)
 
 
 class KLAutoencoderModule(FirstStageModule):
@@ -176,11 +238,11 @@ class KLAutoencoderModule(FirstStageModule):
             batch["posterior_noise"] = posterior_noise(self.autoencoder, self.seed, positions, shape)
         return batch
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Decode drawn latents; the penalty is the KL divergence from N(0, I), in nats per image."""
+    def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
+        """Decode transformed draws of latents; the penalty is the KL divergence from N(0, I), in nats per image."""
         posterior = self.autoencoder.encode(batch["image"]).latent_dist
         latents = posterior.from_noise(batch["posterior_noise"])  # (B, C, h, w)
-        return self.autoencoder.decode(latents).sample, posterior.kl().mean()
+        return self.autoencoder.decode(transform.latents(latents)).sample, posterior.kl().mean()
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Mode of the posterior; `kl` in nats per image; `posterior_std`, the mean standard deviation."""

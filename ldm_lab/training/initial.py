@@ -194,7 +194,7 @@ def load(module: StageModule, config: dict[str, Any], typed: Collection[str]) ->
         return
     module.autoencoder.load_weights(source.network("vqvae").exported_state_dict(), origin=source.name)
     if isinstance(module, AutoencoderModule):
-        module.codebook.initialised.fill_(True)  # else training would draw new codes
+        module.keep_codes()
 
 
 def _take_scale(module: DiffusionModule, source: Source, is_typed: bool) -> None:

@@ -32,6 +32,20 @@ class Above(AtLeast):
         return f"above {self.low}"
 
 
+@dataclass(frozen=True)
+class Within(AtLeast):
+    """`Annotated[float, Within(0, 1)]`: a number from `low` to `high`."""
+
+    high: float
+
+    def allows(self, value: float) -> bool:
+        """Whether a number is in range."""
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"from {self.low} to {self.high}"
+
+
 class Given:
     """`key: Given`: any value but null."""
 
@@ -44,3 +58,4 @@ Whole = Annotated[int, AtLeast(0)]
 Count = Annotated[int, AtLeast(1)]
 NonNegative = Annotated[float, AtLeast(0)]
 Positive = Annotated[float, Above(0)]
+Probability = Annotated[float, Within(0, 1)]

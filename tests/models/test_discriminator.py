@@ -53,3 +53,12 @@ def test_each_logit_sees_its_patch_alone(num_layers, field):
     (gradient,) = torch.autograd.grad(logits[0, 0, middle, middle], images)
     rows = gradient.abs().sum(dim=(0, 1, 3)).nonzero().flatten()
     assert rows.max() - rows.min() + 1 == field
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_the_smallest_images_give_one_logit(num_layers):
+    discriminator = PatchDiscriminator(channels=2, num_layers=num_layers)
+    side = discriminator.smallest_side
+    assert discriminator(torch.zeros(2, 3, side, side)).shape == (2, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        discriminator(torch.zeros(2, 3, side - 2, side))

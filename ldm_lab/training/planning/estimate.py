@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # none of these three 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ldm_lab.training.equivariance import Equivariance
 from ldm_lab.training.stage_module import StageModule
 
 
@@ -92,6 +93,7 @@ def estimate(
     trainer, mode = NoTrainer(batch_size, image_size), FakeTensorMode(allow_non_fake_inputs=True)
     stage = _without_content(module, mode)
     stage.trainer = trainer  # the stage keeps only a weak reference
+    stage.equivariance = Equivariance(0)  # transformed batches are smaller
     stage.log = stage.log_dict = lambda *_, **__: None
     stage.setup("fit")
     seen = torch.zeros(()).expand(batch_size, *(moments or (3, *image_size)))

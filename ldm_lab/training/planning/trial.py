@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.latents import DTYPES
+from ldm_lab.training.equivariance import Equivariance
 from ldm_lab.training.latents import are_cached, moments_shape
 from ldm_lab.training.planning import memory
 from ldm_lab.training.planning.estimate import estimate
@@ -162,6 +163,7 @@ class Trial:
         data.batch_size, data.global_batch_size = batch_size, images
         if self.moments:
             data.cached = NoLatents(data.num_train, self.moments, DTYPES[data.latents_dtype])
+        module.equivariance = Equivariance(0)  # transformed batches are smaller, and come later
         module.measures_scale = False  # measuring the latents' scale takes time and affects no result here
         if self.compiled:
             module.compile_networks()
