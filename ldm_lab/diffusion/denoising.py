@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
+from ldm_lab.diffusion.process import Process, SchedulerOutput
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.transfer import to_device
 
@@ -26,7 +26,7 @@ class UNet(Protocol):
 @torch.no_grad()
 def denoise(
     unet: UNet,
-    scheduler: Scheduler,
+    scheduler: Process,
     latents: Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     eta: float = 0.0,
