@@ -52,7 +52,7 @@ def check_samplers(callbacks: Mapping[str, Any], scheduler: Process) -> None:
         UserError: a sampler is for another process; the message names its key.
     """
     for name, settings in callbacks.items():
-        if sampler := (settings or {}).get("sampler"):
+        if (settings or {}).get("_target_") and (sampler := settings.get("sampler")):
             try:
                 require_process(sampler, scheduler)
             except UserError as error:
