@@ -14,10 +14,11 @@ USAGE = """Draw images from a trained model.
 
 Keys: ckpt (run folder, finished or not, its snapshot, pipeline folder, training checkpoint, file of CompVis, hub name),
 original_config (of a file of CompVis; the one beside it is found by itself), num_samples, batch_size, seed, sampler
-(ddim, ddpm, dpm_solver), sampler.steps, sampler.eta, output (folder), trainer, guide with guidance and
-guidance_interval (autoguidance), compile, and for large images tiling and slicing. Pictures beside the samples:
-denoising=8 (how the first eight come about), interpolate=[3,17] (from one sample to another), variation=image.png with
-strength, reconstruct=folder; num_samples=0 for these alone.
+(ddim, ddpm, dpm_solver; flow_euler or flow_heun for models of process=flow), sampler.steps, sampler.eta, output
+(folder), trainer, guide with guidance and guidance_interval (autoguidance), ema (length of the average of the weights),
+compile, and for large images tiling and slicing. Pictures beside the samples: denoising=8 (how the first eight come
+about), interpolate=[3,17] (from one sample to another), variation=image.png with strength, reconstruct=folder;
+num_samples=0 for these alone.
 The same command again draws only what is missing."""
 
 

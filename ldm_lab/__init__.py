@@ -18,6 +18,8 @@ _HOMES = {
     "DDIMScheduler": "ldm_lab.diffusion.ddim",
     "DDPMScheduler": "ldm_lab.diffusion.ddpm",
     "DPMSolverMultistepScheduler": "ldm_lab.diffusion.dpm_solver",
+    "FlowMatchEulerDiscreteScheduler": "ldm_lab.diffusion.flow_euler",
+    "FlowMatchHeunDiscreteScheduler": "ldm_lab.diffusion.flow_heun",
     "LDMPipeline": "ldm_lab.pipeline",
     "ImagePipelineOutput": "ldm_lab.models.outputs",
     "UNet2DModel": "ldm_lab.models.unet",

@@ -114,7 +114,7 @@ def test_a_sampler_that_is_registered_can_be_asked_for(configs, monkeypatch):
     scheduler = samplers.choose(chosen.name, DDIMScheduler(num_train_timesteps=100), chosen.eta)
     assert (type(scheduler), scheduler.config.num_train_timesteps, chosen.steps) == (OwnScheduler, 100, 7)
     monkeypatch.delitem(samplers.SAMPLERS, "own")
-    with pytest.raises(UserError, match=r"^sampler=own: there are ddim, ddpm, dpm_solver$"):
+    with pytest.raises(UserError, match=r"^sampler=own: there are ddim, ddpm, dpm_solver, flow_euler, flow_heun$"):
         samplers.choose(chosen.name, DDIMScheduler())
 
 

@@ -122,7 +122,10 @@ def write(folder: Path, components: Mapping[str, Any], **files: Any) -> None:  #
         part.save_pretrained(folder / name, **(files if name in NETWORKS else {}))
         if _library(part) != "diffusers":
             kind = f"{_library(part)}.{type(part).__name__}"
-            say_once(f"{name} is written as {kind}, which diffusers does not have: there this model will not load")
+            say_once(
+                f"{name} is written as {kind}, which diffusers does not have, or not in its LDMPipeline: there this"
+                " model will not load"
+            )
     index = {name: [_library(part), type(part).__name__] for name, part in components.items()}
     write_json(folder / INDEX, {"_class_name": "LDMPipeline", "_diffusers_version": "0.42.1", **index})
 

@@ -91,7 +91,7 @@ class Recipe:
                 raise ConfigError(f"{o.input_line}: the key is needed; give it another value")
         bases = [base("train", (f"experiment={stage}", *self._groups(stage))) for stage in self.stages]
         configs = [_changed(settable(one), where_known(one)) for one in bases]
-        _apply(self.overrides, bases, configs)
+        _apply(self.overrides, [OmegaConf.to_container(one, resolve=False) for one in configs], configs)
         for config in configs:
             _changed(config, changes.get(config.stage, {}))
         plugins = plugins_given(self.overrides)
@@ -153,7 +153,7 @@ def _apply(overrides: Iterable[Override], bases: list[dict[str, Any]], configs: 
 
 def _changed(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     for key, value in values.items():
-        OmegaConf.update(config, key, value, force_add=True)
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
     return config
 
 

@@ -13,7 +13,7 @@ from ldm_lab.runs.stages import STAGES
 from ldm_lab.utils.errors import UserError, one_line
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-OPTIONAL = ("debug", "length", "local")  # groups that may be left out
+OPTIONAL = ("debug", "length", "local", "process")  # groups that may be left out
 
 
 class ConfigError(UserError):

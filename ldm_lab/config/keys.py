@@ -24,7 +24,7 @@ def keys(config: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def where_known(config: dict[str, Any]) -> dict[str, Any]:
-    """The values that a config file (`debug=tiny`) sets only in stages that have their keys."""
+    """The values and nodes that config files (`debug=tiny`, `process=flow`) set only in stages that have their keys."""
     return {key: value for key, value in config.get("where_known", {}).items() if knows(config, key)}
 
 

@@ -21,7 +21,7 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training import device, initial, launcher
 from ldm_lab.training.planning import batch_size, preview
 from ldm_lab.training.planning import plan as planning
-from ldm_lab.training.planning.preflight import check_fit, check_order
+from ldm_lab.training.planning.preflight import check_fit, check_order, check_samplers
 from ldm_lab.training.planning.trial import Trial
 from ldm_lab.training.power_ema import PowerEMA
 from ldm_lab.training.quiet import quiet
@@ -124,6 +124,8 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
         autoencoder = made["autoencoder"]
         check_fit(config.data.image_size, autoencoder, made.get("unet"))
         build_all(config.callbacks, "callbacks")  # so that bad settings fail before stage 1 trains
+        if "scheduler" in made:
+            check_samplers(plain(config).get("callbacks") or {}, made["scheduler"])
 
 
 def try_training(model: DictConfig) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.noise import step_noise
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, posterior_variance
+from ldm_lab.diffusion.process import SchedulerOutput
+from ldm_lab.diffusion.scheduler import Scheduler, posterior_variance
 from ldm_lab.utils.arguments import is_number, require
 from ldm_lab.utils.configurable import register_to_config
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.guidance import Denoiser, GuidedModel
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput
+from ldm_lab.diffusion.process import Process, SchedulerOutput
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.transfer import to_device
 
@@ -17,7 +17,7 @@ from ldm_lab.utils.transfer import to_device
 @torch.no_grad()
 def denoise(
     unet: Denoiser,
-    scheduler: Scheduler,
+    scheduler: Process,
     latents: Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     eta: float = 0.0,

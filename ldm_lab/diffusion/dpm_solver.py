@@ -14,7 +14,8 @@ from ldm_lab.diffusion.levels import SPREADS, Level, flow, timesteps_at
 from ldm_lab.diffusion.multistep import ALGORITHMS, SOLVERS, by_data, by_noise, integral
 from ldm_lab.diffusion.noise import step_noise
 from ldm_lab.diffusion.parameterization import PARAMETERIZATIONS, Flow
-from ldm_lab.diffusion.scheduler import Scheduler, SchedulerOutput, index_of, require_steps
+from ldm_lab.diffusion.process import SchedulerOutput
+from ldm_lab.diffusion.scheduler import Scheduler, index_of, require_steps
 from ldm_lab.diffusion.spacing import SPACINGS, evenly
 from ldm_lab.utils.arguments import is_integer, is_number, require, require_choice
 from ldm_lab.utils.configurable import register_to_config

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_lab.diffusion.parameterization import Parameterization
-from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.diffusion.process import Process
 from ldm_lab.diffusion.timesteps import DrawTimesteps, discretize, stratified
 from ldm_lab.utils.arguments import is_number, require
 from ldm_lab.utils.errors import UserError
@@ -88,13 +88,13 @@ class DenoisingObjective:
         scheduler: adds the noise and defines the prediction type.
         loss: `L2Loss()` or `L1Loss()`.
         weighting: `PlainWeighting()` or `MinSNRWeighting(gamma)`.
-        timesteps: `UniformTimesteps()` or `LowDiscrepancyTimesteps()`.
+        timesteps: `UniformTimesteps()`, `LowDiscrepancyTimesteps()` or `LogitNormalTimesteps(mean, std)`.
 
     Raises:
         UserError: epsilon prediction with zero terminal SNR, where noise does not determine a clean sample.
     """
 
-    scheduler: Scheduler
+    scheduler: Process
     loss: Callable[[Tensor, Tensor], Tensor]
     weighting: Weighting
     timesteps: DrawTimesteps
@@ -107,14 +107,17 @@ class DenoisingObjective:
             )
 
     def draw_timesteps(self, seed: int, positions: Tensor | Sequence[int], batch_size: int) -> Tensor:
-        """Timesteps `(B,)`, int64 on the CPU, of the images at `positions` of the training stream.
+        """Timesteps `(B,)`, on the CPU, of the images at `positions` of the training stream.
+
+        They are whole, int64, or of flow matching any numbers, float32.
 
         Args:
             seed: the seed of the run.
             positions: places in the global stream of training images, `(B,)`.
             batch_size: size of the global batch, over all devices and micro-batches.
         """
-        return self.timesteps(seed, positions, batch_size, len(self.scheduler))
+        drawn = self.timesteps(seed, positions, batch_size, len(self.scheduler))
+        return self.scheduler.training_timesteps(drawn)
 
     def validation_timesteps(self, count: int) -> Tensor:
         """Fixed timesteps for `count` held-out images, evenly spaced over the range, `(count,)`, int64.
@@ -142,7 +145,7 @@ class DenoisingObjective:
             predict: the network, `(x_t (B, ...), t (B,)) -> (B, ...)`.
             x0: clean samples, `(B, ...)`.
             noise: standard normal, of the same shape.
-            timesteps: `(B,)`, integers in 0..T-1.
+            timesteps: `(B,)`, see `draw_timesteps`.
 
         Raises:
             UserError: the shapes of x0, the noise and the prediction differ.

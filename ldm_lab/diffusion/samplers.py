@@ -8,27 +8,32 @@ from typing import Any
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.dpm_solver import LEVELS, DPMSolverMultistepScheduler
-from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.diffusion.flow import is_flow
+from ldm_lab.diffusion.flow_euler import FlowMatchEulerDiscreteScheduler
+from ldm_lab.diffusion.flow_heun import FlowMatchHeunDiscreteScheduler
+from ldm_lab.diffusion.process import Process
 from ldm_lab.utils.errors import UserError
 
-SAMPLERS: dict[str, type[Scheduler]] = {
+SAMPLERS: dict[str, type[Process]] = {
     "ddim": DDIMScheduler,
     "ddpm": DDPMScheduler,
     "dpm_solver": DPMSolverMultistepScheduler,
+    "flow_euler": FlowMatchEulerDiscreteScheduler,
+    "flow_heun": FlowMatchHeunDiscreteScheduler,
 }
 
 # Settings of the visited timesteps belong to the sampler, not to the model.
 GRID = ("timestep_spacing", "steps_offset", *LEVELS)
 
 
-def named(name: str) -> type[Scheduler]:
+def named(name: str) -> type[Process]:
     """The class of a sampler. Raises `UserError` if the name is not in `SAMPLERS`."""
     if name not in SAMPLERS:
         raise UserError(f"sampler={name}: there are {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
 
 
-def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
+def choose(name: str, scheduler: Process, eta: float = 0.0) -> Process:
     """Make the named sampler for the model with the given `scheduler`.
 
     A sampler of the same class keeps all settings. A sampler of another class keeps the settings of training (noise
@@ -46,19 +51,32 @@ def choose(name: str, scheduler: Scheduler, eta: float = 0.0) -> Scheduler:
         eta: η for later steps.
 
     Raises:
-        UserError: there is no such sampler, or it does not support this eta.
+        UserError: there is no such sampler, it does not support this eta, or it is for another process than the model.
     """
     kind = named(name)
+    require_process(name, scheduler)
     if eta and "eta" not in inspect.signature(kind.step).parameters:
-        raise UserError(f"sampler.eta={eta}: {name} has none; use sampler=ddim or sampler.eta=0")
+        other = "" if is_flow(kind) else "sampler=ddim or "
+        raise UserError(f"sampler.eta={eta}: {name} has none; use {other}sampler.eta=0")
     if isinstance(scheduler, kind):
         return type(scheduler).from_config(scheduler.config)
     known = inspect.signature(kind.__init__).parameters
     return kind.from_config({key: value for key, value in _model_settings(scheduler).items() if key in known})
 
 
-def _model_settings(scheduler: Scheduler) -> dict[str, Any]:
+def require_process(name: str, scheduler: Process) -> None:
+    """Raise `UserError` unless the named sampler is for the process of a model with this scheduler."""
+    straight = is_flow(type(scheduler))
+    if is_flow(named(name)) != straight:
+        trained = "by flow matching" if straight else "as a diffusion, not by flow matching"
+        *others, last = [one for one, kind in SAMPLERS.items() if is_flow(kind) == straight]
+        raise UserError(f"sampler={name}: the model was trained {trained}; use sampler={', '.join(others)} or {last}")
+
+
+def _model_settings(scheduler: Process) -> dict[str, Any]:
     """The settings that belong to the model, under the names of every sampler."""
+    if is_flow(type(scheduler)):
+        return scheduler.config
     config, ends_clean = scheduler.config, float(scheduler.final_alpha_cumprod) == 1
     kept = {key: value for key, value in config.items() if key not in GRID}
     if config.timestep_spacing == "trailing":

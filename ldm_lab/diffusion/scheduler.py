@@ -1,4 +1,4 @@
-"""Base class of all schedulers: noise levels, forward process, list of timesteps.
+"""Base class of the schedulers of diffusion: noise levels by betas, list of timesteps.
 
 Training (`add_noise`, `get_velocity`) and sampling (`set_timesteps`, `step`) use the same object. Notation:
 ᾱ_t is `alphas_cumprod[t]`, α_t = √ᾱ_t the rate of the signal, σ_t = √(1 - ᾱ_t) the rate of the noise.
@@ -11,7 +11,6 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import SupportsIndex
 
 import torch
@@ -19,32 +18,18 @@ from torch import Tensor
 
 from ldm_lab.diffusion.broadcast import dynamic_threshold, per_sample
 from ldm_lab.diffusion.parameterization import Parameterization
+from ldm_lab.diffusion.process import Process, at_least_float32
 from ldm_lab.diffusion.schedules import cumulative_signal, make_betas
-from ldm_lab.diffusion.settings import SchedulerSettings
 from ldm_lab.diffusion.spacing import SPACINGS
 from ldm_lab.utils.arguments import is_integer, require
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.outputs import BaseOutput
 from ldm_lab.utils.transfer import to_device
 
 END = -1  # the "timestep" after the last: a clean sample
 
 
-@dataclass
-class SchedulerOutput(BaseOutput):
-    """Result of one step, in the shape and dtype of the input sample.
-
-    Attributes:
-        prev_sample: the sample at the earlier, less noisy timestep.
-        pred_original_sample: the step's prediction of x0.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
-
-
-class Scheduler(SchedulerSettings):
-    """Base of all schedulers.
+class Scheduler(Process):
+    """Base of schedulers whose noise levels follow betas, at T whole timesteps.
 
     A subclass takes its settings as constructor arguments under `register_to_config` (this class reads
     them from `self.config`) and adds `step`.
@@ -57,10 +42,7 @@ class Scheduler(SchedulerSettings):
         init_noise_sigma: standard deviation of the starting noise.
         timesteps: the timesteps to visit, descending, `(num_inference_steps,)`, int64.
         num_inference_steps: their number; `None` before `set_timesteps`, when all T are listed.
-        order: network evaluations per step.
     """
-
-    order = 1
 
     def __init__(self, set_alpha_to_one: bool = True) -> None:
         config = self.config
@@ -120,52 +102,16 @@ class Scheduler(SchedulerSettings):
         alpha, sigma = self._rates[batch.device][:, to_device(torch.atleast_1d(timesteps), batch.device)]
         return per_sample(alpha, batch), per_sample(sigma, batch)
 
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio α_t² / σ_t² at each of `timesteps`, `(B,)`, float32, on their device."""
-        alpha, sigma = self.rates(timesteps, timesteps)
-        return (alpha / sigma).square()
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Draw from q(x_t | x0): x_t = α_t x0 + σ_t ε (Ho et al. 2020, eq. 4; "q_sample").
-
-        Args:
-            original_samples: x0, `(B, ...)`.
-            noise: ε, standard normal, of the same shape.
-            timesteps: `(B,)`, integers in 0..T-1.
-
-        Returns:
-            x_t in the shape and dtype of x0; computed in float32 or higher.
-        """
-        alpha, sigma = self.rates(timesteps, original_samples)
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
-
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = α_t ε - σ_t x0 (Salimans & Ho 2022), shapes and dtype as in `add_noise`."""
         alpha, sigma = self.rates(timesteps, sample)
         return (alpha * noise - sigma * sample).to(sample.dtype)
 
-    def get_target(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The training target for `prediction_type`, shapes and dtype as in `add_noise`."""
-        alpha, sigma = self.rates(timesteps, original_samples)
-        return self.parameterization.target(original_samples, noise, alpha, sigma).to(original_samples.dtype)
-
-    def predict_x0(self, model_output: Tensor, timesteps: Tensor, sample: Tensor) -> Tensor:
-        """The clean sample from a prediction at x_t = `sample`, neither clipped nor thresholded.
-
-        Args:
-            model_output: `(B, ...)`.
-            timesteps: `(B,)`, integers in 0..T-1.
-            sample: x_t, `(B, ...)`.
-        """
-        x_t = at_least_float32(sample)
-        x0, _ = self.parameterization.x0_and_epsilon(model_output.to(x_t.dtype), x_t, *self.rates(timesteps, sample))
-        return x0.to(sample.dtype)
+    def training_timesteps(self, drawn: Tensor) -> Tensor:
+        """Numbers in 0..T -> whole timesteps in 0..T-1, int64."""
+        return drawn.long().clamp(max=len(self) - 1)
 
     # The list of timesteps.
-
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The network's input for `sample`: the sample itself."""
-        return sample
 
     def set_timesteps(
         self,
@@ -261,20 +207,10 @@ class Scheduler(SchedulerSettings):
             x0 = x0.clamp(-self._clip, self._clip)
         return x_t, x0, epsilon
 
-    @staticmethod
-    def _result(x_prev: Tensor, x0: Tensor, dtype: torch.dtype, return_dict: bool) -> SchedulerOutput | tuple:
-        output = SchedulerOutput(x_prev.to(dtype), x0.to(dtype))
-        return output if return_dict else output.to_tuple()
-
 
 def posterior_variance(alpha_bar_t: float, alpha_bar_prev: float) -> float:
     """Variance of q(x_prev | x_t, x0), β̃_t in Ho et al. 2020, eq. 7, between any two noise levels."""
     return (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
-
-
-def at_least_float32(sample: Tensor) -> Tensor:
-    """`sample` in float32 or higher: half precision becomes float32."""
-    return sample.to(torch.promote_types(sample.dtype, torch.float32))
 
 
 def require_steps(count: int | None, most: int) -> int:

@@ -68,13 +68,14 @@ class SchedulerSettings(Configurable):
 
     @property
     def compatibles(self) -> list[type[SchedulerSettings]]:
-        """The classes of this package that accept this scheduler's config: all samplers.
+        """The classes of this package that accept this scheduler's config: all samplers of its process.
 
         diffusers' compatible classes accept it too, and a pipeline accepts them.
         """
-        from ldm_lab.diffusion.samplers import SAMPLERS  # imported here, as the samplers derive from this class
+        from ldm_lab.diffusion.flow import is_flow  # imported here, as the samplers derive from this class
+        from ldm_lab.diffusion.samplers import SAMPLERS
 
-        return list(SAMPLERS.values())
+        return [kind for kind in SAMPLERS.values() if is_flow(kind) == is_flow(type(self))]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder/scheduler_config.json`."""

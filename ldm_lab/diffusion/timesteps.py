@@ -6,13 +6,18 @@ devices and micro-batches, and a resumed run, draw the same timesteps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ldm_lab.utils.limits import Positive
 from ldm_lab.utils.randomness import generator, uniform
+
+SMALLEST = 2.0**-53  # quantiles are above 0, where the normal distribution has none
 
 
 class DrawTimesteps(Protocol):
@@ -21,7 +26,9 @@ class DrawTimesteps(Protocol):
     def __call__(
         self, seed: int, positions: Tensor | Sequence[int], batch_size: int, num_train_timesteps: int
     ) -> Tensor:
-        """Timesteps `(B,)`, int64 in 0..T-1, for the images at `positions`.
+        """Timesteps `(B,)` for the images at `positions`: int64 in 0..T-1, or float64 in 0..T.
+
+        `Process.training_timesteps` makes them what the scheduler takes.
 
         Args:
             seed: the seed of the run.
@@ -58,13 +65,44 @@ class LowDiscrepancyTimesteps:
         self, seed: int, positions: Tensor | Sequence[int], batch_size: int, num_train_timesteps: int
     ) -> Tensor:
         """See `DrawTimesteps`."""
-        positions = torch.tensor(_as_list(positions), dtype=torch.int64)
-        batches, of_position = (positions // batch_size).unique(return_inverse=True)
-        offset = uniform(seed, "timestep of batch", batches.tolist())[of_position]
-        draws = [generator(seed, "order of timesteps", batch) for batch in batches.tolist()]
-        orders = torch.stack([torch.randperm(batch_size, generator=draw) for draw in draws])  # (batches, k)
-        strata = orders[of_position, positions % batch_size]
-        return discretize((offset + strata / batch_size) % 1, num_train_timesteps)
+        return discretize(_low_discrepancy(seed, positions, batch_size), num_train_timesteps)
+
+
+class LogitNormalTimesteps:
+    """t = sigmoid(n) with n from N(mean, std²), times T: fewer times near data and near noise.
+
+    Esser et al. 2024, arXiv 2403.03206, section 3.1. Flow matching trains at these times, shifted by the scheduler's
+    `shift`; a diffusion at the whole timesteps below. Their quantiles are those of `LowDiscrepancyTimesteps`: each time
+    alone has this distribution, and a batch covers it evenly.
+
+    Args:
+        mean: of the normal distribution; above 0 more times are noisy.
+        std: its standard deviation.
+    """
+
+    def __init__(self, mean: float = 0.0, std: Positive = 1.0) -> None:
+        self.normal = NormalDist(mean, std)
+
+    def __call__(
+        self, seed: int, positions: Tensor | Sequence[int], batch_size: int, num_train_timesteps: int
+    ) -> Tensor:
+        """See `DrawTimesteps`; float64."""
+        quantiles = _low_discrepancy(seed, positions, batch_size).tolist()
+        # Numbers one by one: functions of torch round the last bit by a number's place in the tensor.
+        normals = [self.normal.inv_cdf(max(quantile, SMALLEST)) for quantile in quantiles]
+        times = [0.5 + 0.5 * math.tanh(0.5 * normal) for normal in normals]  # sigmoid
+        return torch.tensor(times, dtype=torch.float64, device="cpu") * num_train_timesteps
+
+
+def _low_discrepancy(seed: int, positions: Tensor | Sequence[int], batch_size: int) -> Tensor:
+    """Fractions u in [0, 1) of the range of time, `(B,)`, float64: see `LowDiscrepancyTimesteps`."""
+    positions = torch.tensor(_as_list(positions), dtype=torch.int64)
+    batches, of_position = (positions // batch_size).unique(return_inverse=True)
+    offset = uniform(seed, "timestep of batch", batches.tolist())[of_position]
+    draws = [generator(seed, "order of timesteps", batch) for batch in batches.tolist()]
+    orders = torch.stack([torch.randperm(batch_size, generator=draw) for draw in draws])  # (batches, k)
+    strata = orders[of_position, positions % batch_size]
+    return (offset + strata / batch_size) % 1
 
 
 def stratified(count: int) -> Tensor:

@@ -38,7 +38,7 @@ def attach(pipe: LDMPipeline, source: str, plugins: Sequence[str] = ()) -> str:
     try:
         require_same_latents(pipe.unet, other.unet)
         _require_same_process(pipe, other)
-        same = other.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
+        same = other.scheduler.config.get("prediction_type") == pipe.scheduler.config.get("prediction_type")
         target = pipe.scheduler.parameterization
         pipe.guide = other.unet if same else Converted(other.unet, other.scheduler, target)
     except UserError as error:
@@ -59,10 +59,13 @@ def _require_same_process(pipe: LDMPipeline, other: LDMPipeline) -> None:
     scales = [model.vqvae.config.scaling_factor for model in (other, pipe)]
     if not math.isclose(*scales, rel_tol=1e-6):
         raise UserError(f"was trained with scaling_factor={scales[0]:.6g}, the model with {scales[1]:.6g}: {ADVICE}")
+    betas = [isinstance(model.scheduler, Scheduler) for model in (other, pipe)]  # or a straight path: flow matching
+    if betas[0] != betas[1]:
+        raise UserError(f"was trained with another process (betas or flow matching): {ADVICE}")
     lengths = [len(model.scheduler) for model in (other, pipe)]
     if lengths[0] != lengths[1]:
         raise UserError(f"has num_train_timesteps={lengths[0]}, the model {lengths[1]}: {ADVICE}")
-    if not _same_levels(other.scheduler, pipe.scheduler):
+    if all(betas) and not _same_levels(other.scheduler, pipe.scheduler):
         raise UserError(f"was trained with other betas, so that alphas_cumprod differs: {ADVICE}")
 
 

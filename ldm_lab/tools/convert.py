@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.diffusion.flow import FlowScheduler
+from ldm_lab.diffusion.process import Process
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.pretrained import PretrainedModel, dtype_name
@@ -87,9 +88,11 @@ def describe_unet(model: UNet2DModel) -> str:
     return f"{_size(model)}, latents of {config.in_channels} channels, {latents}, attention with {heads}"
 
 
-def describe_scheduler(scheduler: Scheduler) -> str:
-    """One line: class, betas, prediction type."""
+def describe_scheduler(scheduler: Process) -> str:
+    """One line: class, betas, prediction type; of flow matching the shift."""
     config = scheduler.config
+    if isinstance(scheduler, FlowScheduler):
+        return f"{type(scheduler).__name__}, {config.num_train_timesteps} timesteps, shift {config.shift:.6g}"
     listed = config.trained_betas is not None
     betas = "betas listed" if listed else f"{config.beta_schedule} {config.beta_start:.6g} to {config.beta_end:.6g}"
     return f"{type(scheduler).__name__}, {config.num_train_timesteps} timesteps, {betas}, {config.prediction_type}"

@@ -34,6 +34,8 @@ FIRST_STAGES = {
     "kl_equivariant": ("model=kl_avatars", "model.equivariance.probability=0.5"),
 }
 OBJECTIVE = "ldm_lab.diffusion.objective"
+STANDARD = ("dpm_solver", 20, 0)  # sampler, evaluations and eta of most rows: the best quality per minute
+FLOW = ("flow_heun", 20, 0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Variant:
         first_stage: one of `FIRST_STAGES`.
         flags: flags of the evaluation.
         guidance: scale of autoguidance by the run's own snapshot at a quarter of its training; 1: none.
+        sampling: sampler, evaluations and eta.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Variant:
     first_stage: str = "vq"
     flags: tuple[str, ...] = ()
     guidance: float = 1.0
+    sampling: tuple[str, int, int] = STANDARD
 
 
 DEMO = Variant("demo", "the demo as it is", "VQ, velocity, min-SNR, low-discrepancy timesteps, EMA 0.999")
@@ -78,6 +82,11 @@ VARIANTS = (
         "plain", "weighting", "plain",
         (f"model.objective.weighting._target_={OBJECTIVE}.PlainWeighting", "~model.objective.weighting.gamma"),
     ),
+    Variant("flow", "process", "flow matching, times by the latents' size", ("process=flow",), sampling=FLOW),
+    Variant(
+        "flow_unshifted", "process", "flow matching, times not shifted", ("process=flow", "model.scheduler.shift=1"),
+        sampling=FLOW,
+    ),
     # A longer average than the demo's would be equal, as the decay's warm-up does not reach it in so short a training.
     Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
     Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
@@ -91,7 +100,6 @@ VARIANTS = (
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
 CHOICES = [*(variant.name for variant in VARIANTS), "samplers"]
-STANDARD = ("dpm_solver", 20, 0)  # of all rows except samplers: the best quality per minute
 OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # besides the Frechet distance
 
 
@@ -145,7 +153,7 @@ class Workshop:
         self.each(self.train_first_stage, of_first_stages)
         reconstructions = self.each(self.evaluate_first_stage, of_first_stages)
         self.each(self.train, of_variants)
-        samples = self.each(self.evaluate, [(*pair, STANDARD) for pair in of_variants])
+        samples = self.each(self.evaluate, [(*pair, pair[0].sampling) for pair in of_variants])
         lines = [*self.head("first stage", reconstructions[0], OF_FIRST_STAGES)]
         lines += self.rows(first_stages, reconstructions, OF_FIRST_STAGES)
         lines += ["", *self.head("question", samples[0], OF_SAMPLES)]

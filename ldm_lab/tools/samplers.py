@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm_lab.diffusion.flow import is_flow
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.pipeline import LDMPipeline
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> None:
     """Print a row for each sampler and number of evaluations. Raises `UserError` for invalid flags."""
     options = parse(argv)
     pipe = LDMPipeline.from_pretrained(options.source)
+    if is_flow(type(pipe.scheduler)):
+        raise UserError(f"{options.source}: a model of flow matching; this tool compares samplers of diffusion models")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     reference = options.reference or len(pipe.scheduler)
     print(f"{options.seeds} images; the solution: DPM-Solver++ 2M with {reference} steps")

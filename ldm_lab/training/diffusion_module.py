@@ -11,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from ldm_lab.diffusion.objective import DenoisingObjective
-from ldm_lab.diffusion.scheduler import Scheduler
+from ldm_lab.diffusion.process import Process
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.pretrained import PretrainedModel
 from ldm_lab.models.unet import UNet2DModel
@@ -51,7 +51,7 @@ class DiffusionModule(StageModule):
         self,
         unet: UNet2DModel,
         autoencoder: FirstStage,
-        scheduler: Scheduler,
+        scheduler: Process,
         objective: DenoisingObjective,
         ema: Callable[[UNet2DModel], EMA],
         scaling_factor: Positive | Literal["measure"] = 1.0,
@@ -118,7 +118,8 @@ class DiffusionModule(StageModule):
 
     def setup(self, stage: str) -> None:
         """Write the latent size into the UNet's config, as sampling starts from noise of that size."""
-        _, height, width = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
+        channels, height, width = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
+        self.scheduler.fit((channels, height, width))
         size = height if height == width else [height, width]
         for network in (self.unet, self.ema.model, *(self.power_ema.averages.values() if self.power_ema else ())):
             network.register_to_config(sample_size=size)

@@ -18,6 +18,7 @@ import torch
 from ldm_lab.checkpoints import checkpoint
 from ldm_lab.checkpoints.checkpoint import class_of
 from ldm_lab.checkpoints.locate import State, search
+from ldm_lab.diffusion.flow import is_flow
 from ldm_lab.diffusion.scheduler import Scheduler
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.models.first_stage import FirstStage
@@ -27,7 +28,7 @@ from ldm_lab.runs.folder import RunFolder
 from ldm_lab.training.autoencoder_module import AutoencoderModule
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.utils import hub
+from ldm_lab.utils import hub, signatures
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import find, flatten
 from ldm_lab.utils.reading import LoadError, read_json
@@ -145,7 +146,7 @@ def settings(config: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
 def _changes(
     source: Source, node: str, node_config: dict[str, Any], part: Configurable, typed: Collection[str]
 ) -> dict[str, Any]:
-    keys: Sequence[str] = OF_WEIGHTS
+    keys: Sequence[str] = [key for key in OF_WEIGHTS if key in part.config]
     if isinstance(part, PretrainedModel):
         keys = [key for key in part.config if key not in NOT_OF_WEIGHTS]
         if not f".{node_config['_target_']}".endswith(f".{part.class_name()}"):
@@ -153,6 +154,12 @@ def _changes(
                 f"{node} is {node_config['_target_']}, but init={source.name} holds {part.class_name()}:"
                 " choose a model= of that kind, or other weights"
             )
+    elif is_flow(signatures.named(node_config["_target_"])) != is_flow(type(part)):
+        advice = "add" if is_flow(type(part)) else "leave out"
+        raise UserError(
+            f"{node} is {node_config['_target_']}, but init={source.name} was trained with {part.class_name()}:"
+            f" {advice} process=flow, or take other weights"
+        )
     arguments = inspect.signature(type(part).__init__).parameters
     changes = {}
     for key in keys:

@@ -8,10 +8,12 @@ import torch
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.diffusion.ddpm import DDPMScheduler
 from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
+from ldm_lab.diffusion.flow import is_flow
 from ldm_lab.diffusion.samplers import SAMPLERS, choose
 
 LATENTS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "clip_sample": False}
 COMPVIS = {**LATENTS, "set_alpha_to_one": False, "steps_offset": 1}
+DIFFUSIONS = [name for name, kind in SAMPLERS.items() if not is_flow(kind)]
 VARIANCE = 0.05  # of the data, N(0, VARIANCE), that the analytic model knows
 
 
@@ -74,7 +76,7 @@ def test_ancestral_sampling_comes_to_the_variance_of_the_data(model):
     assert float(x.var()) == pytest.approx(VARIANCE, rel=0.12)  # a step a timestep is not quite enough
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", DIFFUSIONS)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -122,14 +124,14 @@ def test_latents_are_not_clipped_behind_a_sampler_that_cannot_clip():
 
 def test_there_and_back_is_the_same():
     for model in (DDIMScheduler(**LATENTS), DDIMScheduler(**LATENTS, timestep_spacing="trailing")):
-        for name in SAMPLERS:
+        for name in DIFFUSIONS:
             assert choose("ddim", choose(name, model)).config == model.config
 
 
 @pytest.mark.parametrize(
     ("name", "eta", "message"),
     [
-        ("euler", 0.0, "sampler=euler: there are ddim, ddpm, dpm_solver"),
+        ("euler", 0.0, "sampler=euler: there are ddim, ddpm, dpm_solver, flow_euler, flow_heun"),
         ("ddpm", 0.5, "sampler.eta=0.5: ddpm has none; use sampler=ddim or sampler.eta=0"),
         ("dpm_solver", 1.0, "sampler.eta=1.0: dpm_solver has none; use sampler=ddim or sampler.eta=0"),
     ],

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from ldm_lab import DDIMScheduler, LDMPipeline
+from ldm_lab.diffusion.flow import is_flow
+from ldm_lab.diffusion.flow_euler import FlowMatchEulerDiscreteScheduler
+from ldm_lab.diffusion.flow_heun import FlowMatchHeunDiscreteScheduler
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.utils.reading import LoadError
 from tests.helpers import GOLDEN, assert_close_relative
@@ -117,10 +120,27 @@ def test_more_evaluations_than_steps_are_all_counted():
 @pytest.mark.parametrize("kind", SAMPLERS.values(), ids=SAMPLERS)
 def test_ours_serves_in_their_pipeline(kind):
     ours, theirs = quiet(LDMPipeline.from_pretrained(FOLDER)), quiet(diffusers.LDMPipeline.from_pretrained(FOLDER))
-    ours.scheduler = theirs.scheduler = kind.from_config(ours.scheduler.config)
+    ours.scheduler = theirs.scheduler = kind() if is_flow(kind) else kind.from_config(ours.scheduler.config)
     torch.manual_seed(0)
     drawn = theirs(1, seeded(), num_inference_steps=4, output_type="np").images
     torch.manual_seed(0)
     ours.scheduler.set_timesteps(4)
     start = torch.randn(1, 3, 16, 16, generator=seeded())
     np.testing.assert_allclose(ours(latents=start, num_inference_steps=4, output_type="np").images, drawn, atol=1e-4)
+
+
+def test_a_folder_of_flow_matching_is_for_ours_alone(tmp_path):
+    """The schedulers of these names in diffusers lack what its `LDMPipeline` calls."""
+    pipe = quiet(LDMPipeline.from_pretrained(FOLDER))
+    for kind in (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler):
+        assert not hasattr(getattr(diffusers, kind.__name__), "scale_model_input")
+        pipe.scheduler = kind(shift=2.0)
+        pipe.save_pretrained(tmp_path / kind.__name__)
+        back = quiet(LDMPipeline.from_pretrained(tmp_path / kind.__name__))
+        assert (type(back.scheduler), back.scheduler.config) == (kind, pipe.scheduler.config)
+        drawn = [one(1, seeded(), num_inference_steps=3, output_type="latent").images for one in (pipe, back)]
+        assert torch.equal(*drawn)
+        with pytest.raises(ValueError, match=r"eta is 0\.5, but FlowMatch\w+ has none"):
+            back(1, seeded(), 0.5, num_inference_steps=3)
+        with pytest.raises(Exception, match="ldm_lab"):
+            diffusers.LDMPipeline.from_pretrained(tmp_path / kind.__name__)

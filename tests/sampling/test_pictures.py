@@ -10,6 +10,7 @@ from PIL import Image
 import sample
 from ldm_lab import LDMPipeline
 from ldm_lab.diffusion import samplers
+from ldm_lab.diffusion.flow_euler import FlowMatchEulerDiscreteScheduler
 from ldm_lab.sampling import pictures
 from ldm_lab.sampling.pictures import read_images, slerp
 from ldm_lab.utils.images import to_unit
@@ -87,7 +88,8 @@ def test_the_weaker_a_variation_the_nearer_it_is(pipe):
 
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_variations_work_with_every_sampler_and_differ(pipe, sampler):
-    other = LDMPipeline(pipe.vqvae, pipe.unet, samplers.choose(sampler, pipe.scheduler))
+    own = FlowMatchEulerDiscreteScheduler(shift=2.0) if sampler.startswith("flow") else pipe.scheduler
+    other = LDMPipeline(pipe.vqvae, pipe.unet, samplers.choose(sampler, own))
     image = torch.zeros(3, 32, 32)
     found = pictures.variations(other, image, 2, 0.7, seed=0, steps=10)
     assert found.isfinite().all()

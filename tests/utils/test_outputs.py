@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from ldm_lab.diffusion.scheduler import SchedulerOutput
+from ldm_lab.diffusion.process import SchedulerOutput
 from ldm_lab.models.outputs import AutoencoderKLOutput, DecoderOutput, EncoderOutput, UNet2DOutput
 from ldm_lab.pipeline import ImagePipelineOutput
 

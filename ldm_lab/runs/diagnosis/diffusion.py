@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_lab.diffusion import objective
 from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.diffusion.flow_euler import FlowMatchEulerDiscreteScheduler
 from ldm_lab.runs.diagnosis.finding import UNKNOWN, Finding, Healthy, Readings, in_range, missing, unless_learning
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import find
@@ -89,14 +90,17 @@ def loss_of_zero(config: dict[str, Any], std: float = 1.0) -> float:
     Raises:
         UserError: a part is not of this package; the message names it.
     """
-    scheduler = DDIMScheduler.from_config(_arguments(config, "model.scheduler"))
+    of_flow = ".FlowMatch" in str(find(config, "model.scheduler._target_"))
+    make = FlowMatchEulerDiscreteScheduler.from_config if of_flow else DDIMScheduler.from_config
+    scheduler = make(_arguments(config, "model.scheduler"))
+    timesteps = torch.arange(len(scheduler))
     weighting = _part(config, "model.objective.weighting", ("PlainWeighting", "MinSNRWeighting"))
     measure = _part(config, "model.objective.loss", ("L2Loss", "L1Loss"))
-    alpha, sigma = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()  # (T,)
-    kind, one, none = scheduler.parameterization, torch.ones_like(alpha), torch.zeros_like(alpha)
-    square = (kind.target(one, none, alpha, sigma) * std) ** 2 + kind.target(none, one, alpha, sigma) ** 2
+    alpha, sigma = scheduler.rates(timesteps, timesteps)  # (T,)
+    predicted, one, none = scheduler.parameterization, torch.ones_like(alpha), torch.zeros_like(alpha)
+    square = (predicted.target(one, none, alpha, sigma) * std) ** 2 + predicted.target(none, one, alpha, sigma) ** 2
     cost: Tensor = square if isinstance(measure, objective.L2Loss) else (square * 2 / math.pi).sqrt()
-    return float((cost * weighting(scheduler.snr(torch.arange(len(scheduler))), kind)).mean())
+    return float((cost * weighting(scheduler.snr(timesteps), predicted)).mean())
 
 
 def _part(config: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:  # noqa: ANN401

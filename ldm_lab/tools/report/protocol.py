@@ -19,7 +19,7 @@ DEFINING = {
     ),
     ("autoencoder", "val/loss"): ("model.loss.pixel", "model.loss.perceptual", "model.loss.perceptual_weight"),
 }  # fmt: skip
-ONLY_SAMPLING = ("clip_sample", "clip_sample_range", "timestep_spacing", "steps_offset", "set_alpha_to_one")
+ONLY_SAMPLING = ("clip_sample", "clip_sample_range", "timestep_spacing", "steps_offset", "set_alpha_to_one", "shift")
 ONLY_TRAINING = ("flip", "random_crop", "seed")  # held-out images have centre crops
 
 

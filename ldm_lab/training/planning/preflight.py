@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ldm_lab.data.transforms import parse_size
 from ldm_lab.diffusion.ddim import DDIMScheduler
+from ldm_lab.diffusion.process import Process
+from ldm_lab.diffusion.samplers import require_process
 from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.pipeline import LDMPipeline
@@ -36,6 +39,24 @@ def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UN
             near = [max(factor, round(side / factor) * factor) for side in size]
             advice = f"sides must be multiples of {factor}, e.g. {near[0] if near[0] == near[1] else near}"
             raise UserError(f"data.image_size={image_size} does not fit the networks: {error}; {advice}") from error
+
+
+def check_samplers(callbacks: Mapping[str, Any], scheduler: Process) -> None:
+    """Check that the samplers of callbacks fit the process that the model learns.
+
+    Args:
+        callbacks: the group `callbacks` of a config.
+        scheduler: the scheduler of the model.
+
+    Raises:
+        UserError: a sampler is for another process; the message names its key.
+    """
+    for name, settings in callbacks.items():
+        if (settings or {}).get("_target_") and (sampler := settings.get("sampler")):
+            try:
+                require_process(sampler, scheduler)
+            except UserError as error:
+                raise UserError(f"callbacks.{name}.{error}") from error
 
 
 def check_order(stages: Sequence[RunFolder], lengths: Sequence[int]) -> None:
