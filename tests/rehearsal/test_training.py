@@ -19,9 +19,10 @@ COMMON = (
     "+callbacks.steps._target_=tests.rehearsal.callbacks.Steps",
 )  # fmt: skip
 PLAIN = 16  # images at which a step begins that nothing else belongs to
+NEWER = ("model.quantizer=simvq", "model.gradient=rotation", "model.equivariance.probability=0.6")
 RUNS = {
     "celebahq": (  # VQ; the discriminator begins on the way, two micro-batches, the codebook is drawn
-        "trainer.gradient_clip_val=1", "data.batch_size=4", "model.loss.adversarial.start_images=16",
+        *NEWER, "trainer.gradient_clip_val=1", "data.batch_size=4", "model.loss.adversarial.start_images=16",
     ),
     "lsun_churches": (  # KL, measured scale; a step is left out
         "trainer.on_nan=skip", "trainer.gradient_clip_val=1", "model.loss.discriminator.channels=8",
