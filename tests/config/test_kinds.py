@@ -23,7 +23,8 @@ MAY_BE_NULL = {
     "model.unet.attention_head_dim", "model.unet.num_attention_heads", "model.unet.attn_norm_num_groups",
     "callbacks.sample_grid.neighbours", "callbacks.snapshots.every_images", "callbacks.evaluate.every_images",
     "callbacks.evaluate.weights", "logger.wandb.summaries",
-    "original_config", "output", "variation", "reconstruct", "sampler.eta", "max_pixels", "data.max_pixels",
+    "original_config", "guide", "guidance_interval", "output", "variation", "reconstruct",
+    "sampler.eta", "max_pixels", "data.max_pixels",
 }  # fmt: skip
 # Whole groups, where a key may be switched off; words of W&B's own; and what is only there for others to refer to.
 FREE = ("callbacks.", "logger.", "where_known", "weightless", "logger.wandb.tags")

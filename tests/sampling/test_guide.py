@@ -13,8 +13,10 @@ from ldm_lab import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.guidance import Converted, Guidance
+from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.sampling import guide, pictures
 from ldm_lab.sampling.generate import claim, default_folder, describe, identity, image_path
+from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import to_unit
 from ldm_lab.utils.randomness import generator, generators
 from tests.helpers import contents
@@ -266,3 +268,16 @@ def test_the_command_refuses_what_cannot_be(tmp_path, settings, message):
         sample.job(command(output, **settings))
     assert "\n" not in str(error.value)
     assert not output.exists()
+
+
+def test_models_of_flow_matching_guide_each_other(tmp_path):
+    """At t = σ, as the path is straight; a model of another process is no guide for them."""
+    pipe = load()
+    flow = LDMPipeline(pipe.vqvae, pipe.unet, SAMPLERS["flow_euler"]())
+    LDMPipeline(pipe.vqvae, perturbed(pipe.unet), flow.scheduler).save_pretrained(tmp_path / "guide")
+    guide.attach(flow, str(tmp_path / "guide"))
+    assert guide.evaluations(flow, 10, Guidance(2.0, [0.5, 2.0])) == {"unet": 10, "guide": 3}  # t = 0.6, 0.5, 0.4
+    alone = flow(2, 0, num_inference_steps=4, output_type="pt").images
+    assert not torch.equal(flow(2, 0, num_inference_steps=4, output_type="pt", guidance_scale=2.0).images, alone)
+    with pytest.raises(UserError, match=rf"^guide={MODEL}: was trained with another process"):
+        guide.attach(flow, str(MODEL))
