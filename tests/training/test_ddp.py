@@ -26,6 +26,7 @@ def command(*overrides):
 
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+AVERAGES = ("model.power_ema=[0.05,0.1]", "snapshots=32")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def two_processes(tmp_path_factory):
         "+callbacks.dump._target_=tests.callbacks.DumpWeights",
         f"+callbacks.dump.folder={folder}/ranks",
     )
-    done = command(*TWO, f"paths.runs={folder}/runs", *dump, "model.power_ema=[0.05,0.1]", "snapshots=32")
+    done = command(*TWO, f"paths.runs={folder}/runs", *dump, *AVERAGES)
     assert done.returncode == 0, done.stderr
     return folder / "runs", folder / "ranks", done.stdout
 
@@ -100,7 +101,7 @@ def test_a_refusal_ends_all_processes_before_anything_is_trained(two_processes, 
     """The longer stage 1 would be another autoencoder than the one of the stage 2 that is there."""
     runs = copy(two_processes[0], tmp_path)
     before = snapshot(runs)
-    refused = command(*TWO, f"paths.runs={runs}", "max_images=72")
+    refused = command(*TWO, f"paths.runs={runs}", "max_images=72", *AVERAGES)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: max_images=72 would train ")
     assert refused.stderr.count("\n") == 1
