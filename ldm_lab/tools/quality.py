@@ -2,7 +2,8 @@
 
 Every row is commands that a user could type, `train.py` and `python -m ldm_lab evaluate`, so that the same command
 again goes on where it stopped, and a row that is there is not made twice. One first stage serves all rows that do not
-ask for another. With two jobs on two cores, each computes with one thread.
+ask for another. With two jobs on two cores, each computes with one thread. The same rows on other images:
+`--experiment folder data.root=/data/emoji data.image_size=64`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ FIRST_STAGES = {
     "kl_equivariant": ("model=kl_avatars", "model.equivariance.probability=0.5"),
 }
 OBJECTIVE = "ldm_lab.diffusion.objective"
+ADAMW = (
+    "model.optimizer._target_=torch.optim.AdamW", "model.optimizer.lr=1e-3",
+    "model.schedule._target_=ldm_lab.training.schedules.CosineWithWarmup", "model.schedule.warmup_images=2000",
+)  # fmt: skip
 STANDARD = ("dpm_solver", 20, 0)  # sampler, evaluations and eta of most rows: the best quality per minute
 FLOW = ("flow_heun", 20, 0)
 
@@ -87,6 +92,7 @@ VARIANTS = (
         "flow_unshifted", "process", "flow matching, times not shifted", ("process=flow", "model.scheduler.shift=1"),
         sampling=FLOW,
     ),
+    Variant("adamw", "optimizer", "AdamW, a rate of 1e-3", ADAMW),
     # A longer average than the demo's would be equal, as the decay's warm-up does not reach it in so short a training.
     Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
     Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
@@ -99,6 +105,7 @@ VARIANTS = (
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip
+EXPERIMENTS = ("avatars", "folder")
 CHOICES = [*(variant.name for variant in VARIANTS), "samplers"]
 OF_SAMPLES, OF_FIRST_STAGES = ("precision", "recall"), ("psnr", "ssim")  # besides the Frechet distance
 
@@ -121,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m ldm_lab quality", description=__doc__, formatter_class=text)
     add = parser.add_argument
     add("settings", nargs="*", metavar="KEY=VALUE", help="of all trainings, e.g. trainer=gpu")
+    add("--experiment", choices=EXPERIMENTS, default=EXPERIMENTS[0], help="that is varied (default: %(default)s)")
     add("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs (default: %(default)s)")
     add("--cache", type=Path, help="paths.cache: images, latents, extractors (default: that of train.py)")
     add("--budget", default="22400", help="training images of stage 2 (default: %(default)s)")
@@ -173,13 +181,18 @@ class Workshop:
 
     def train_first_stage(self, name: str, seed: int) -> None:
         """Train the run `first_<name>_<seed>`."""
-        settings = ["experiment=avatars/autoencoder", f"max_images={self.options.first_stage}", *FIRST_STAGES[name]]
+        settings = [
+            f"experiment={self.options.experiment}/autoencoder",
+            f"max_images={self.options.first_stage}",
+            *FIRST_STAGES[name],
+        ]
         self.run_training(f"first_{name}_{seed}", seed, settings)
 
     def train(self, variant: Variant, seed: int) -> None:
         """Train the run `<variant>_<seed>` on the first stage of seed 0, which all runs share."""
         first = self.runs / f"first_{variant.first_stage}_0" / "autoencoder" / "final"
-        settings = ["experiment=avatars/diffusion", f"max_images={self.options.budget}", f"autoencoder={first}"]
+        experiment = f"experiment={self.options.experiment}/diffusion"
+        settings = [experiment, f"max_images={self.options.budget}", f"autoencoder={first}"]
         guide = [f"snapshots={self.quarter}"] if variant.guidance != 1 else []
         self.run_training(f"{variant.name}_{seed}", seed, [*settings, *guide, *variant.settings])
 

@@ -26,8 +26,7 @@ class ConstantWithWarmup:
     warmup_images: Whole = 0
 
     def __post_init__(self) -> None:
-        if self.warmup_images < 0:
-            raise UserError(f"warmup_images={self.warmup_images}: must not be negative")
+        _check(self.warmup_images)
 
     def __call__(self, images_seen: int) -> float:
         """The multiplier after `images_seen` images."""
@@ -47,8 +46,7 @@ class CosineWithWarmup:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup_images < 0:
-            raise UserError(f"warmup_images={self.warmup_images}: must not be negative")
+        _check(self.warmup_images)
 
     def __call__(self, images_seen: int) -> float:
         """The multiplier after `images_seen` images."""
@@ -57,6 +55,33 @@ class CosineWithWarmup:
         length = max(self.max_images - self.warmup_images, 1)
         progress = min((images_seen - self.warmup_images) / length, 1.0)
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class LinearWithWarmup:
+    """Linear from 1e-6 to 1 over `warmup_images`, then linear down to 0 at `max_images`; 0 after that.
+
+    Bergsma et al. 2025 (arXiv 2502.15938): with little training, a rate that falls straight to zero learns most.
+    A run with fewer images than the warm-up ends within the warm-up.
+    """
+
+    warmup_images: Whole
+    max_images: Annotated[Count, Harmless]
+
+    def __post_init__(self) -> None:
+        _check(self.warmup_images)
+
+    def __call__(self, images_seen: int) -> float:
+        """The multiplier after `images_seen` images."""
+        if images_seen < self.warmup_images:
+            return _warmup(images_seen, self.warmup_images)
+        length = max(self.max_images - self.warmup_images, 1)
+        return max(1 - (images_seen - self.warmup_images) / length, 0.0)
+
+
+def _check(warmup_images: int) -> None:
+    if warmup_images < 0:
+        raise UserError(f"warmup_images={warmup_images}: must not be negative")
 
 
 def _warmup(images_seen: int, warmup_images: int) -> float:

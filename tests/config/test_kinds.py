@@ -147,8 +147,7 @@ def test_what_an_annotation_leaves_open_is_the_constructors_to_judge(composed):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("+model.optimizer.betas=[0.5,1.5]", "model.optimizer: .*beta"),
-        ("model.optimizer.weight_decay=-1.0", "model.optimizer: .*weight_decay"),
+        ("model.optimizer.betas=[0.5,1.5]", "model.optimizer: .*beta"),
         ("+model.optimizer.speed=3", "model.optimizer: .*speed"),
         ("model.ema.decay=1.5", "model.ema.decay=1.5: must be"),
     ],

@@ -30,6 +30,18 @@ def test_first_stages_can_be_composed(name):
     Recipe.parse(["experiment=avatars/autoencoder", *quality.FIRST_STAGES[name]]).compose()
 
 
+def test_rows_can_be_trained_on_other_images(tmp_path, monkeypatch):
+    options = quality.parser().parse_args(["--experiment", "folder", "--runs", str(tmp_path), "data.root=/emoji"])
+    shop, lines = quality.Workshop(options), []
+    monkeypatch.setattr(shop, "command", lambda *words: lines.append(words))
+    shop.train_first_stage("kl", 1)
+    shop.train(quality.DEMO, 1)
+    for stage, words in zip(("autoencoder", "diffusion"), lines, strict=True):
+        (config,) = Recipe.parse(words[1:]).compose()
+        assert (config.stage, config.seed, config.data.module.train_set.root) == (stage, 1, "/emoji")
+        assert words[1] == f"experiment=folder/{stage}"
+
+
 def test_rows_hold_all_seeds_with_their_intervals(tmp_path):
     shop = quality.Workshop(argparse.Namespace(runs=tmp_path, only=["demo"], seeds=2))
     one = evaluation(tmp_path, fd_avatars=66.04, precision=0.5)
@@ -63,9 +75,8 @@ def test_the_table_is_made_and_made_again_for_nothing(tmp_path, capsys):
 
 def test_a_guided_row_is_guided_by_its_own_snapshot(tmp_path, monkeypatch):
     (variant,) = (one for one in quality.VARIANTS if one.guidance != 1)
-    options = argparse.Namespace(runs=tmp_path, only=[variant.name], seeds=1, budget="22400", cache=None, settings=[])
-    options.samples, lines = 8, []
-    shop = quality.Workshop(options)
+    options = quality.parser().parse_args(["--runs", str(tmp_path), "--only", variant.name, "--samples", "8"])
+    shop, lines = quality.Workshop(options), []
     monkeypatch.setattr(shop, "command", lambda *words: lines.append(" ".join(words)))
     monkeypatch.setattr(quality, "read_evaluation", lambda path: path)
     shop.train(variant, 0)

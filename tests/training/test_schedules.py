@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup
+from ldm_lab.training.schedules import ConstantWithWarmup, CosineWithWarmup, LinearWithWarmup
 
 
 def test_warmup_of_lsun_churches():
@@ -33,6 +33,13 @@ def test_cosine_falls_without_jumps():
     assert max(steps) < 2 / 990  # the steepest slope of half a cosine is π/2 over its length
 
 
+def test_linear_falls_straight_to_zero():
+    schedule = LinearWithWarmup(warmup_images=100, max_images=1100)
+    values = [schedule(n) for n in (100, 350, 600, 1100, 10**6)]
+    assert values == pytest.approx([1.0, 0.75, 0.5, 0.0, 0.0])
+    assert schedule(50) == pytest.approx(0.5, abs=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [8, 16])
 def test_the_rate_depends_on_images_not_on_the_batch_size(batch_size):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0)
@@ -44,13 +51,15 @@ def test_the_rate_depends_on_images_not_on_the_batch_size(batch_size):
     assert scheduler.get_last_lr() == pytest.approx([3.0 * schedule(160)])
 
 
+@pytest.mark.parametrize("kind", [CosineWithWarmup, LinearWithWarmup])
 @pytest.mark.parametrize("total", [64, 640])
-def test_a_run_shorter_than_the_warmup_ends_within_it(total):
-    schedule, warmup = CosineWithWarmup(warmup_images=640, max_images=total), ConstantWithWarmup(640)
+def test_a_run_shorter_than_the_warmup_ends_within_it(kind, total):
+    schedule, warmup = kind(warmup_images=640, max_images=total), ConstantWithWarmup(640)
     assert [schedule(n) for n in range(total + 1)] == [warmup(n) for n in range(total + 1)]
 
 
-@pytest.mark.parametrize("build", [ConstantWithWarmup, lambda warmup: CosineWithWarmup(warmup, max_images=10)])
-def test_negative_warmup_is_refused(build):
+@pytest.mark.parametrize("kind", [ConstantWithWarmup, CosineWithWarmup, LinearWithWarmup])
+def test_negative_warmup_is_refused(kind):
+    lengths = {} if kind is ConstantWithWarmup else {"max_images": 10}
     with pytest.raises(ValueError, match="warmup_images=-3"):
-        build(-3)
+        kind(-3, **lengths)
