@@ -64,9 +64,11 @@ class Muon(torch.optim.AdamW):
         for _, weight, _ in matrices:
             weight.grad = None  # AdamW passes over it
         super().step()
-        for group, weight, gradient in matrices:
+        moments = [self._moment(group, weight, gradient) for group, weight, gradient in matrices]
+        for (group, weight, gradient), direction in zip(matrices, orthogonal(moments), strict=True):
             weight.grad = gradient
-            self._move(group, weight, gradient)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(direction.view_as(weight), alpha=-group["lr"] * RMS * max(direction.shape) ** 0.5)
         return result
 
     def _matrices(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -75,35 +77,45 @@ class Muon(torch.optim.AdamW):
                 if weight.grad is not None and weight.ndim > 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS:
                     yield group, weight
 
-    def _move(self, group: dict[str, Any], weight: Tensor, gradient: Tensor) -> None:
+    def _moment(self, group: dict[str, Any], weight: Tensor, gradient: Tensor) -> Tensor:
+        """Nesterov's momentum of a weight as a matrix."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")  # AdamW expects a count when loading
             state["momentum_buffer"] = torch.zeros_like(weight)
         state["step"] += 1
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        matrix = gradient.lerp(buffer, group["momentum"]).flatten(1)
-        scale = RMS * max(matrix.shape) ** 0.5
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(orthogonal(matrix).view_as(weight), alpha=-group["lr"] * scale)
+        return gradient.lerp(buffer, group["momentum"]).flatten(1)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T, `(m, n)`, float32.
+def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """About U V^T of each matrix U S V^T, `(m, n)`, float32.
 
     Five steps of the odd polynomial a x + b x^3 + c x^5 on the singular values. Each step multiplies the matrix by a
-    polynomial of its Gram matrix, which is small for convolutions, so that the products are gathered there, and the
-    long matrix is multiplied once.
+    polynomial of its Gram matrix. All steps are gathered there, as Gram matrices are small and those of one size are
+    computed together; then the matrix is multiplied once.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonal(matrix.T).T
-    matrix = matrix.float()
-    matrix = matrix / matrix.norm().clamp(min=1e-7)
-    gram, identity = matrix @ matrix.T, torch.eye(len(matrix), device=matrix.device)
+    wide = [matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T for matrix in matrices]
+    found: list[Tensor] = list(wide)
+    for side in dict.fromkeys(len(matrix) for matrix in wide):
+        places = [place for place, matrix in enumerate(wide) if len(matrix) == side]
+        grams = torch.stack([wide[place] @ wide[place].T for place in places])  # (N, side, side)
+        for place, factor in zip(places, _factors(grams), strict=True):
+            found[place] = factor @ wide[place]
+    pairs = zip(matrices, found, strict=True)
+    return [direction if direction.shape == matrix.shape else direction.T for matrix, direction in pairs]
+
+
+def _factors(grams: Tensor) -> Tensor:
+    """The matrices P for which P M is M with all singular values near 1, `(N, m, m)`, from all M M^T."""
+    squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]  # of the norms
+    scale = squares.clamp(min=1e-14).rsqrt()
+    grams = grams * scale**2
+    factors, identity = scale, torch.eye(grams.shape[1], device=grams.device)
     a, b, c = QUINTIC
-    product = identity
-    for _ in range(ITERATIONS):
-        factor = a * identity + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
-    return product @ matrix
+    for step in range(ITERATIONS):
+        factor = torch.baddbmm(a * identity + b * grams, grams, grams, alpha=c)
+        factors = factor * factors if step == 0 else factor @ factors
+        if step < ITERATIONS - 1:
+            grams = factor @ grams @ factor
+    return factors

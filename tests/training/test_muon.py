@@ -12,7 +12,7 @@ from ldm_lab.utils.errors import UserError
 def test_singular_values_become_alike(shape):
     u, s, vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
     s = torch.logspace(0, -2, len(s))  # a hundredfold difference
-    found = orthogonal(u * s @ vt)
+    (found,) = orthogonal([u * s @ vt])
     assert torch.linalg.svdvals(found).sub(1).abs().max() < 0.35
     assert (u * torch.diag(u.T @ found @ vt.T) @ vt - found).abs().max() < 1e-4  # the directions stay
 
@@ -23,11 +23,15 @@ def test_equals_the_iteration_on_the_matrix_itself():
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    assert torch.allclose(orthogonal(matrix.float()), x.float(), atol=1e-5)
+    others = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((300, 40), (50, 60))]
+    found = orthogonal([others[0], matrix.float(), others[1]])
+    assert torch.allclose(found[1], x.float(), atol=1e-5)
+    for other, alone in zip((others[0], others[1]), (found[0], found[2]), strict=True):
+        assert torch.allclose(orthogonal([other])[0], alone, atol=1e-5)
 
 
 def test_a_zero_matrix_stays_zero():
-    assert orthogonal(torch.zeros(32, 64)).eq(0).all()
+    assert orthogonal([torch.zeros(32, 64)])[0].eq(0).all()
 
 
 def _trained(optimizer, weight: nn.Parameter, steps: int = 5) -> torch.Tensor:
