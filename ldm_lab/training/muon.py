@@ -1,4 +1,4 @@
-"""Muon: steps of matrices with all directions equally long, other parameters by AdamW."""
+"""Muon: steps of convolutions with all directions equally long, other parameters by AdamW."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ RMS = 0.2  # of a step, about that of Adam: Liu et al. 2025, arXiv 2502.16982, s
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW for vectors, Muon for weights of linear layers and convolutions (Jordan et al. 2024, "Muon").
+    """Muon for the weights of convolutions (Jordan et al. 2024, "Muon"), AdamW for all other parameters.
 
-    A convolution's weight `(out, in, kh, kw)` is the matrix `(out, in * kh * kw)`. The momentum B = U S V^T of a matrix
-    is replaced by about U V^T, so that directions with small gradients move as far as those with large ones. Steps have
-    the root mean square of Adam's (Liu et al. 2025, arXiv 2502.16982, Eq. 4), so that one `lr` and `weight_decay`
-    serve all parameters.
+    A weight `(out, in, kh, kw)` is the matrix `(out, in * kh * kw)`. The momentum U S V^T of a matrix is replaced by
+    about U V^T, so that directions with small gradients move as far as those with large ones. Steps have the root mean
+    square of Adam's (Liu et al. 2025, arXiv 2502.16982, Eq. 4), so that one `lr` and `weight_decay` serve all
+    parameters. Linear layers, of attention and of the time, gain nothing by Muon (docs/muon.md), and cost half of it.
 
     Args:
         params: parameters or groups, as of every optimizer.
         lr: learning rate.
-        momentum: of matrices; Nesterov's.
+        momentum: of convolutions; Nesterov's.
         betas: of the other parameters.
         weight_decay: decoupled.
         **adamw: see `torch.optim.AdamW`.
@@ -74,7 +74,7 @@ class Muon(torch.optim.AdamW):
     def _matrices(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None and weight.ndim > 1 and min(weight.shape[:2]) >= FEWEST_CHANNELS:
+                if weight.grad is not None and weight.ndim == 4 and min(weight.shape[:2]) >= FEWEST_CHANNELS:
                     yield group, weight
 
     def _moment(self, group: dict[str, Any], weight: Tensor, gradient: Tensor) -> Tensor:
