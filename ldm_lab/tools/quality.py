@@ -28,6 +28,8 @@ FIRST_STAGES = {
     "vq": (),
     "vq_left_alone": ("model.codebook.init_step=null", "+model.codebook.until_step=0"),
     "kl": ("model=kl_avatars",),
+    "vq_random": ("model.start=random", "model.autoencoder.norm_num_groups=8"),
+    "vq_adam": ("model.optimizer._target_=torch.optim.Adam", "model.optimizer.lr=2e-3"),
     "vq_simvq": ("model.quantizer=simvq",),
     "vq_simvq_gaussian": ("model.quantizer=simvq", "model.codebook.init_step=null", "+model.codebook.until_step=0"),
     "vq_rotation": ("model.gradient=rotation",),
@@ -72,6 +74,8 @@ DEMO = Variant("demo", "the demo as it is", "VQ, velocity, min-SNR, low-discrepa
 VARIANTS = (
     DEMO,
     Variant("kl", "first stage", "KL", first_stage="kl"),
+    Variant("random", "start of the first stage", "random weights, 8 groups", first_stage="vq_random"),
+    Variant("adam", "optimizer of the first stage", "Adam, a rate of 2e-3", first_stage="vq_adam"),
     Variant("left_alone", "codebook", "neither drawn from latents nor re-used", first_stage="vq_left_alone"),
     Variant("simvq", "codebook", "SimVQ, drawn from latents", first_stage="vq_simvq"),
     Variant("simvq_gaussian", "codebook", "SimVQ, Gaussian", first_stage="vq_simvq_gaussian"),
@@ -87,6 +91,7 @@ VARIANTS = (
         "plain", "weighting", "plain",
         (f"model.objective.weighting._target_={OBJECTIVE}.PlainWeighting", "~model.objective.weighting.gamma"),
     ),
+    Variant("gamma_5", "weighting", "min-SNR, gamma 5", ("model.objective.weighting.gamma=5",)),
     Variant("flow", "process", "flow matching, times by the latents' size", ("process=flow",), sampling=FLOW),
     Variant(
         "flow_unshifted", "process", "flow matching, times not shifted", ("process=flow", "model.scheduler.shift=1"),
