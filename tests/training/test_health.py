@@ -12,7 +12,12 @@ from ldm_lab.training.callbacks.health import Health, as_images
 from tests.tools.report.runs import write_stage
 from tests.trained import last_checkpoint, train
 
-HOT = ("experiment=avatars/autoencoder", "validate_every=8", "model.optimizer.lr=30")
+HOT = (
+    "experiment=avatars/autoencoder",
+    "validate_every=8",
+    "model.optimizer.lr=30",
+    "model.schedule.warmup_images=640",
+)
 
 
 def warnings(capsys):

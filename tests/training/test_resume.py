@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ldm_lab.training.schedules import CosineWithWarmup
+from ldm_lab.training.schedules import CosineWithWarmup, LinearWithWarmup
 from ldm_lab.utils.reading import LoadError, read_yaml
 from tests.data.pictures import save
 from tests.helpers import assert_close_relative
@@ -249,12 +249,13 @@ def test_another_schedule_of_the_learning_rate_is_another_setting(tiny_runs, tmp
     """With `resume=force` the run says which rate it has had, by the schedule that it was started with."""
     runs = copy(tiny_runs, tmp_path, "avatars")
     longer, warmup = ("experiment=avatars/autoencoder", "max_images=72"), "model.schedule.warmup_images"
-    with pytest.raises(ValueError, match=rf"started with other settings: {warmup}: 640 -> 0\. Choose"):
+    with pytest.raises(ValueError, match=rf"started with other settings: {warmup}: 160 -> 0\. Choose"):
         train(runs, *longer, f"{warmup}=0")
     capsys.readouterr()
-    train(runs, *longer, f"{warmup}=0", "resume=force", "+model.schedule.final=0.5")
+    cosine = "model.schedule._target_=ldm_lab.training.schedules.CosineWithWarmup"
+    train(runs, *longer, f"{warmup}=0", "resume=force", cosine, "+model.schedule.final=0.5")
     rate = read_yaml(runs / "avatars/autoencoder/config.yaml")["model"]["optimizer"]["lr"]
-    was, now = (rate * schedule(64) for schedule in (CosineWithWarmup(640, 64), CosineWithWarmup(0, 72, final=0.5)))
+    was, now = (rate * schedule(64) for schedule in (LinearWithWarmup(160, 64), CosineWithWarmup(0, 72, final=0.5)))
     change = f"{was:.2g} here before, goes on at {now:.2g} and ends at {rate / 2:.2g}"
     assert f"max_images 64 -> 72: the learning rate, {change}" in capsys.readouterr().out
 

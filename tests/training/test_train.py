@@ -122,7 +122,7 @@ def test_a_second_run_trains_nothing_and_touches_nothing(tiny_runs, capsys):
         ([STAGE_1, "max_images=32"], "max_images=32, but .*/autoencoder is made for 64"),
         ([CELEBAHQ, "resume=never"], "resume=never, but .*/celebahq/autoencoder is not empty: choose another name="),
         ([CELEBAHQ, "resume=perhaps"], "resume=perhaps: must be auto, never or force"),
-        ([STAGE_2, "name=avatars"], "avatars/diffusion was started with 9 other settings, listed below"),
+        ([STAGE_2, "name=avatars"], "avatars/diffusion was started with 11 other settings, listed below"),
     ],
 )
 def test_a_run_of_other_settings_is_left_alone(tiny_runs, overrides, message):
