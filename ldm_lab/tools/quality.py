@@ -30,12 +30,17 @@ FIRST_STAGES = {
     "kl": ("model=kl_avatars",),
     "vq_random": ("model.start=random", "model.autoencoder.norm_num_groups=8"),
     "vq_adam": ("model.optimizer._target_=torch.optim.Adam", "model.optimizer.lr=2e-3"),
+    "vq_2022": (
+        "model.start=random", "model.autoencoder.norm_num_groups=8", "model.optimizer._target_=torch.optim.Adam",
+        "model.optimizer.lr=1e-3", "model.optimizer.betas=[0.5,0.9]",
+        "model.schedule._target_=ldm_lab.training.schedules.CosineWithWarmup", "model.schedule.warmup_images=640",
+    ),
     "vq_simvq": ("model.quantizer=simvq",),
     "vq_simvq_gaussian": ("model.quantizer=simvq", "model.codebook.init_step=null", "+model.codebook.until_step=0"),
     "vq_rotation": ("model.gradient=rotation",),
     "vq_equivariant": ("model.equivariance.probability=0.5",),
     "kl_equivariant": ("model=kl_avatars", "model.equivariance.probability=0.5"),
-}
+}  # fmt: skip
 OBJECTIVE = "ldm_lab.diffusion.objective"
 ADAMW = (
     "model.optimizer._target_=torch.optim.AdamW", "model.optimizer.lr=1e-3",
@@ -98,6 +103,10 @@ VARIANTS = (
         sampling=FLOW,
     ),
     Variant("adamw", "optimizer", "AdamW, a rate of 1e-3", ADAMW),
+    Variant(
+        "all_2022", "both stages", "start, optimizers, rates and gamma as published",
+        (*ADAMW, "model.objective.weighting.gamma=5"), first_stage="vq_2022",
+    ),
     # A longer average than the demo's would be equal, as the decay's warm-up does not reach it in so short a training.
     Variant("raw", "moving average", "none", ("model.ema.decay=0",)),
     Variant("ema_9", "moving average", "0.9", ("model.ema.decay=0.9",)),
