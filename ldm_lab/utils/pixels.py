@@ -1,0 +1,51 @@
+"""Number of channels and range of an image's values: from the data's units to the networks' [-1, 1], and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ldm_lab.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Channels of the images, and the two values that the networks see as -1 and 1.
+
+    Attributes:
+        channels: number of channels.
+        value_range: (low, high), in the data's own units.
+
+    Raises:
+        UserError: `channels` is below 1, or low is not below high, or one of them is not finite.
+    """
+
+    channels: int = 3
+    value_range: tuple[float, float] = (0.0, 255.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.value_range
+        if self.channels < 1:
+            raise UserError(f"data.channels={self.channels}: give the number of channels, 1 or more")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UserError(f"data.value_range=[{low:g},{high:g}]: give two finite values, the lower one first")
+
+    @property
+    def is_8_bit(self) -> bool:
+        """Whether the values are those of ordinary 8-bit pictures."""
+        return self.value_range == (0.0, 255.0)
+
+    def normalize(self, values: Tensor) -> Tensor:
+        """Values in the data's units, any shape and dtype -> float32, `value_range` to [-1, 1]."""
+        low, high = self.value_range
+        return (values.double() - low).mul_(2 / (high - low)).sub_(1).float()
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """[-1, 1], any shape -> float32 in the data's units, clamped to `value_range`."""
+        low, high = self.value_range
+        return images.double().add(1).mul_((high - low) / 2).add_(low).clamp_(low, high).float()
+
+
+RGB_8_BIT = PixelFormat()
