@@ -144,6 +144,16 @@ def test_a_run_without_averages_does_not_begin_them(tiny_runs):
         train(tiny_runs, STAGE_2, "max_images=72", *FEATURE)
 
 
+def test_averages_begin_with_the_weights_of_init(run, tmp_path):
+    first = ["max_images=8", f"autoencoder={run}", *FEATURE]
+    train(tmp_path, STAGE_2, f"init={run}", *first)
+    kept = [average.folder for average in averages.stored(locate.find(f"{tmp_path}/celebahq@8"))]
+    source = LDMPipeline.from_pretrained(run).unet.conv_in.weight
+    for folder in kept:
+        assert_close_relative(UNet2DModel.from_pretrained(folder).conv_in.weight, source, 0.1)
+    assert len(kept) == 2
+
+
 def test_the_command_lists_and_writes(run, tmp_path, capsys):
     ema.main([str(run), "--length", "0.07", "0.05", "--at", "48"])
     lines = capsys.readouterr().out.splitlines()
