@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ldm_lab.data.transforms import center_crop, parse_size, random_crop, random_flip, resize_to_cover, to_tensor
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.pixels import RGB_8_BIT
 
 SPLITS = ("train", "val")
 
@@ -23,7 +24,7 @@ class ImageDataset(Dataset):
     where `position` is its place in the stream of training images (see `StreamBatchSampler`).
     `dataset[index]` is the same image with a centre crop and no flip. An item is a dictionary:
 
-    - `image`: `(3, H, W)`, float32 in [-1, 1];
+    - `image`: `(C, H, W)`, float32 in [-1, 1];
     - `index`: index of the image in this data set;
     - `position`: place in the stream, or `index` without a position.
 
@@ -35,9 +36,11 @@ class ImageDataset(Dataset):
         seed: seed of crops and flips.
 
     Attributes:
+        pixels: channels C of the images, and the values of their data that become -1 and 1.
         on_error: for an image that cannot be decoded: "raise", or "skip", which replaces it by another image.
     """
 
+    pixels = RGB_8_BIT
     on_error = "raise"
 
     def __init__(
