@@ -19,7 +19,7 @@ from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Count, Harmless, Whole
-from ldm_lab.utils.pixels import PixelFormat
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -143,6 +143,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 f"{self.num_val} held-out images for {world_size} devices, but each needs one: "
                 "use fewer devices, or hold out more (data.val_fraction)"
             )
+        _ = self.pixels  # found here once, not in every loader process
         if rank == 0:
             _print_once(self.census())
 
@@ -150,6 +151,7 @@ class ImageDataModule(lightning.LightningDataModule):
         """One line on the numbers of images, and on the files that are not images."""
         line = f"images: {self.num_train:,} for training, {self.num_val:,} held out"
         others = self.train_set.passed_over()
+        line = line if self.pixels == RGB_8_BIT else f"{line}, of {self.pixels}"
         return f"{line}; passed over: {others}" if others else line
 
     def train_dataloader(self) -> Loader:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm_lab.data.arrays import ArrayImage
 from ldm_lab.data.transforms import center_crop, parse_size, random_crop, random_flip, resize_to_cover, to_tensor
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.pixels import RGB_8_BIT
@@ -62,8 +63,8 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, index: int) -> Image.Image:
-        """Image `index` as 8-bit RGB of any size."""
+    def read(self, index: int) -> Image.Image | ArrayImage:
+        """Image `index` of any size: 8-bit RGB or grey, or an array of C channels."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -98,7 +99,8 @@ class ImageDataset(Dataset):
             image = center_crop(image, self.image_size)
         if position is not None and self.flip:
             image = random_flip(image, self.seed, position)
-        return {"image": to_tensor(image), "index": index, "position": index if position is None else position}
+        tensor = image.to_tensor() if isinstance(image, ArrayImage) else to_tensor(image)
+        return {"image": tensor, "index": index, "position": index if position is None else position}
 
 
 def sorted_marks(images: Iterable[bytes]) -> np.ndarray:

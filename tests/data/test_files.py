@@ -338,7 +338,7 @@ def test_missing_root_and_other_files(tmp_path):
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
-    wanted = f"expected two or more files of type {', '.join(ending[1:] for ending in EXTENSIONS)}"
+    wanted = f"expected two or more files of type {', '.join(ending[1:] for ending in (*EXTENSIONS, '.npy'))}"
     assert refused(tmp_path) == f"data.root={tmp_path}: no images in it; {wanted}"
     for n in range(1200):
         (tmp_path / f"{n}.npy").touch()
