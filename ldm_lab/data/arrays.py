@@ -160,8 +160,10 @@ def _check_range(array: np.ndarray, pixels: PixelFormat) -> None:
     found, (low, high) = extremes(array), pixels.value_range
     for value in found:
         if not low <= value <= high:
-            there = f"data.value_range=[{low:g},{high:g}]"
-            raise MismatchError(f"holds the value {value:g}, outside of {there}: widen it, or data.value_range=measure")
+            there = f"data.value_range=[{low:.10g},{high:.10g}]"
+            raise MismatchError(
+                f"holds the value {value:.10g}, outside of {there}: widen it, or data.value_range=measure"
+            )
 
 
 def _composited(array: np.ndarray, background: RGB, value_range: tuple[float, float]) -> np.ndarray:

@@ -408,5 +408,7 @@ def test_integers_of_32_bits_far_from_zero_keep_their_steps():
     pixels = PixelFormat(1, (2**31 - 100, 2**31 - 37))
     image = to_image(Samples(values, colours=False), pixels, BLACK)
     assert torch.allclose(image.values.flatten(), torch.linspace(-1, 1, 64))
-    with pytest.raises(MismatchError, match="outside of"):
-        to_image(Samples(values, colours=False), PixelFormat(1, (0, 2**31)), WHITE)
+    with pytest.raises(
+        MismatchError, match=r"holds the value 2147483611, outside of data\.value_range=\[0,2147483598\]"
+    ):
+        to_image(Samples(values, colours=False), PixelFormat(1, (0, 2**31 - 50)), WHITE)
