@@ -73,6 +73,10 @@ class Files:
         """Text that changes with a file: its size and name."""
         return b"%d %b" % (self.size(name, place), os.fsencode(name))
 
+    def modified(self, name: str, place: Place) -> int:
+        """Time of the last change of a file, or of the archive that holds it, in nanoseconds."""
+        return self.root.stat().st_mtime_ns
+
 
 class Folder(Files):
     """A folder with all subfolders; follows links."""
@@ -110,6 +114,13 @@ class Folder(Files):
         """Size from the file system; -1 for a broken link or a file that is gone."""
         try:
             return (self.root / name).stat().st_size
+        except OSError:
+            return -1
+
+    def modified(self, name: str, place: Place) -> int:
+        """Time from the file system; -1 for a broken link or a file that is gone."""
+        try:
+            return (self.root / name).stat().st_mtime_ns
         except OSError:
             return -1
 

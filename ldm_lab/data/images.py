@@ -127,9 +127,9 @@ class FolderImages(ImageDataset):
     def _measured(self, every: Found) -> Range:
         """The smallest and the largest value of all images."""
 
-        def key() -> str:
-            identities = (self.files.identity(*located(every, index)) for index in range(len(every.names)))
-            return digest([self.channels, *identities])
+        def key() -> str:  # with times, as arrays of other values often have the same size
+            places = (located(every, index) for index in range(len(every.names)))
+            return digest([self.channels, *((self.files.identity(*at), self.files.modified(*at)) for at in places)])
 
         with limited(self.max_pixels):  # outside of the threads that measure
             extremes = functools.partial(self._unless_skipped, self._reader.extremes, every)

@@ -18,7 +18,7 @@ from ldm_lab.utils.arguments import is_number
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.pixels import PixelFormat
 from ldm_lab.utils.reading import read_json
-from ldm_lab.utils.writing import write_json
+from ldm_lab.utils.writing import require_writable, write_json
 
 ValueRange = Sequence[float] | Literal["measure"] | None
 Range = tuple[float, float]
@@ -54,11 +54,13 @@ def measured(
     if cache_dir is None:
         return _measure(extremes, count)
     path = shell.path(cache_dir) / "ranges" / f"{key()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            low, high = _measure(extremes, count)
-            write_json(path, {"low": low, "high": high, "images": count})
+    if not path.is_file():
+        require_writable(path.parent, "paths.cache=")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock")):
+            if not path.is_file():  # another process may have measured meanwhile
+                low, high = _measure(extremes, count)
+                write_json(path, {"low": low, "high": high, "images": count})
     found = read_json(path)
     return parse_range([found.get("low"), found.get("high")], 1)
 

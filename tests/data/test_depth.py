@@ -1,5 +1,6 @@
 """Images of other channels and depths than 8-bit RGB, from files to tensors."""
 
+import shutil
 import struct
 import zlib
 from io import BytesIO
@@ -149,6 +150,18 @@ def test_arrays_of_8_bits_are_as_pictures_of_the_same_values(tmp_path, channels)
         assert torch.equal(arrays[f"{n}.npy"], pictures[f"{n}.png"])
 
 
+@pytest.mark.parametrize("pixels", [MICROSCOPY, FIVE_CHANNELS], ids=["png", "npy"])
+def test_an_archive_is_its_folder(tmp_path, pixels):
+    folder = save_fields(tmp_path / "fields", pixels)
+    formats = {"channels": pixels.channels, "value_range": list(pixels.value_range)}
+    expected = pair(folder, **formats)
+    for kind in ("zip", "tar"):
+        archive = shutil.make_archive(str(folder), kind, folder)
+        for one, other in zip(pair(archive, **formats), expected, strict=True):
+            assert one.fingerprint() == other.fingerprint()
+            assert torch.equal(one[0]["image"], other[0]["image"])
+
+
 # --- range
 
 
@@ -182,12 +195,15 @@ def test_the_range_is_measured_once_for_both_parts(tmp_path, monkeypatch):
     expected = (min(map(np.min, values)), max(map(np.max, values)))
     train, val = pair(folder, channels=5, value_range="measure", cache_dir=tmp_path / "cache")
     train.prepare()
-    monkeypatch.setattr("ldm_lab.data.value_range._measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("ldm_lab.data.value_range._measure", lambda *_: (-5.0, 900.0))
     assert train.pixels.value_range == val.pixels.value_range == pytest.approx(expected)
     for images in (train, val):
         tensor = torch.stack([images[i]["image"] for i in range(len(images))])
         assert (tensor.min() >= -1, tensor.max() <= 1) == (True, True)
     assert train.transform()["value_range"] == list(train.pixels.value_range)
+    np.save(train.path(0), np.load(train.path(0)) - 2)  # of the same name and size
+    again, _ = pair(folder, channels=5, value_range="measure", cache_dir=tmp_path / "cache")
+    assert again.pixels.value_range == (-5, 900)
 
 
 def test_equal_values_have_no_range(tmp_path):
