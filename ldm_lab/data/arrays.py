@@ -17,6 +17,7 @@ from ldm_lab.utils.pixels import PixelFormat
 
 RGB = tuple[int, int, int]
 FULL = {np.dtype(np.uint8): (0.0, 255.0), np.dtype(np.uint16): (0.0, 65535.0)}  # range of integers without a given one
+ROUNDING = 1e-9  # part of the range: lumas that were measured on another machine may differ in their last digit
 TURNS = {  # Pillow's transposes of an array (H, W, ...)
     Image.Transpose.FLIP_LEFT_RIGHT: lambda array: array[:, ::-1],
     Image.Transpose.FLIP_TOP_BOTTOM: lambda array: array[::-1],
@@ -158,8 +159,9 @@ def turned(array: np.ndarray, turn: Image.Transpose | None) -> np.ndarray:
 
 def _check_range(array: np.ndarray, pixels: PixelFormat) -> None:
     found, (low, high) = extremes(array), pixels.value_range
+    rounding = ROUNDING * (high - low)
     for value in found:
-        if not low <= value <= high:
+        if not low - rounding <= value <= high + rounding:
             there = f"data.value_range=[{low:.10g},{high:.10g}]"
             raise MismatchError(
                 f"holds the value {value:.10g}, outside of {there}: widen it, or data.value_range=measure"

@@ -206,6 +206,15 @@ def test_the_range_is_measured_once_for_both_parts(tmp_path, monkeypatch):
     assert again.pixels.value_range == (-5, 900)
 
 
+def test_a_range_that_was_measured_on_another_machine_may_differ_in_its_last_digit(tmp_path):
+    for n in range(4):
+        deep_png(tmp_path / f"{n}.png", np.random.default_rng(n).integers(0, 65536, (24, 36, 3), np.uint16))
+    low, high = pair(tmp_path, channels=1, value_range="measure")[0].pixels.value_range
+    items(tmp_path, channels=1, value_range=[np.nextafter(low, 1e9), np.nextafter(high, 0)])
+    with pytest.raises(ImageError, match="outside of"):
+        items(tmp_path, channels=1, value_range=[low, high - 1])
+
+
 def test_equal_values_have_no_range(tmp_path):
     for n in range(3):
         np.save(tmp_path / f"{n}.npy", np.full((8, 8), 7.0))
