@@ -36,8 +36,8 @@ def job(overrides: list[str]) -> float | None:
         say("This is the demo: cartoon faces, both stages, about seventeen minutes on two CPU cores.")
         say("Others: python train.py experiment=folder data.root=FOLDER; more with --help")
     say(f"{recipe.experiment} -> {configs[0].paths.runs}/{configs[0].name}")
-    if configs[0].init:
-        changes = {config.stage: stages.initial_settings(config, recipe.typed) for config in configs}
+    changes = {config.stage: stages.initial_settings(config, recipe.typed) for config in configs}
+    if any(changes.values()):
         configs = [config for config in recipe.compose(changes) if config.stage in changes]
     command = recipe.command("autoencoder")
     stages.preflight(configs, command, recipe.typed)

@@ -71,6 +71,16 @@ def test_a_constructor_says_which_arguments_a_run_may_change():
     assert changes(blur(radius=2), blur(radius=3)).changed == ["model.blur.radius: 2 -> 3"]
 
 
+def test_a_key_that_several_constructors_follow_has_their_default():
+    def data(**keys):
+        sets = {name: {"_target_": f"{__name__}.Blur", "radius": 1} for name in ("train_set", "val_set")}
+        return {"data": {**keys, "module": sets}}
+
+    assert changes(data(), data(strength=1.0)).added == []
+    assert changes(data(), data(strength=2.0)).changed == ["data.strength: None -> 2.0"]
+    assert changes(data(), data(unknown=2.0)).added == ["data.unknown=2.0"]
+
+
 # --- a metric: its registration
 
 SHARPNESS = metrics.Metric("eval/sharpness", "of edges", "quality", ("diffusion",), "higher", main=True)

@@ -45,6 +45,8 @@ from ldm_lab.utils.threads import wait_asleep
 # Keys with a number of images, which may be typed as 250k, 2M or 100ep.
 LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
 
+FILES = ("data.root", "data.channels", "data.value_range")  # keys that both stages must have alike
+
 
 def stem(path: str | None) -> str:
     """`${stem:PATH}` in a config: the last part of a path, `flowers` of `/data/flowers` or `/data/flowers.zip`.
@@ -105,7 +107,7 @@ class Recipe:
     def command(self, stage: str) -> str:
         """The shell command that trains one stage of this run."""
         experiment = self.stages[-1].rpartition("/")[0]
-        where = ("debug", "model", "plugins", "name", "data", "data.root", "paths.runs")
+        where = ("debug", "model", "plugins", "name", "data", *FILES, "paths.runs")
         mine = [o for o in self.overrides if o.key_or_group in where and (not is_group(o) or option(o, stage))]
         return shell.command("train.py", f"experiment={experiment}/{stage}", *map(as_typed, mine))
 

@@ -37,8 +37,24 @@ from ldm_lab.utils.writing import require_writable
 
 
 def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:
-    """The changes of `init=` to a config (see `training.initial.settings`)."""
-    return initial.settings(plain(config), typed)
+    """The settings that a config leaves to files: of the weights of `init=`, and `data.value_range=measure`."""
+    return {**value_range(plain(config)), **initial.settings(plain(config), typed)}
+
+
+def value_range(config: dict[str, Any]) -> dict[str, list[float]]:
+    """`data.value_range` in numbers, if it is "measure"; else nothing.
+
+    They are those of this run, else of its first stage, else the range of the images. The config that a run keeps has
+    the numbers, so that a resumed run and later commands do not measure again.
+    """
+    if find(config, "data.value_range") != "measure":
+        return {}
+    folders = [config["paths"]["stage"], *Path(config["autoencoder"] or "").parents[:2]]
+    for folder in folders:
+        if isinstance(known := find(RunFolder(Path(folder)).started_with() or {}, "data.value_range"), list):
+            return {"data.value_range": known}
+    pixels = build(DictConfig(find(config, "data.module.train_set")), "data.module.train_set").pixels
+    return {"data.value_range": list(pixels.value_range)}
 
 
 def given_autoencoder(config: DictConfig, command: str) -> FirstStage | None:

@@ -69,14 +69,14 @@ class AvatarImages(ImageDataset):
         """Avatar `index` of the split, square."""
         if not 0 <= index < self.count:
             raise IndexError(f"image {index} of {self.count}")
-        return Image.fromarray(self.pixels[self.first + index])
+        return Image.fromarray(self.drawings[self.first + index])
 
     def fingerprint(self) -> str:
         """The file's name and the split."""
         return digest([self.file.name, self.first, self.count])
 
     @functools.cached_property
-    def pixels(self) -> np.ndarray:
+    def drawings(self) -> np.ndarray:
         """All images of both splits, `(N, S, S, 3)`, uint8, memory-mapped; draws the file first if it is missing."""
         self.prepare()
         return np.load(self.file, mmap_mode="r")

@@ -19,6 +19,7 @@ from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Count, Harmless, Whole
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -86,6 +87,14 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.train_set.image_size
 
     @property
+    def pixels(self) -> PixelFormat:
+        """Channels and range of the images. Raises `UserError` unless both data sets have the same."""
+        train, val = self.train_set.pixels, self.val_set.pixels
+        if train != val:
+            raise UserError(f"images of {train} for training but of {val} held out")
+        return train
+
+    @property
     def num_train(self) -> int:
         """Number of training images."""
         return len(self.train_set)
@@ -134,6 +143,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 f"{self.num_val} held-out images for {world_size} devices, but each needs one: "
                 "use fewer devices, or hold out more (data.val_fraction)"
             )
+        _ = self.pixels  # found here once, not in every loader process
         if rank == 0:
             _print_once(self.census())
 
@@ -141,10 +151,11 @@ class ImageDataModule(lightning.LightningDataModule):
         """One line on the numbers of images, and on the files that are not images."""
         line = f"images: {self.num_train:,} for training, {self.num_val:,} held out"
         others = self.train_set.passed_over()
+        line = line if self.pixels == RGB_8_BIT else f"{line}, of {self.pixels}"
         return f"{line}; passed over: {others}" if others else line
 
     def train_dataloader(self) -> Loader:
-        """Batches of this rank, up to `stop`: `image` (b, 3, H, W) in [-1, 1], `index` (b,), `position` (b,).
+        """Batches of this rank, up to `stop`: `image` (b, C, H, W) in [-1, 1], `index` (b,), `position` (b,).
 
         With cached latents, `moments` (b, M, h, w) replaces `image`.
         """
@@ -195,7 +206,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.val_batch_size or self.device_batch_size(world_size)
 
     def preview(self, count: int) -> Tensor:
-        """The first `count` held-out images (or all, if there are fewer): `(n, 3, H, W)` in [-1, 1]."""
+        """The first `count` held-out images (or all, if there are fewer): `(n, C, H, W)` in [-1, 1]."""
         return torch.stack([self.val_set[index]["image"] for index in range(min(count, self.num_val))])
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm_lab.data.arrays import ArrayImage
 from ldm_lab.data.transforms import center_crop, parse_size, random_crop, random_flip, resize_to_cover, to_tensor
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.pixels import RGB_8_BIT
 
 SPLITS = ("train", "val")
 
@@ -23,7 +25,7 @@ class ImageDataset(Dataset):
     where `position` is its place in the stream of training images (see `StreamBatchSampler`).
     `dataset[index]` is the same image with a centre crop and no flip. An item is a dictionary:
 
-    - `image`: `(3, H, W)`, float32 in [-1, 1];
+    - `image`: `(C, H, W)`, float32 in [-1, 1];
     - `index`: index of the image in this data set;
     - `position`: place in the stream, or `index` without a position.
 
@@ -35,9 +37,11 @@ class ImageDataset(Dataset):
         seed: seed of crops and flips.
 
     Attributes:
+        pixels: channels C of the images, and the values of their data that become -1 and 1.
         on_error: for an image that cannot be decoded: "raise", or "skip", which replaces it by another image.
     """
 
+    pixels = RGB_8_BIT
     on_error = "raise"
 
     def __init__(
@@ -59,8 +63,8 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, index: int) -> Image.Image:
-        """Image `index` as 8-bit RGB of any size."""
+    def read(self, index: int) -> Image.Image | ArrayImage:
+        """Image `index` of any size: 8-bit RGB or grey, or an array of C channels."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -95,7 +99,8 @@ class ImageDataset(Dataset):
             image = center_crop(image, self.image_size)
         if position is not None and self.flip:
             image = random_flip(image, self.seed, position)
-        return {"image": to_tensor(image), "index": index, "position": index if position is None else position}
+        tensor = image.to_tensor() if isinstance(image, ArrayImage) else to_tensor(image)
+        return {"image": tensor, "index": index, "position": index if position is None else position}
 
 
 def sorted_marks(images: Iterable[bytes]) -> np.ndarray:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
+from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -18,6 +19,8 @@ with contextlib.suppress(ImportError):  # HEIC photos of phones, if the plugin i
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
+
+T = TypeVar("T")
 
 
 class NoImageError(UserError):
@@ -59,13 +62,23 @@ FORMATS = tuple(_formats())  # Pillow tries no other decoder, whatever a file's 
 EXTENSIONS = tuple(ending for endings in _formats().values() for ending in endings)
 
 
-def decode(content: bytes, background: RGB, max_pixels: int | None = None) -> Image.Image:
-    """Decode an image: upright, 8-bit RGB, in its original size; unreadable metadata are ignored.
+def decode(content: bytes, background: RGB, max_pixels: int | None = None, mode: str = "RGB") -> Image.Image:
+    """Decode an image: upright, 8-bit RGB or "L", in its original size; unreadable metadata are ignored.
 
     Args:
         content: content of the file.
         background: colour behind transparent images.
         max_pixels: maximum pixels of an image; None: Pillow's limit.
+        mode: "RGB", or "L" for grey.
+
+    Raises:
+        PixelLimitError, NoImageError, Exception: see `opened`.
+    """
+    return opened(content, max_pixels, lambda image: to_rgb(image, background, mode))
+
+
+def opened(content: bytes, max_pixels: int | None, use: Callable[[Image.Image], T]) -> T:
+    """`use(image)` of an image that Pillow has opened; if that fails, of the image without its metadata.
 
     Raises:
         PixelLimitError: the image has more pixels.
@@ -74,20 +87,20 @@ def decode(content: bytes, background: RGB, max_pixels: int | None = None) -> Im
     """
     content = with_sound_tags(content)
     try:
-        return _decode(content, background, max_pixels)
+        return _opened(content, max_pixels, use)
     except Exception:
         for less in without_metadata(content):
             with contextlib.suppress(Exception):
-                return _decode(less, background, max_pixels)
+                return _opened(less, max_pixels, use)
         raise
 
 
-def _decode(content: bytes, background: RGB, max_pixels: int | None) -> Image.Image:
+def _opened(content: bytes, max_pixels: int | None, use: Callable[[Image.Image], T]) -> T:
     try:
-        with _limited(max_pixels), Image.open(BytesIO(content), formats=FORMATS) as image:
+        with limited(max_pixels), Image.open(BytesIO(content), formats=FORMATS) as image:
             if max_pixels and image.width * image.height > max_pixels:
                 raise PixelLimitError(image.width * image.height, max_pixels)
-            return to_rgb(image, background)
+            return use(image)
     except UnidentifiedImageError as error:
         raise NoImageError(f"{kind_of(content) or 'not an image'}; expected {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -96,7 +109,7 @@ def _decode(content: bytes, background: RGB, max_pixels: int | None) -> Image.Im
 
 
 @contextlib.contextmanager
-def _limited(max_pixels: int | None) -> Iterator[None]:
+def limited(max_pixels: int | None) -> Iterator[None]:
     """Set Pillow's pixel limit, a variable of its module, while one image is decoded."""
     before = Image.MAX_IMAGE_PIXELS
     if max_pixels:

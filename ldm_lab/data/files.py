@@ -22,6 +22,7 @@ from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import kind_of
 
 ARCHIVES = (".zip", ".tar")
+STACKS = (".npy", ".npz")  # one array of all images
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 AGAIN = "pack it again as a plain .tar or .zip"
 LARGEST = 2**30  # maximum bytes of an unpacked archive member
@@ -68,6 +69,14 @@ class Files:
         """Size of a file in bytes."""
         raise NotImplementedError
 
+    def identity(self, name: str, place: Place) -> bytes:
+        """Text that changes with a file: its size and name."""
+        return b"%d %b" % (self.size(name, place), os.fsencode(name))
+
+    def modified(self, name: str, place: Place) -> int:
+        """Time of the last change of a file, or of the archive that holds it, in nanoseconds."""
+        return self.root.stat().st_mtime_ns
+
 
 class Folder(Files):
     """A folder with all subfolders; follows links."""
@@ -105,6 +114,13 @@ class Folder(Files):
         """Size from the file system; -1 for a broken link or a file that is gone."""
         try:
             return (self.root / name).stat().st_size
+        except OSError:
+            return -1
+
+    def modified(self, name: str, place: Place) -> int:
+        """Time from the file system; -1 for a broken link or a file that is gone."""
+        try:
+            return (self.root / name).stat().st_mtime_ns
         except OSError:
             return -1
 
@@ -209,7 +225,7 @@ class TarArchive(Archive):
 
 
 def open_root(root: str | Path | None) -> Files:
-    """The files of `data.root`. Raises `UserError` unless it is a folder or a readable archive."""
+    """The files of `data.root`. Raises `UserError` unless it is a folder, a readable archive or a stack."""
     if root is None or str(root) in ("", "???"):
         raise UserError("data.root is not set: name the folder of images, data.root=<folder>, or a zip or tar archive")
     path = shell.path(root)
@@ -217,6 +233,10 @@ def open_root(root: str | Path | None) -> Files:
         return Folder(path)
     if not path.exists():
         raise UserError(f"data.root={root}: no such folder or archive; expected a folder of images")
+    if path.suffix in STACKS:
+        from ldm_lab.data.stack import open_stack
+
+        return open_stack(path)
     try:
         return _open_archive(path)
     except OSError as error:
@@ -248,7 +268,7 @@ def is_hidden(name: str) -> bool:
     return (name.startswith(".") and name != ".") or name == "__MACOSX"
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # pictures, and arrays
 def _find_once(archive: Archive, suffixes: tuple[str, ...], changed: int) -> Found:
     return _sorted(archive.members(), suffixes)
 

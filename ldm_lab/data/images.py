@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -14,13 +15,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from PIL import Image, ImageColor
 
+from ldm_lab.data.arrays import ArrayImage, MismatchError
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
-from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
-from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
+from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, limited
+from ldm_lab.data.decode_arrays import NPY_FILES
+from ldm_lab.data.files import ARCHIVES, Folder, Found, Place, open_root
+from ldm_lab.data.pixel_reader import PixelReader
 from ldm_lab.data.transforms import covering_size
+from ldm_lab.data.value_range import Range, ValueRange, measured, parse_range
 from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.limits import Count, Harmless, Whole
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 
 OnError = Annotated[Literal["raise", "skip"], Harmless]
 MaxPixels = Annotated[Count | None, Harmless]
@@ -39,7 +45,8 @@ class FolderImages(ImageDataset):
     leaves one split empty, one image changes sides. The type of a file follows from its content, not its
     name; of several images in a file, the first is used. Images are made upright (EXIF), composited over
     `background` if transparent, converted to 8-bit RGB, and resized until the shorter side fits (see
-    `transforms`).
+    `transforms`). With other `channels` or a `value_range`, images stay as deep as their files (see `arrays`).
+    `.npy` files are images where there are no pictures.
 
     With `on_error="skip"` the next decodable file of the split replaces a file that cannot be decoded, the
     same for every epoch and batch size. Items then have a further entry: `skipped`, the errors of the
@@ -55,6 +62,10 @@ class FolderImages(ImageDataset):
         background: colour behind transparent images, a name or `#rrggbb`.
         on_error: reaction to a file that cannot be decoded, "raise" or "skip".
         max_pixels: maximum pixels of an image; None: Pillow's limit.
+        channels: number of channels.
+        value_range: (low, high), the values that become -1 and 1; "measure": the smallest and the largest value of
+            all images; None: 0 to 255, or 0 to 65535 if `channels` is not 3 and the first file has 16 bits.
+        cache_dir: folder that keeps the measured range; None: each process measures for itself.
         seed: seed of crops and flips.
 
     Attributes:
@@ -80,6 +91,9 @@ class FolderImages(ImageDataset):
         on_error: OnError = "raise",
         max_pixels: MaxPixels = None,
         seed: Whole = 0,
+        channels: Count = 3,
+        value_range: ValueRange = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
         self.files = open_root(root)
@@ -93,18 +107,69 @@ class FolderImages(ImageDataset):
         signatures.require("data.on_error", on_error, OnError)
         self.on_error = on_error
         self.max_pixels = max_pixels
+        self.channels, self.value_range = channels, parse_range(value_range, channels)
+        self.cache_dir = cache_dir
+
+    @functools.cached_property
+    def pixels(self) -> PixelFormat:
+        """Channels and range of the images; opens files unless both are given. Raises `ImageError` as `read`."""
+        if self._reader.is_plain:
+            return RGB_8_BIT
+        if isinstance(self.value_range, tuple):
+            return PixelFormat(self.channels, self.value_range)
+        find = self._measured if self.value_range == "measure" else self._full_range
+        return PixelFormat(self.channels, find(self._list()))
+
+    @property
+    def _reader(self) -> PixelReader:
+        return PixelReader(self.channels, self.value_range, self.background, self.max_pixels)
+
+    def _measured(self, every: Found) -> Range:
+        """The smallest and the largest value of all images."""
+
+        def key() -> str:  # with times, as arrays of other values often have the same size
+            places = (located(every, index) for index in range(len(every.names)))
+            return digest([self.channels, *((self.files.identity(*at), self.files.modified(*at)) for at in places)])
+
+        with limited(self.max_pixels):  # outside of the threads that measure
+            extremes = functools.partial(self._unless_skipped, self._reader.extremes, every)
+            return measured(extremes, len(every.names), self.cache_dir, key)
+
+    def _full_range(self, every: Found) -> Range:
+        """Range of the integers in the first file."""
+        for index in range(min(self.MOST_IN_A_ROW, len(every.names))):
+            if found := self._unless_skipped(self._reader.full_range, every, index):
+                return found
+        raise ImageError(f"data.root={self.files.root}: its first files cannot be decoded")
+
+    def _unless_skipped(self, use: Callable[[bytes], Range], every: Found, index: int) -> Range | None:
+        """`use(content)` of a file; None if it fails and such files are skipped."""
+        with suppress(ImageError) if self.on_error == "skip" else nullcontext(), self._blaming(every, index):
+            return use(self.files.read(*located(every, index)))
+        return None
+
+    def prepare(self) -> None:
+        """Measure the range."""
+        _ = self.pixels
 
     @functools.cached_property
     def _found(self) -> Found:
         """This split's images."""
-        found = self.files.find(EXTENSIONS)
-        if len(found.names) < 2:
-            there = "one image in it" if len(found.names) else f"no images in it{self._instead(found.others)}"
-            wanted = ", ".join(extension[1:] for extension in EXTENSIONS)
-            raise UserError(f"data.root={self.files.root}: {there}; expected two or more files of type {wanted}")
+        found = self._list()
         held_out = is_held_out(found.names, self.val_fraction)
         chosen = held_out if self.split == "val" else ~held_out
         return Found(found.names[chosen], found.places[chosen], found.others)
+
+    def _list(self) -> Found:
+        """The images of both splits: pictures, else `.npy` files."""
+        found = self.files.find(EXTENSIONS)
+        if not len(found.names) and NPY_FILES[0] in found.others:
+            found = self.files.find(NPY_FILES)
+        if len(found.names) < 2:
+            there = "one image in it" if len(found.names) else f"no images in it{self._instead(found.others)}"
+            wanted = ", ".join(extension[1:] for extension in (*EXTENSIONS, *NPY_FILES))
+            raise UserError(f"data.root={self.files.root}: {there}; expected two or more files of type {wanted}")
+        return found
 
     def _instead(self, others: Counter[str]) -> str:
         """The end of the message on a root without images: the files that it holds."""
@@ -146,27 +211,37 @@ class FolderImages(ImageDataset):
         raise ImageError(f"{len(errors)} file(s) in a row cannot be decoded; the first: {errors[0]}")
 
     def transform(self) -> dict[str, Any]:
-        """The settings of every data set, plus the background."""
-        return {**super().transform(), "background": list(self.background)}
+        """The settings of every data set, plus the background, and channels and range other than 8-bit RGB."""
+        known = {**super().transform(), "background": list(self.background)}
+        if self._reader.is_plain:
+            return known
+        bits = 8 if self._reader.is_8_bit(self.pixels) else 32  # in which images are resized
+        return known | {"channels": self.channels, "value_range": list(self.pixels.value_range), "bits": bits}
 
     def path(self, index: int) -> Path:
         """The path of image `index`, for messages only, as a path into an archive does not exist."""
         return self.files.root / os.fsdecode(self.names[index])
 
-    def read(self, index: int) -> Image.Image:
-        """Image `index`, upright, 8-bit RGB, in its original size."""
-        name, place = self._locate(index)
-        try:
-            picture = decode(self.files.read(name, place), self.background, self.max_pixels)
+    def read(self, index: int) -> Image.Image | ArrayImage:
+        """Image `index`, upright, in its original size: 8-bit RGB or grey, or of any depth (see `pixels`)."""
+        with self._blaming(self._found, index):
+            picture = self._reader.image(self.files.read(*self._locate(index)), self.pixels)
             covering_size(picture, self.image_size)
             return picture
-        except NoImageError as error:
-            raise ImageError(f"{self.path(index)}: {error}") from None
+
+    @contextmanager
+    def _blaming(self, found: Found, index: int) -> Iterator[None]:
+        """Turn any failure with an image of `found` into an `ImageError` that names its file."""
+        path = self.files.root / os.fsdecode(found.names[index])
+        try:
+            yield
+        except (NoImageError, MismatchError) as error:
+            raise ImageError(f"{path}: {error}") from None
         except PixelLimitError as error:
-            raise ImageError(f"{self.path(index)}: {error}: {self.pixels_key}{error.pixels} takes it") from error
+            raise ImageError(f"{path}: {error}: {self.pixels_key}{error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on corrupt data
             reason = getattr(error, "strerror", None) or first_line(error)
-            raise ImageError(f"{self.path(index)}: cannot be read: {reason}") from error
+            raise ImageError(f"{path}: cannot be read: {reason}") from error
 
     def format(self, index: int) -> str | None:
         """Pillow's format name of image `index`; None if it is no image."""
@@ -182,12 +257,15 @@ class FolderImages(ImageDataset):
 
     def marks(self) -> np.ndarray:
         """Hashes of each file's path and size."""
-        sizes = (self.files.size(*self._locate(index)) for index in range(len(self)))
-        return sorted_marks(b"%d %b" % pair for pair in zip(sizes, self.names.tolist(), strict=True))
+        return sorted_marks(self.files.identity(*self._locate(index)) for index in range(len(self)))
 
-    def _locate(self, index: int) -> tuple[str, tuple[int, ...]]:
-        found = self._found
-        return os.fsdecode(found.names[index]), tuple(found.places[index].tolist())
+    def _locate(self, index: int) -> tuple[str, Place]:
+        return located(self._found, index)
+
+
+def located(found: Found, index: int) -> tuple[str, Place]:
+    """Name and place of a file."""
+    return os.fsdecode(found.names[index]), tuple(found.places[index].tolist())
 
 
 def is_held_out(names: np.ndarray, val_fraction: float) -> np.ndarray:

@@ -40,31 +40,35 @@ def parse_size(image_size: int | Sequence[int]) -> Size:
     return int(sides[0]), int(sides[1])
 
 
-def to_rgb(image: Image.Image, background: RGB) -> Image.Image:
+def to_rgb(image: Image.Image, background: RGB, mode: str = "RGB") -> Image.Image:
     """Convert to upright 8-bit RGB: applies the EXIF rotation, and composites any transparency over `background`.
 
-    Unreadable EXIF data are ignored. 16-bit images are scaled to the 8-bit range. Colour profiles are not
-    applied.
+    With mode "L" the result is the luma (ITU-R BT.601) of this RGB image. Unreadable EXIF data are ignored. 16-bit
+    images are scaled to the 8-bit range. Colour profiles are not applied.
 
     Raises:
         UserError: the image is greyscale in float, 32-bit or signed integers. These formats define no
             white value, and scaling each image by its own maximum would make images inconsistent.
     """
     image.load()
-    if (turn := _turn(image)) is not None:
+    if (turn := turn_of(image)) is not None:
         image = image.transpose(turn)
     if image.mode in ("F", "I"):
-        raise UserError("floats or 32-bit integers, of which none is known to be white; save it with 8 or 16 bits")
+        kind = "floats or 32-bit integers, of which none is known to be white"
+        raise UserError(f"{kind}: give data.value_range=, or save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    elif mode == "L" and image.mode in ("1", "L"):
+        return image.convert("L")
+    image = image.convert("RGB")
+    return image if mode == "RGB" else image.convert(mode)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
     """The transpose that makes an image upright; None if it is upright, or its EXIF data are unreadable."""
     try:
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -118,9 +122,9 @@ def is_flipped(seed: int, position: int) -> bool:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image -> `(3, H, W)`, float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image))  # (H, W, 3), uint8
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1  # (H, W, 3) -> (3, H, W)
+    """RGB or grey image -> `(3, H, W)` or `(1, H, W)`, float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)  # (H, W, C), uint8
+    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1  # (H, W, C) -> (C, H, W)
 
 
 def _crop(image: Image.Image, size: Size, top: int, left: int) -> Image.Image:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zipfile
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -20,8 +18,9 @@ from ldm_lab.data.dataset import ImageDataset, digest, spread
 from ldm_lab.data.decode import EXTENSIONS
 from ldm_lab.data.files import Found
 from ldm_lab.data.images import FolderImages
+from ldm_lab.data.stack import open_array
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.reading import LoadError, reason
+from ldm_lab.utils.reading import LoadError
 
 PEEKED = 32  # files to open for their compression
 RESIZE = "bicubic with antialiasing (Pillow)"  # resizing of `ldm_lab.data.transforms`
@@ -200,35 +199,3 @@ class WholeFolder(FolderImages):
         if len(found.names) < 2:
             raise UserError(f"{self.files.root}: {len(found.names)} image(s) in it: two are the least")
         return found
-
-
-def open_array(path: Path, name: str) -> np.ndarray:
-    """An array of an `.npz`; memory-mapped if uncompressed, so that 50,000 images need not fit in memory.
-
-    Raises:
-        LoadError: the array is missing, or could execute code.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            entry = archive.getinfo(f"{name}.npy")
-            if entry.compress_type == zipfile.ZIP_STORED:
-                file.seek(entry.header_offset + 26)
-                file.seek(sum(struct.unpack("<HH", file.read(4))), 1)  # skip the entry's name and extra field
-                return _mapped(path, file)
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
-        there = "" if not isinstance(error, KeyError) else f"it has no {name}: "
-        raise LoadError(f"{path}: not usable as .npz: {there}{reason(path, error)}") from error
-
-
-def _mapped(path: Path, file: Any) -> np.ndarray:  # noqa: ANN401
-    """Memory-map the array whose header begins at the current position of `file`."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject:
-        raise UserError("it holds objects, which could run code")
-    if not np.prod(shape):
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")

@@ -14,7 +14,7 @@ from typing import Any
 from ldm_lab.runs.settings import is_harmless
 from ldm_lab.utils import signatures
 from ldm_lab.utils.moved import current
-from ldm_lab.utils.nested import find, flatten
+from ldm_lab.utils.nested import find, flatten, targets
 
 MISSING = inspect.Parameter.empty
 OPEN = signatures.MORE
@@ -83,14 +83,26 @@ def first_lacking(tree: dict[str, Any], key: str) -> str | None:
 def default_of(config: dict[str, Any], key: str) -> Any:  # noqa: ANN401
     """The default of argument `key` of the constructor that the parent node of `key` names.
 
-    `MISSING`: there is no constructor, or `key` is required or unknown. `OPEN`: the constructor takes any key.
+    If the parent names none, as `data` of `data.channels`: the default of the constructors below it. `MISSING`: there
+    is no constructor, or `key` is required or unknown. `OPEN`: the constructor takes any key.
     """
     parent, _, name = key.rpartition(".")
     makes = signatures.named(str(find(config, f"{parent}._target_")))
     if makes is None:
-        return MISSING
+        return _default_below(config, parent, name)
     parameters, _ = signatures.declared(makes)
     if name in parameters:
         default = parameters[name].default
         return list(default) if isinstance(default, tuple) else default
     return OPEN if any(parameter.kind is OPEN for parameter in parameters.values()) else MISSING
+
+
+def _default_below(config: dict[str, Any], parent: str, name: str) -> Any:  # noqa: ANN401
+    """The default that all constructors below a node have for argument `name`; `MISSING` if they differ, or have none.
+
+    Their arguments follow the node's key: `channels: ${data.channels}`.
+    """
+    below = [signatures.named(str(target)) for _, target in targets(find(config, parent))]
+    declared = [signatures.declared(makes)[0] for makes in below if makes is not None]
+    defaults = [parameters[name].default for parameters in declared if name in parameters]
+    return defaults[0] if defaults and all(default == defaults[0] for default in defaults) else MISSING

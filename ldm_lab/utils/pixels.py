@@ -32,6 +32,10 @@ class PixelFormat:
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UserError(f"data.value_range=[{low:g},{high:g}]: give two finite values, the lower one first")
 
+    def __str__(self) -> str:
+        low, high = self.value_range
+        return f"{self.channels} channel(s) from {low:g} to {high:g}"
+
     @property
     def is_8_bit(self) -> bool:
         """Whether the values are those of ordinary 8-bit pictures."""

@@ -8,6 +8,8 @@ import torch
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.data.images import FolderImages
+from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from tests.data.pictures import save
 
 
@@ -33,6 +35,14 @@ def test_batches_are_images_with_their_places():
     for n in (0, 7):
         item = data.train_set[int(batch["index"][n]), n]
         assert torch.equal(batch["image"][n], item["image"])
+
+
+def test_both_data_sets_have_one_format():
+    data = module()
+    assert data.pixels == RGB_8_BIT == data.val_set.pixels
+    data.val_set.pixels = PixelFormat(1, (0, 65535))
+    with pytest.raises(UserError, match=r"images of 3 channel.s. from 0 to 255 for training but of 1 .* to 65535 held"):
+        _ = data.pixels
 
 
 def test_workers_change_nothing():

@@ -338,12 +338,12 @@ def test_missing_root_and_other_files(tmp_path):
 
 
 def test_a_folder_without_images_says_what_it_holds(tmp_path):
-    wanted = f"expected two or more files of type {', '.join(ending[1:] for ending in EXTENSIONS)}"
+    wanted = f"expected two or more files of type {', '.join(ending[1:] for ending in (*EXTENSIONS, '.npy'))}"
     assert refused(tmp_path) == f"data.root={tmp_path}: no images in it; {wanted}"
     for n in range(1200):
-        (tmp_path / f"{n}.npy").touch()
+        (tmp_path / f"{n}.xyz").touch()
     (tmp_path / "README").touch()
-    found = "no images in it, but 1,200 .npy files and 1 without an ending"
+    found = "no images in it, but 1,200 .xyz files and 1 without an ending"
     assert refused(tmp_path) == f"data.root={tmp_path}: {found}; {wanted}"
     save(tmp_path / "only.png")
     assert refused(tmp_path) == f"data.root={tmp_path}: one image in it; {wanted}"

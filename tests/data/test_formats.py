@@ -2,7 +2,6 @@
 
 import os
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +10,18 @@ from PIL import Image, ImageCms
 from ldm_lab.data import decode
 from ldm_lab.data.decode import EXTENSIONS
 from ldm_lab.data.images import FolderImages, ImageError
-from tests.data.pictures import BLUE, CORNERS, GREEN, RED, YELLOW, assert_four_corners, four_corners, read, save
+from tests.data.pictures import (
+    BLUE,
+    CORNERS,
+    GREEN,
+    RED,
+    YELLOW,
+    assert_four_corners,
+    deep_png,
+    four_corners,
+    read,
+    save,
+)
 
 WHITE = (255, 255, 255)
 LOSSLESS = {
@@ -201,18 +211,6 @@ def test_compressed_tiff(tmp_path, compression):
 # --- more than eight bits
 
 
-def deep_png(path, color_type, samples):
-    """One row of 16-bit pixels: Pillow writes only grey ones."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
-    header = struct.pack(">IIBBBBB", len(samples) // channels, 1, 16, color_type, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + struct.pack(f">{len(samples)}H", *samples))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-
-
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
 def test_sixteen_bit_grey_keeps_its_range(tmp_path, suffix, order):
@@ -230,17 +228,17 @@ def test_sixteen_bit_grey_is_turned_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("color_type", "samples", "expected"),
+    ("samples", "expected"),
     [
-        (2, [65535, 32896, 0], [255, 128, 0]),
-        (6, [65535, 32896, 0, 65535], [255, 128, 0]),
-        (6, [65535, 32896, 0, 0], [255, 255, 255]),
-        (4, [32896, 65535], [128, 128, 128]),
-        (4, [32896, 0], [255, 255, 255]),
+        ([65535, 32896, 0], [255, 128, 0]),
+        ([65535, 32896, 0, 65535], [255, 128, 0]),
+        ([65535, 32896, 0, 0], [255, 255, 255]),
+        ([32896, 65535], [128, 128, 128]),
+        ([32896, 0], [255, 255, 255]),
     ],
 )
-def test_sixteen_bit_colour_and_transparency(tmp_path, color_type, samples, expected):
-    deep_png(tmp_path / "deep.png", color_type, samples)
+def test_sixteen_bit_colour_and_transparency(tmp_path, samples, expected):
+    deep_png(tmp_path / "deep.png", np.array(samples, np.uint16)[None, None])
     assert read(tmp_path / "deep.png").tolist() == [[expected]]
 
 
