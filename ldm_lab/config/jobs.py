@@ -71,10 +71,16 @@ def turn(folder: Path) -> Iterator[None]:
         yield
     except SystemExit as end:
         if end.code == status_of(signal.SIGUSR1) and launcher == "SlurmLauncher" and is_first_process():
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+            subprocess.run(["scontrol", "requeue", _number_of_job()], check=True)
         if isinstance(end.code, str):
             raise UserError(end.code.removeprefix("error: ")) from end
         raise
+
+
+def _number_of_job() -> str:
+    # The number of an array's last task is also that of the whole array.
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def take_gpu(folder: Path) -> None:

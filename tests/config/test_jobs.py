@@ -48,7 +48,8 @@ def test_slurm_warns_by_the_signal_that_training_heeds():
 def calls(monkeypatch):
     """What a job of Slurm calls."""
     found = []
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    for key, value in {"JOB_ID": "4711", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
     monkeypatch.setattr(subprocess, "run", lambda words, check: found.append(words))
     return found
 
@@ -73,7 +74,7 @@ def test_a_job_whose_time_is_over_is_queued_again_once(monkeypatch, tmp_path, ca
     with pytest.raises(SystemExit) as end, jobs.turn(tmp_path):
         raise SystemExit(status)
     assert end.value.code == status
-    assert calls == [["scontrol", "requeue", "4711"]] * queued
+    assert calls == [["scontrol", "requeue", "4711_1"]] * queued
 
 
 @pytest.mark.parametrize(("launcher", "raised"), [("SlurmLauncher", UserError), ("BasicLauncher", SystemExit)])
