@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Train on several machines under Slurm: sbatch scripts/slurm.sh experiment=celebahq data.root=/data/celebahq
-# Whatever follows the name of this file goes to train.py. The same line again continues. docs/clusters.md says more.
+# Whatever follows the name of this file goes to train.py, or to the script named first:
+# sbatch scripts/slurm.sh sample.py ckpt=runs/celebahq num_samples=50000. The same line again continues.
+# docs/clusters.md says more.
 #SBATCH --job-name=ldm_lab
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8        # one process for each GPU
@@ -22,10 +24,13 @@ nodes=$SLURM_JOB_NUM_NODES
 [ "$SLURM_NTASKS" -eq $((each * nodes)) ] || stop "$SLURM_NTASKS tasks do not fit $nodes nodes of $each: set --ntasks-per-node, not --ntasks"
 [ "${SLURM_GPUS_ON_NODE:-$each}" -eq "$each" ] || stop "$each tasks a node for $SLURM_GPUS_ON_NODE GPUs: --ntasks-per-node must be --gpus-per-node"
 
+script=train.py
+case "${1:-}" in *.py) script=$1; shift ;; esac
+
 cd "${SLURM_SUBMIT_DIR:-.}"
 status=0
 # If one process fails, all of them end: the others would wait for it.
-srun --kill-on-bad-exit=1 python train.py "$@" \
+srun --kill-on-bad-exit=1 python "$script" "$@" \
     trainer=ddp trainer.devices="$each" trainer.num_nodes="$nodes" || status=$?
 
 # 128 + SIGUSR1: saved ahead of the time limit. SIGTERM is no reason: scancel sends it, too.

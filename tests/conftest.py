@@ -27,7 +27,7 @@ os.environ["LDM_LAB_CACHE"] = CACHE.name
 TESTS = Path(__file__).parent
 # Rooms and files whose tests train, start processes or build whole models. `-m "not slow"` leaves a minute or so.
 SLOW = (
-    "reliability", "rehearsal", "scripts", "security", "training",
+    "clusters", "reliability", "rehearsal", "scripts", "security", "training",
     "checkpoints/test_checkpoint", "checkpoints/test_compvis_checkpoint", "checkpoints/test_foreign_files",
     "checkpoints/test_foreign_models", "config/test_configs", "config/test_kinds", "config/test_recipes",
     "config/test_sweep", "data/test_avatars", "losses/test_autoencoder", "models/test_codebook",

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,10 +19,11 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab.config import checks, files, kinds
+from ldm_lab.config import checks, files, jobs, kinds
 from ldm_lab.config.bases import base, settable
 from ldm_lab.config.build import build, build_all, plain  # noqa: F401  re-exported
 from ldm_lab.config.files import (
@@ -236,6 +238,7 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
 def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     """Run `job` once for each combination of the swept values in `lines`, each time under another run name."""
     lines = [shell.as_text(mine, several=True) for line in lines for mine in searched(line)]
+    jobs.prepare(lines)
     ours = [line for line in lines if not line.startswith(("hydra.", "hydra/"))]
     parsed = parse_overrides(ours, several=True)
     recipe = Recipe.parse([first(override) for override in parsed])
@@ -252,15 +255,20 @@ def sweep(lines: list[str], job: Callable[[list[str]], Any]) -> None:
     # The jobs of a sweep of stage 2 alone train no first stage, so all jobs use the one of the base config.
     shared = [f"autoencoder={shell.quoted(configs[0].autoencoder)}"] if configs[0].autoencoder and not given else []
 
+    folder = Path(configs[0].paths.runs, "multirun").absolute()
+
     @hydra.main(config_path=str(files.CONFIGS), config_name="sweep", version_base="1.3")
     def run_job(_: DictConfig) -> Any:  # noqa: ANN401
         mine = unpack(list(HydraConfig.get().overrides.task))
         unnamed = [line for line in mine if not line.startswith("name=")]
-        with reporting(f"running {' '.join(mine)} of the sweep"):  # Hydra would show a traceback
+        with jobs.turn(folder), reporting(f"running {' '.join(mine)} of the sweep"):  # Hydra would show a traceback
             return job([*unnamed, *shared, f"name={shell.quoted(job_name(configs[0].name, swept, mine))}"])
 
     sys.argv = [sys.argv[0], "-m", f"paths.runs={shell.quoted(configs[0].paths.runs)}", *pack(lines)]
-    run_job()
+    try:
+        run_job()
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def is_searched() -> bool:

@@ -69,6 +69,14 @@ def test_several_devices_are_refused_in_one_line(trainer):
     assert refused.stderr.count("\n") == 1
 
 
+def test_an_error_of_hydra_is_one_line():
+    refused = sweep("hydra/launcher=nobody", "seed=1,2")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+    assert "hydra/launcher/nobody" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_each_job_is_a_run_with_its_own_autoencoder(tmp_path):
     done = sweep("experiment=avatars", "seed=1,2", f"paths.runs={tmp_path}")

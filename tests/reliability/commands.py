@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,13 @@ class Command:
 
     def said(self):
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def free_port():
+    """A port that nobody listens at."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def python(script, *overrides):

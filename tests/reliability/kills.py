@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from lightning.pytorch.trainer import call
 
 from ldm_lab.config import stages  # noqa: F401  it imports what trains
 from ldm_lab.training.diffusion_module import DiffusionModule
+from tests.reliability.commands import free_port
 from train import job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,13 +107,6 @@ def start(runs, overrides, moment=None, world_size=1):
     found = re.findall(r"continuing \S*/(\w+) at ([\d,]+) of", output)
     resumed = {name: int(number.replace(",", "")) for name, number in found}
     return Start(killed, stage, images, resumed, len(lines), output)
-
-
-def free_port():
-    """A port that nobody listens at."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def rank_environment(rank, world_size, port):

@@ -19,8 +19,8 @@ from ldm_lab.sampling.generate import MissingSamples, SamplingModule, claim, ima
 from ldm_lab.training.trainer import Trainer
 from ldm_lab.utils.images import save_png
 from tests.helpers import contents
-from tests.reliability.commands import ROOT, TIME_LIMIT, TWO
-from tests.reliability.kills import free_port, processes, rank_environment
+from tests.reliability.commands import ROOT, TIME_LIMIT, TWO, free_port
+from tests.reliability.kills import processes, rank_environment
 from tests.sampling.test_generate import MODEL, SETTINGS, write_images
 
 TINY = (f"ckpt={MODEL}", "sampler.steps=2")

@@ -19,7 +19,7 @@ JOB = {
 def submit(tmp_path):
     """Run the script as a job; returns its status, the calls of srun and scontrol, and what it said on stderr."""
 
-    def run(status=0, without=(), **changes):
+    def run(status=0, without=(), script=(), **changes):
         folder = tmp_path / "bin"
         folder.mkdir()
         for name, code in (("srun", status), ("scontrol", 0)):
@@ -28,7 +28,7 @@ def submit(tmp_path):
                 (folder / name).chmod(0o755)
         environment = {key: value for key, value in {**JOB, **changes}.items() if value is not None}
         done = subprocess.run(
-            ["/bin/bash", str(SCRIPT), "experiment=celebahq", "data.root=/a b"],
+            ["/bin/bash", str(SCRIPT), *script, "experiment=celebahq", "data.root=/a b"],
             env={**environment, "PATH": str(folder), "SLURM_SUBMIT_DIR": str(tmp_path)},
             capture_output=True, text=True, timeout=20, check=False,
         )  # fmt: skip
@@ -45,6 +45,11 @@ def test_all_tasks_are_started_by_srun_with_the_settings_that_fit_them(submit):
         "srun --kill-on-bad-exit=1 python train.py experiment=celebahq data.root=/a b"
         " trainer=ddp trainer.devices=8 trainer.num_nodes=2"
     ]
+
+
+def test_another_script_may_be_named_first(submit):
+    _, calls, _ = submit(script=("sample.py",))
+    assert calls[0].startswith("srun --kill-on-bad-exit=1 python sample.py experiment=celebahq data.root=/a b trainer=")
 
 
 @pytest.mark.parametrize(("status", "again"), [(138, True), (143, False), (130, False), (1, False)])

@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=int, default=200, help="replicates for the intervals; 0: none (default: %(default)s)")
     add("--output", type=Path, metavar="FOLDER", help="for the result (default: eval/ of the run)")
     add("--devices", type=int, default=1, help="how many (default: %(default)s)")
+    add("--nodes", type=int, default=1, help="machines; start the command on each (default: %(default)s)")
     add("--accelerator", default="auto", help="cpu, gpu, or what there is (default: %(default)s)")
     add("--num-workers", type=int, default=0, help="processes that load images on each device (default: %(default)s)")
     add("--cache", type=Path, help="paths.cache: drawn images, extractors, features (default: that of train.py)")
@@ -67,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. Raises `UserError`, which names the flag."""
     options = parser().parse_args(argv)
     lowest = {"num_samples": 2, "steps": 1, "seed": 0, "batch_size": 1, "num_reference": 2, "bootstrap": 0}
-    for name, low in {**lowest, "devices": 1, "num_workers": 0, "max_pixels": 1}.items():
+    for name, low in {**lowest, "devices": 1, "nodes": 1, "num_workers": 0, "max_pixels": 1}.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
     sides = options.image_size

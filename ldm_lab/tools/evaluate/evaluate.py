@@ -60,6 +60,7 @@ class Request:
     num_workers: int
     plugins: Sequence[str]
     max_pixels: int | None = None
+    nodes: int = 1
 
     def trainer(self) -> Trainer:
         """A Lightning trainer that distributes the work over devices."""
@@ -67,7 +68,8 @@ class Request:
         return Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
-            strategy="auto" if self.devices == 1 else "ddp",
+            num_nodes=self.nodes,
+            strategy="auto" if self.devices * self.nodes == 1 else "ddp",
             precision=device.resolve_precision("auto", self.accelerator),
             logger=False,
             enable_checkpointing=False,
