@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab.config import checks, files, kinds
+from ldm_lab.config import channels, checks, files, kinds
 from ldm_lab.config.bases import base, settable
 from ldm_lab.config.build import build, build_all, plain  # noqa: F401  re-exported
 from ldm_lab.config.files import (
@@ -97,7 +97,8 @@ class Recipe:
         for config in configs:
             _changed(config, changes.get(config.stage, {}))
         plugins = plugins_given(self.overrides)
-        return [check(config, plugins) for config in configs]
+        checked = [check(config, plugins) for config in configs]
+        return [_changed(config, channels.follow(plain(config), self.typed)) for config in checked]
 
     @property
     def typed(self) -> set[str]:
