@@ -25,7 +25,7 @@ from ldm_lab.models.unet import UNet2DModel
 from ldm_lab.utils import hub, shell
 from ldm_lab.utils.arguments import whole
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import array_to_pil, to_numpy, to_pil, to_unit
+from ldm_lab.utils.images import array_to_pil, require_pil, to_numpy, to_pil, to_unit
 from ldm_lab.utils.memory_switches import MemorySwitches
 from ldm_lab.utils.randomness import seeded
 from ldm_lab.utils.reading import blaming
@@ -121,7 +121,7 @@ class LDMPipeline(MemorySwitches):
             eta: 0 is deterministic DDIM, 1 has the variance of DDPM (Song et al. 2021, eq. 16). A scheduler without eta
                 only accepts 0.
             num_inference_steps: number of UNet evaluations.
-            output_type: "pil", "np" (or "numpy"), "pt" or "latent".
+            output_type: "pil" (8 bits; one channel or three), "np" (or "numpy"), "pt" or "latent".
             return_dict: `False` returns `(images,)`.
             latents: the starting noise `(B, C, h, w)`, scaled for the scheduler.
             callback: called after each step with (step, timestep, latents).
@@ -144,6 +144,8 @@ class LDMPipeline(MemorySwitches):
     def _check(self, output_type: str, latents: Tensor | None) -> None:
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}, must be one of {', '.join(OUTPUT_TYPES)}")
+        if output_type == "pil":
+            require_pil(self.vqvae.config.out_channels)
         channels = self.unet.config.in_channels
         if latents is not None and (latents.ndim != 4 or latents.shape[1] != channels):
             raise UserError(f"latents have shape {tuple(latents.shape)}, must be (B, {channels}, h, w)")
@@ -184,7 +186,7 @@ class LDMPipeline(MemorySwitches):
         return {"pt": lambda x: x, "np": to_numpy, "numpy": to_numpy, "pil": to_pil}[output_type](images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents `(B, C, h, w)` -> images `(B, 3, H, W)`, about [-1, 1], float32."""
+        """Scaled latents `(B, c, h, w)` -> images `(B, C, H, W)`, about [-1, 1], float32."""
         latents = latents / self.vqvae.config.scaling_factor
         return self.vqvae.decode(latents.to(self.vqvae.dtype)).sample.float()
 

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_lab.config import checks, files, jobs, kinds
+from ldm_lab.config import channels, checks, files, jobs, kinds
 from ldm_lab.config.bases import base, settable
 from ldm_lab.config.build import build, build_all, plain  # noqa: F401  re-exported
 from ldm_lab.config.files import (
@@ -99,7 +99,8 @@ class Recipe:
         for config in configs:
             _changed(config, changes.get(config.stage, {}))
         plugins = plugins_given(self.overrides)
-        return [check(config, plugins) for config in configs]
+        checked = [check(config, plugins) for config in configs]
+        return [_changed(config, channels.follow(plain(config), self.typed)) for config in checked]
 
     @property
     def typed(self) -> set[str]:

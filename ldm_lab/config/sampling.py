@@ -14,7 +14,8 @@ from ldm_lab.diffusion import samplers
 from ldm_lab.diffusion.guidance import Guidance
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs import tracking
-from ldm_lab.sampling import averaged, generate, guide
+from ldm_lab.sampling import averaged, files, generate, guide
+from ldm_lab.sampling.files import SampleFiles
 from ldm_lab.sampling.generate import MissingSamples, SampleSettings
 from ldm_lab.sampling.pictures import PictureRequest
 from ldm_lab.training import device
@@ -24,7 +25,7 @@ from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError, doing
 from ldm_lab.utils.terminal import is_first_process, say, say_once
 
-PICTURES = ("denoising", "interpolate", "variation", "strength", "reconstruct", "max_pixels")
+PICTURES = ("denoising", "interpolate", "variation", "strength", "reconstruct", "max_pixels", "preview_channels")
 
 
 def sample(config: DictConfig) -> None:
@@ -39,7 +40,7 @@ def sample(config: DictConfig) -> None:
     device.check(plain(config.trainer))
     state = located(config)
     pipe = load_pipeline(config, state)
-    settings = settings_of(config, load_guide(config, pipe))
+    settings = settings_of(config, pipe, load_guide(config, pipe))
     cost = guide.evaluations(pipe, settings.steps, settings.how_guided)  # all processes refuse too many steps
     trainer = make_trainer(config, settings.precision)
     pictures = requested_pictures(config, pipe)
@@ -55,12 +56,13 @@ def sample(config: DictConfig) -> None:
             generate.claim(folder, manifest)
         drawn = draw(config, pipe, settings, trainer, folder)
         if is_first_process():
-            files = ["manifest.json", *generate.collect(folder, config.num_samples)]
-            files += write_pictures(pictures, pipe, settings, trainer, folder)
+            collected = files.collect(folder, config.num_samples, settings.files, pictures.preview_channels)
+            written = ["manifest.json", *collected]
+            written += write_pictures(pictures, pipe, settings, trainer, folder)
             if drawn:
                 used, made = ("diffusion", manifest["hashes"]["unet"]), ("samples", generate.identity(manifest))
                 tracking.log_to_run(state.source / "diffusion", folder, used, made, manifest)
-            say(f"{config.num_samples:,} samples ({drawn:,} new) in {folder}: {', '.join(files)}")
+            say(f"{config.num_samples:,} samples ({drawn:,} new) in {folder}: {', '.join(written)}")
 
 
 def located(config: DictConfig) -> State:
@@ -101,16 +103,18 @@ def load_guide(config: DictConfig, pipe: LDMPipeline) -> str | None:
     return guide.attach(pipe, config.guide, config.plugins)
 
 
-def settings_of(config: DictConfig, guide_hash: str | None = None) -> SampleSettings:
+def settings_of(config: DictConfig, pipe: LDMPipeline, guide_hash: str | None = None) -> SampleSettings:
     """The settings that, together with the model, determine the samples.
 
     Args:
         config: the config.
+        pipe: the model.
         guide_hash: fingerprint of the guide; None: no guidance.
     """
     sampler = config.sampler
     precision = device.resolve_precision(config.trainer.precision, config.trainer.accelerator)
     more = {"compile": config.compile, "tiling": config.tiling, "ema": config.ema}
+    more["files"] = SampleFiles.of(pipe.vqvae.pixels, config.bit_depth)
     if guide_hash:
         interval = plain(config)["guidance_interval"]
         interval = interval and [float(end) for end in interval]  # as `evaluate` reads them: 2 and 2.0 are the same
@@ -139,9 +143,9 @@ def requested_pictures(config: DictConfig, pipe: LDMPipeline) -> PictureRequest:
 def draw(config: DictConfig, pipe: LDMPipeline, settings: SampleSettings, trainer: Trainer, folder: Path) -> int:
     """Draw the missing samples on all devices; returns their number."""
     pipe.to(dtype=device.ROUNDED.get(settings.precision))
-    how = (settings.seed, settings.steps, settings.eta, settings.compile, settings.how_guided)
+    how = (settings.seed, settings.steps, settings.eta, settings.compile, settings.how_guided, settings.files)
     module = generate.SamplingModule(pipe, folder, *how)
-    samples = MissingSamples(folder, config.num_samples, config.batch_size, full=settings.compile)
+    samples = MissingSamples(folder, config.num_samples, config.batch_size, settings.compile, settings.files)
     with watched(), doing(f"drawing samples into {folder}"):
         trainer.predict(module, datamodule=samples, return_predictions=False)
         trainer.strategy.barrier()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ldm_lab.checkpoints.checkpoint import fingerprint
-from ldm_lab.config import kinds
+from ldm_lab.config import channels, kinds
 from ldm_lab.config.checks import check_code
 from ldm_lab.config.compose import DictConfig, build, build_all, is_searched, plain
 from ldm_lab.data.datamodule import ImageDataModule
@@ -21,7 +21,7 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.training import device, initial, launcher
 from ldm_lab.training.planning import batch_size, preview
 from ldm_lab.training.planning import plan as planning
-from ldm_lab.training.planning.preflight import check_fit, check_order, check_samplers
+from ldm_lab.training.planning.preflight import check_fit, check_order, check_samplers, require_same_channels
 from ldm_lab.training.planning.trial import Trial
 from ldm_lab.training.power_ema import PowerEMA
 from ldm_lab.training.quiet import quiet
@@ -72,6 +72,7 @@ def networks(config: DictConfig, autoencoder: FirstStage | None) -> dict[str, An
     model = config.model
     if config.stage == "autoencoder":
         return {"autoencoder": build(model.autoencoder, "model.autoencoder")}
+    require_same_channels(config.autoencoder, autoencoder, channels.of_images(plain(config)))
     open_channels = [key for key in ("in_channels", "out_channels") if model.unet.get(key, 0) is None]
     unet = build(model.unet, "model.unet", **dict.fromkeys(open_channels, autoencoder.embed_dim))
     scheduler = build(model.scheduler, "model.scheduler")

@@ -18,6 +18,7 @@ from ldm_lab.data.latents import CachedLatents
 from ldm_lab.data.loading import Collate, Loader, leave_signals_to_parent
 from ldm_lab.data.sampler import StreamBatchSampler, accumulation
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.images import require_shown
 from ldm_lab.utils.limits import Count, Harmless, Whole
 from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 
@@ -42,6 +43,7 @@ class ImageDataModule(lightning.LightningDataModule):
         latents_dtype: dtype of cached latents, see `ldm_lab.data.latents.DTYPES`.
         latents_precision: precision of encoding for the cache, "float32" or "bfloat16".
         cache_dir: parent folder of the caches.
+        preview_channels: channels that pictures of a run show, one or three; None: the first three, or the first.
 
     Attributes:
         images_seen: position in the stream at which training begins. To resume a run, set it before `Trainer.fit`.
@@ -63,6 +65,7 @@ class ImageDataModule(lightning.LightningDataModule):
         latents_dtype: Annotated[Literal["float16", "bfloat16", "float32"], Harmless] = "float16",
         latents_precision: Annotated[Literal["float32", "bfloat16"], Harmless] = "float32",
         cache_dir: str | Path = ".",
+        preview_channels: Annotated[Sequence[int] | None, Harmless] = None,
     ) -> None:
         super().__init__()
         if train_set.image_size != val_set.image_size:
@@ -78,7 +81,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.stop: int | None = None
         self.compare_with_training = False
         self.latents, self.latents_dtype, self.latents_precision = latents, latents_dtype, latents_precision
-        self.cache_dir = cache_dir
+        self.cache_dir, self.preview_channels = cache_dir, preview_channels
         self.cached: CachedLatents | None = None
 
     @property
@@ -136,6 +139,7 @@ class ImageDataModule(lightning.LightningDataModule):
         """
         rank, world_size = self._rank_and_world_size()
         self.accumulation(world_size)
+        require_shown(self.preview_channels, self.pixels.channels, "data.preview_channels")
         if self.num_train < 1:
             raise UserError("the training set is empty")
         if self.num_val < world_size:

@@ -81,7 +81,7 @@ class FirstStageLoss(nn.Module):
         return max(getattr(part, "smallest_side", 1) for part in (self.perceptual, self.discriminator))
 
     def scale(self, images: Tensor) -> int:
-        """Factor of `nll`, a mean over the entries of `images` `(B, 3, H, W)`, in the total."""
+        """Factor of `nll`, a mean over the entries of `images` `(B, C, H, W)`, in the total."""
         raise NotImplementedError
 
     def forward(
@@ -90,7 +90,7 @@ class FirstStageLoss(nn.Module):
         """The loss of one batch; float32 under autocast too.
 
         Args:
-            target: images `(B, 3, H, W)` in [-1, 1].
+            target: images `(B, C, H, W)` in [-1, 1].
             reconstruction: output of the decoder, of the same shape.
             penalty: penalty on the latents, 0-dim: the quantizer's loss, or the mean KL divergence.
             last_layer: `decoder.conv_out.weight`, for the adaptive weight.
@@ -109,7 +109,7 @@ class FirstStageLoss(nn.Module):
         return AutoencoderLossOutput(total, {name: term.detach() for name, term in terms.items()})
 
     def reconstruction_loss(self, target: Tensor, reconstruction: Tensor) -> Tensor:
-        """`nll` without adversarial terms, for images `(B, 3, H, W)` in [-1, 1]: 0-dim, float32."""
+        """`nll` without adversarial terms, for images `(B, C, H, W)` in [-1, 1]: 0-dim, float32."""
         return self._reconstruction(target.float(), reconstruction.float())[2]
 
     def _reconstruction(self, target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +161,7 @@ class AutoencoderLoss(FirstStageLoss):
 class KLAutoencoderLoss(FirstStageLoss):
     """Loss of a KL autoencoder: sums over an image's pixels and latents, means over the batch.
 
-        total = 3HW · nll + kl_weight · mean KL(q(z|x) ‖ N(0, I)) + factor · d_weight · generator + discriminator
+        total = CHW · nll + kl_weight · mean KL(q(z|x) ‖ N(0, I)) + factor · d_weight · generator + discriminator
 
     A negative log-likelihood is a sum (Kingma & Welling 2014, arXiv 1312.6114, Eq. 10). Latent diffusion divides
     it by the exponential of a parameter that starts at 0 and is never trained; this loss omits that parameter.
@@ -178,5 +178,5 @@ class KLAutoencoderLoss(FirstStageLoss):
         super().__init__(*shared, penalty_weight=kl_weight, **more)
 
     def scale(self, images: Tensor) -> int:
-        """3HW: a sum over the pixels of an image."""
+        """CHW: a sum over the pixels of an image."""
         return images[0].numel()

@@ -33,7 +33,7 @@ class PerceptualDistance(nn.Module):
         """Load the files that the distance needs, so that missing files raise before training starts."""
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """`(B, 3, H, W)` twice, in [-1, 1] -> `(B,)`, float32, zero for equal images."""
+        """`(B, C, H, W)` twice, in [-1, 1] -> `(B,)`, float32, zero for equal images."""
         raise NotImplementedError
 
 
@@ -73,6 +73,8 @@ class MultiScaleL1(PerceptualDistance):
 class LPIPS(PerceptualDistance):
     """Learned perceptual image patch similarity, version 0.1 with VGG16 (Zhang et al. 2018, arXiv 1801.03924, Eq. 1).
 
+    VGG16 sees RGB: a single channel is repeated three times.
+
     d = Σ_l mean_hw w_l · (ŷ_l - x̂_l)², where ŷ_l, x̂_l are the features of layer l, each position scaled to
     unit length, and w_l are the learned non-negative weights per channel (those that torchmetrics ships).
 
@@ -109,7 +111,7 @@ class LPIPS(PerceptualDistance):
             self._networks = (network,)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """`(B, 3, H, W)` twice, in [-1, 1], sides of at least 16 -> `(B,)`, float32."""
+        """`(B, 3, H, W)` or `(B, 1, H, W)` twice, in [-1, 1], sides of at least 16 -> `(B,)`, float32."""
         network = self._network(reconstruction.device)
         distance = reconstruction.new_zeros(len(reconstruction), dtype=torch.float32)
         layers = zip(self._features(network, reconstruction), self._features(network, target), strict=True)
@@ -127,7 +129,7 @@ class LPIPS(PerceptualDistance):
     def _features(self, network: nn.Module, images: Tensor) -> list[Tensor]:
         """The five feature maps `(B, C, h, w)` of `images`."""
         shift, scale = network["statistics"]
-        hidden, taps = (images.float() - shift) / scale, []
+        hidden, taps = (images.float() - shift) / scale, []  # (B, 1, H, W) -> (B, 3, H, W) by broadcasting
         for i, layer in enumerate(network["features"]):
             hidden = layer(hidden)
             if i in _TAPS:

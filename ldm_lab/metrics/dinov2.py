@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm_lab.metrics.extractors import Extractor, had
+from ldm_lab.metrics.extractors import Extractor, had, rgb_8_bit
 from ldm_lab.utils.reading import read_torch
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
@@ -47,10 +47,11 @@ class DINOv2(Extractor):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)`, uint8 -> `(B, width)`, float32."""
+        """`(B, 3, H, W)` or `(B, 1, H, W)`, uint8 or float32 in [-1, 1] -> `(B, width)`, float32."""
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
 
-        images = resize(images.float(), size=(224, 224), align_corners=False) / 255  # (B, 3, 224, 224) in [0, 1]
+        images = rgb_8_bit(images).float()
+        images = resize(images, size=(224, 224), align_corners=False) / 255  # (B, 3, 224, 224) in [0, 1]
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.MEAN, self.STD))
         return self.network((images - mean) / std)
 

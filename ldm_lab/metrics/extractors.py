@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_lab.checkpoints.checkpoint import fingerprint
+from ldm_lab.metrics.images import like
 from ldm_lab.utils import float32
 from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.images import as_rgb
 from ldm_lab.utils.reading import LoadError, read_torch
 
 CHUNK = 32  # images at a time, constant so that features depend neither on batch size nor on number of devices
@@ -21,7 +23,7 @@ LACKING = "it is not installed: pip install -e '.[metrics]'"
 
 
 class Extractor(nn.Module):
-    """`extractor(images)`: `(B, 3, H, W)` uint8 -> features `(B, dimension)`, float32.
+    """`extractor(images)`: images `(B, C, H, W)` of `Pixels` -> features `(B, dimension)`, float32.
 
     Attributes:
         name: name of the extractor.
@@ -38,7 +40,7 @@ class Extractor(nn.Module):
         return fingerprint(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)`, uint8 -> `(B, D)`, float32."""
+        """`(B, C, H, W)`, uint8 or float32 in [-1, 1] -> `(B, D)`, float32."""
         raise NotImplementedError
 
 
@@ -69,8 +71,13 @@ class Inception(Extractor):
             )
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)`, uint8 -> `(B, 2048)`, float32."""
-        return self.network(images)[0]
+        """`(B, 3, H, W)` or `(B, 1, H, W)`, uint8 or float32 in [-1, 1] -> `(B, 2048)`, float32."""
+        return self.network(rgb_8_bit(images))[0]
+
+
+def rgb_8_bit(images: Tensor) -> Tensor:
+    """Images of one channel or three, uint8 or in [-1, 1] -> `(B, 3, H, W)`, uint8: grey is repeated."""
+    return as_rgb(images if images.dtype == torch.uint8 else like(images, torch.uint8)).contiguous()
 
 
 def read_again(path: Path) -> io.BytesIO:

@@ -17,10 +17,12 @@ PRETRAINED: dict[str, type[Extractor]] = {"inception": Inception, "dinov2": DINO
 FEATURES = (OWN, *PRETRAINED)
 
 
-def check(kind: str, weights: str | None) -> None:
-    """Raise `UserError` if the features are unknown, or do not take weights."""
+def check(kind: str, weights: str | None, channels: int = 3) -> None:
+    """Raise `UserError` if the features are unknown, do not take weights, or do not see so many channels."""
     if kind not in FEATURES:
         raise UserError(f"features={kind}: there are {', '.join(FEATURES)}")
+    if kind != OWN and channels not in (1, 3):
+        raise UserError(f"features={kind}: sees RGB or grey, not {channels} channels; own features take any number")
     if kind == OWN and weights:
         raise UserError(f"weights={weights}: own features are trained here and take none; name inception or dinov2")
 

@@ -1,8 +1,8 @@
-"""Image sets for evaluation: 8 bits, of one size, in a fixed order, with a fingerprint."""
+"""Image sets for evaluation: of one size and depth, in a fixed order, with a fingerprint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -10,30 +10,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset, digest, spread
 from ldm_lab.data.decode import EXTENSIONS
+from ldm_lab.data.decode_arrays import NPY_FILES
 from ldm_lab.data.files import Found
 from ldm_lab.data.images import FolderImages
 from ldm_lab.data.stack import open_array
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.images import to_unit
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from ldm_lab.utils.reading import LoadError
 
 PEEKED = 32  # files to open for their compression
 RESIZE = "bicubic with antialiasing (Pillow)"  # resizing of `ldm_lab.data.transforms`
 
 
+def to_networks(images: Tensor) -> Tensor:
+    """Images of `Pixels`, of either dtype -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def like(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images about in [-1, 1] as those of `Pixels`: rounded to uint8, as displayed, or clamped float32."""
+    return (to_unit(images) * 255).round().to(dtype) if dtype == torch.uint8 else images.float().clamp(-1, 1)
+
+
 class Pixels(Dataset):
-    """`pixels[i]` is image i: `(3, H, W)`, uint8.
+    """Item i is image i: `(C, H, W)`, uint8 if images of 8 bits have one channel or three, else float32 in [-1, 1].
 
     Attributes:
         source: the user's name for the images.
+        pixels: channels and range of the data that the images are of.
     """
 
     source: str
+    pixels: PixelFormat = RGB_8_BIT
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -66,10 +80,13 @@ class DataPixels(Pixels):
         data: the data set.
         source: the user's name for the images.
         most: maximum number of images, evenly spaced; None: all images.
+        pixels: see `Pixels`; None: those of the data set.
     """
 
-    def __init__(self, data: ImageDataset, source: str, most: int | None = None) -> None:
-        self.data, self.source = data, source
+    def __init__(
+        self, data: ImageDataset, source: str, most: int | None = None, pixels: PixelFormat | None = None
+    ) -> None:
+        self.data, self.source, self.pixels = data, source, pixels or data.pixels
         self.count = min(len(data), most or len(data))
 
     def __len__(self) -> int:
@@ -82,8 +99,8 @@ class DataPixels(Pixels):
     def __getitem__(self, place: int) -> Tensor:
         if not 0 <= place < self.count:
             raise IndexError(f"image {place} of {self.count}")
-        image = self.data[self.index(place)]["image"]  # (3, H, W) in [-1, 1], from 8 bits
-        return ((image + 1) * 127.5).round().to(torch.uint8)
+        image = self.data[self.index(place)]["image"]  # (C, H, W) in [-1, 1]
+        return ((image + 1) * 127.5).round().to(torch.uint8) if self.data.pixels.is_picture else image
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,26 +124,35 @@ class DataPixels(Pixels):
 
 
 class FilePixels(Pixels):
-    """Samples: PNG files of one size, without any transform.
+    """Samples: files of one size, without any transform.
 
     Args:
         paths: the files.
         source: the user's name for the images.
         identity: text that identifies the images, such as a hash of model and seed, to avoid reading them all.
+        read: reads a file; its images are those of `Pixels`.
+        pixels: see `Pixels`.
     """
 
-    def __init__(self, paths: Sequence[Path], source: str, identity: str) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        source: str,
+        identity: str,
+        read: Callable[[Path], Tensor],
+        pixels: PixelFormat = RGB_8_BIT,
+    ) -> None:
         self.paths, self.source, self.identity = paths, source, identity
+        self.read, self.pixels = read, pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        with Image.open(self.paths[index], formats=["PNG"]) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+        return self.read(self.paths[index])
 
     def jpeg(self) -> float:
-        """0, as samples are PNG files."""
+        """0, as samples are no JPEG files."""
         return 0.0
 
     def fingerprint(self) -> str:
@@ -183,6 +209,7 @@ class WholeFolder(FolderImages):
         root: the folder, or a zip or tar archive.
         image_size: pixels, one number or (height, width).
         max_pixels: maximum pixels of an image; None: Pillow's limit.
+        **values: `channels` and `value_range` of `FolderImages`.
 
     Raises:
         UserError: the folder is missing or holds fewer than two images.
@@ -190,12 +217,20 @@ class WholeFolder(FolderImages):
 
     pixels_key = "--max-pixels "
 
-    def __init__(self, root: str | Path, image_size: int | Sequence[int], max_pixels: int | None = None) -> None:
-        super().__init__(root, "train", image_size, max_pixels=max_pixels)
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | Sequence[int],
+        max_pixels: int | None = None,
+        **values: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(root, "train", image_size, max_pixels=max_pixels, **values)
 
     @cached_property
     def _found(self) -> Found:
         found = self.files.find(EXTENSIONS)
+        if not len(found.names):
+            found = self.files.find(NPY_FILES)
         if len(found.names) < 2:
             raise UserError(f"{self.files.root}: {len(found.names)} image(s) in it: two are the least")
         return found

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset, digest, spread
 from ldm_lab.metrics.extractors import Extractor
-from ldm_lab.metrics.images import DataPixels, Pixels
+from ldm_lab.metrics.images import DataPixels, Pixels, to_networks
 from ldm_lab.utils import shell
 from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.pixels import RGB_8_BIT
 from ldm_lab.utils.randomness import generator
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.transfer import to_device
@@ -49,14 +50,15 @@ class Own(Extractor):
     Args:
         name: name of its training set; the distance is `fd_<name>`.
         outputs: number of outputs in training.
+        channels: channels of the images.
     """
 
     dimension = sum(WIDTHS)
 
-    def __init__(self, name: str, outputs: int) -> None:
+    def __init__(self, name: str, outputs: int, channels: int = 3) -> None:
         super().__init__()
         self.name, self.distance = name, f"fd_{name}"
-        widths = (3, *WIDTHS)
+        widths = (channels, *WIDTHS)
         self.levels = nn.ModuleList(
             nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.SiLU())
             for before, after in zip(widths, WIDTHS, strict=False)
@@ -66,7 +68,7 @@ class Own(Extractor):
         self.register_buffer("std", torch.ones(self.dimension))
 
     def activations(self, images: Tensor) -> list[Tensor]:
-        """`(B, 3, H, W)` in [-1, 1] -> spatial means of each level, `(B, width)`."""
+        """`(B, C, H, W)` in [-1, 1] -> spatial means of each level, `(B, width)`."""
         means = []
         for level in self.levels:
             images = level(images)  # (B, width, H/2, W/2)
@@ -74,13 +76,13 @@ class Own(Extractor):
         return means
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)`, uint8 -> `(B, D)`, float32."""
+        """`(B, C, H, W)`, uint8 or float32 in [-1, 1] -> `(B, D)`, float32."""
         return (torch.cat(self.activations(seen(images)), dim=1) - self.mean) / self.std
 
 
 def seen(images: Tensor) -> Tensor:
-    """uint8 images -> network input `(B, 3, h, w)` in [-1, 1], sides of at most `SIDE`."""
-    images = images.float() / 127.5 - 1
+    """Images, uint8 or in [-1, 1] -> network input `(B, C, h, w)` in [-1, 1], sides of at most `SIDE`."""
+    images = to_networks(images)
     size = tuple(min(side, SIDE) for side in images.shape[2:])
     return F.adaptive_avg_pool2d(images, size)
 
@@ -121,6 +123,8 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
     """
     name, labels = LABELS.get(type(getattr(images, "data", None)), ("own", None))
     identity = [REVISION, seed, images.fingerprint(), images.transform(), SIDE, WIDTHS, MOST_IMAGES, BATCH, STEPS]
+    if images.pixels != RGB_8_BIT:
+        identity.append([images.pixels.channels, *images.pixels.value_range])
     path = folder(cache_dir) / f"{name}-{digest(identity)}.safetensors"
     if path.is_file():
         return read(path)
@@ -150,7 +154,8 @@ def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:
 
 def write(extractor: Own, path: Path) -> None:
     """Write an extractor into the cache."""
-    notes = {"name": extractor.name, "outputs": str(extractor.head.out_features)}
+    channels = extractor.levels[0][0].in_channels
+    notes = {"name": extractor.name, "outputs": str(extractor.head.out_features), "channels": str(channels)}
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in extractor.state_dict().items()}, temporary, notes)
 
@@ -161,7 +166,7 @@ def read(path: Path) -> Own:
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}
             with torch.device("meta"):  # draws no random numbers
-                extractor = Own(notes["name"], int(notes["outputs"]))
+                extractor = Own(notes["name"], int(notes["outputs"]), int(notes.get("channels", 3)))
             extractor.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, assign=True)  # noqa: SIM118
     except Exception as error:  # safetensors raises various errors on corrupt files
         raise LoadError(f"{path}: no extractor: {first_line(error)}; remove it, and another one is trained") from error
@@ -169,11 +174,11 @@ def read(path: Path) -> Own:
 
 
 def trained(name: str, images: Tensor, targets: Targets, seed: int) -> Own:
-    """Train on `(N, 3, H, W)` uint8, on their device, without changing the global random generator."""
+    """Train on `(N, C, H, W)` of `Pixels`, on their device, without changing the global random generator."""
     classes = [] if targets is None else (targets.max(0).values + 1).tolist()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "extractor").initial_seed())
-        network = Own(name, sum(classes) or WIDTHS[-1]).to(images.device)
+        network = Own(name, sum(classes) or WIDTHS[-1], images.shape[1]).to(images.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     with torch.enable_grad():
@@ -209,7 +214,7 @@ def label_loss(network: Own, images: Tensor, targets: Tensor, classes: list[int]
 
 def instance_loss(network: Own, images: Tensor, rng: torch.Generator) -> Tensor:
     """Contrastive loss between two crops of each image in a batch: Chen et al. 2020, Eq. 1, 0-dim."""
-    views = torch.cat([cropped(images, rng), cropped(images, rng)])  # (2B, 3, h, w)
+    views = torch.cat([cropped(images, rng), cropped(images, rng)])  # (2B, C, h, w)
     codes = F.normalize(network.head(network.activations(views)[-1]), dim=1)
     likeness = codes @ codes.T / TEMPERATURE  # (2B, 2B)
     likeness.fill_diagonal_(-torch.inf)
@@ -218,7 +223,7 @@ def instance_loss(network: Own, images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def cropped(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Random crops of each image, enlarged to its size: `(B, 3, h, w)`."""
+    """Random crops of each image, enlarged to its size: `(B, C, h, w)`."""
     scale, down, right = torch.rand(3, len(images), generator=rng)
     scale = SMALLEST_CROP + (1 - SMALLEST_CROP) * scale
     room = 1 - scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from ldm_lab.models.pretrained import PretrainedModel, floating_type
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.utils import shell
 from ldm_lab.utils.arguments import require_architecture, require_bool, require_choice, require_positive, require_scale
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from ldm_lab.utils.reading import LoadError
 
+VALUE_RANGE = "_value_range"  # entry of a config's file; none for images of 8 bits
 DECODER = ("post_quant_conv", "decoder")  # submodules that map latents to images
 
 # Arguments of both kinds.
@@ -31,7 +33,7 @@ _SWITCHES = (
 class FirstStage(GradientCheckpointing, PretrainedModel):
     """Base of `VQModel` and `AutoencoderKL`: stage 1 of latent diffusion (Rombach et al. 2022, section 3.1).
 
-    Images are `(B, 3, H, W)` in [-1, 1], H and W multiples of f = `downsample_factor`. Latents are
+    Images are `(B, in_channels, H, W)` in [-1, 1], H and W multiples of f = `downsample_factor`. Latents are
     `(B, embed_dim, H/f, W/f)`, unscaled: diffusion runs on `config.scaling_factor * latents`, so divide by
     the factor before decoding.
 
@@ -48,12 +50,14 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         mid_block_add_attention: whether the middle blocks have attention (one head).
 
     Attributes:
+        value_range: values (low, high) of the images' own data that are -1 and 1 here; files keep it.
         draws_latents: whether latents are drawn from a posterior, so that `latents` takes noise.
         tiles: settings of tiled decoding; None: no tiling. See `enable_tiling`.
         slicing: whether the images of a batch are decoded one by one.
     """
 
     draws_latents: ClassVar[bool]
+    value_range: tuple[float, float] = RGB_8_BIT.value_range
     tiles: Tiles | None = None
     slicing: bool = False
 
@@ -61,6 +65,25 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
     def embed_dim(self) -> int:
         """Channels of the latents."""
         raise NotImplementedError
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Channels and range of the images that it makes."""
+        return PixelFormat(self.config.out_channels, self.value_range)
+
+    def beside_config(self) -> dict[str, Any]:
+        """The range of the images, unless it is that of 8 bits."""
+        return {} if self.pixels.is_8_bit else {VALUE_RANGE: list(self.value_range)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], **overrides: Any) -> Self:  # noqa: ANN401
+        """See `Configurable.from_config`. Raises `LoadError` for an entry that is no range of values."""
+        made, limits = super().from_config(config, **overrides), config.get(VALUE_RANGE)
+        if limits is not None:
+            if not isinstance(limits, list) or [type(end) in (int, float) for end in limits] != [True, True]:
+                raise LoadError(f"{VALUE_RANGE} is {limits!r}: not two numbers")
+            made.value_range = PixelFormat(value_range=(float(limits[0]), float(limits[1]))).value_range
+        return made
 
     @property
     def downsample_factor(self) -> int:
@@ -73,7 +96,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         return fingerprint(nn.ModuleDict({name: part for name, part in self.named_children() if name not in DECODER}))
 
     def latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> unscaled latents `(B, embed_dim, H/f, W/f)` for diffusion.
+        """Images `(B, in_channels, H, W)` in [-1, 1] -> unscaled latents `(B, embed_dim, H/f, W/f)` for diffusion.
 
         Args:
             images: images to encode.
@@ -85,7 +108,7 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         return self.from_moments(self.moments(images), noise)
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> deterministic moments of their latents, `(B, M, H/f, W/f)`.
+        """Images `(B, in_channels, H, W)` in [-1, 1] -> deterministic moments of their latents, `(B, M, H/f, W/f)`.
 
         If latents are drawn, these are means and log variances (M = 2 * embed_dim); else the latents themselves.
         They can be cached: `latents(images, noise)` is `from_moments(moments(images), noise)`.
@@ -97,13 +120,13 @@ class FirstStage(GradientCheckpointing, PretrainedModel):
         raise NotImplementedError
 
     def decode(self, z: Tensor) -> DecoderOutput:
-        """Unscaled latents `(B, embed_dim, h, w)` -> `.sample` `(B, 3, f*h, f*w)`, about in [-1, 1]."""
+        """Unscaled latents `(B, embed_dim, h, w)` -> `.sample` `(B, out_channels, f*h, f*w)`, about in [-1, 1]."""
         raise NotImplementedError
 
     def to_pixels(self, z: Tensor) -> Tensor:
         """Run the decoder on `(B, latent_channels, h, w)`, with slicing and tiling if enabled."""
         if self.slicing and len(z) > 1:
-            return torch.cat([self._tiled(part) for part in z.split(1)])  # (1, 3, f*h, f*w) each
+            return torch.cat([self._tiled(part) for part in z.split(1)])  # (1, C, f*h, f*w) each
         return self._tiled(z)
 
     def _tiled(self, z: Tensor) -> Tensor:

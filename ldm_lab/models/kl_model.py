@@ -79,7 +79,7 @@ class AutoencoderKL(LaidOut, FirstStage):
         return self.config.latent_channels
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> means, then clamped log variances.
+        """Images `(B, in_channels, H, W)` in [-1, 1] -> means, then clamped log variances.
 
         `(B, 2 * embed_dim, H/f, W/f)`.
         """

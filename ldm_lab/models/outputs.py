@@ -92,8 +92,8 @@ class ImagePipelineOutput(BaseOutput):
     """Result of a pipeline call.
 
     Attributes:
-        images: by `output_type`, a list of B PIL images; an array `(B, H, W, 3)` in [0, 1]; a tensor
-            `(B, 3, H, W)` in [0, 1]; or the scaled latents `(B, C, h, w)`.
+        images: by `output_type`, a list of B PIL images; an array `(B, H, W, C)` in [0, 1]; a tensor
+            `(B, C, H, W)` in [0, 1]; or the scaled latents `(B, c, h, w)`.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor

@@ -84,7 +84,7 @@ class VQModel(LaidOut, FirstStage):
         return self.quantize.vq_embed_dim
 
     def moments(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
+        """`(B, in_channels, H, W)` in [-1, 1] -> latents `(B, embed_dim, H/f, W/f)`, not quantized, not scaled."""
         return self.encode(images).latents
 
     def from_moments(self, moments: Tensor, noise: None = None) -> Tensor:

@@ -19,6 +19,8 @@ MARK = "# written by ldm_lab, and again when there are new figures; without this
 PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}
 MADE_WITH = (
     "data.image_size",
+    "data.channels",
+    "data.value_range",
     "max_images",
     "data.global_batch_size",
     "model.optimizer.lr",
@@ -29,12 +31,12 @@ USE = {
     "autoencoder": """from ldm_lab import {kind}
 
 autoencoder = {kind}.from_pretrained("{folder}")
-latents = autoencoder.latents(images)            # (B, 3, H, W) in [-1, 1] -> (B, C, h, w)
+latents = autoencoder.latents(images)            # (B, C, H, W) in [-1, 1] -> (B, c, h, w)
 images = autoencoder.decode(latents).sample""",
     "diffusion": """from ldm_lab import LDMPipeline
 
 pipe = LDMPipeline.from_pretrained("{folder}")
-images = pipe(batch_size=4, num_inference_steps=50).images""",
+images = pipe(batch_size=4, num_inference_steps=50{options}).images""",
 }
 
 
@@ -93,7 +95,8 @@ def text(run: RunRecord, record: StageRecord, metrics: dict[str, float], picture
         parts.append(f"![{PICTURES[stage]}]({PICTURES[stage]}.png)")
     parts += ["## Figures", table(("figure", "value", "of"), figures(run, record, metrics))]
     kind = _kind(record.folder / "final")
-    parts += ["## Use", f"```python\n{USE[stage].format(kind=kind, folder=name)}\n```"]
+    options = "" if find(record.config, "data.channels") in (None, 1, 3) else ', output_type="np"'  # Pillow has no more
+    parts += ["## Use", f"```python\n{USE[stage].format(kind=kind, folder=name, options=options)}\n```"]
     made = [(key, value) for key in MADE_WITH if (value := find(record.config, key)) is not None]
     parts += ["## Made with", table(("setting", "value"), made), "All settings: `config.yaml` of the run."]
     return "\n\n".join(parts) + "\n"

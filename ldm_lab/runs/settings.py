@@ -58,6 +58,7 @@ SETTINGS: dict[str, Any] = {
     "sampler.steps": Count,
     "sampler.eta": NonNegative | None,
     "guidance": NonNegative,
+    "bit_depth": Literal[8, 16],
     "tiling": bool,
     "slicing": bool,
     "denoising": Whole,

@@ -1,20 +1,16 @@
-"""Samples to PNG files on any number of devices: indices -> `LDMPipeline` -> PNG, through `Trainer.predict`."""
+"""Samples to files on any number of devices: indices -> `LDMPipeline` -> files, through `Trainer.predict`."""
 
 from __future__ import annotations
 
 import json
-import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,25 +20,24 @@ from ldm_lab.diffusion.guidance import NO_GUIDANCE, Guidance
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling import guide
+from ldm_lab.sampling.files import RGB_PNG, SUFFIXES, SampleFiles
 from ldm_lab.utils import locks
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import grid, save_png, save_pngs
+from ldm_lab.utils.images import save_pngs
 from ldm_lab.utils.randomness import generators
 from ldm_lab.utils.reading import read_json
 from ldm_lab.utils.version import __version__
-from ldm_lab.utils.writing import replacing, require_writable, write_json
+from ldm_lab.utils.writing import require_writable, write_json
 
 MANIFEST = "manifest.json"
 UNGUIDED = {"guide": None, "guidance": 1.0, "guidance_interval": None}
 # Settings that are missing in older manifests -> their values then.
-ADDED = {"compile": False, "tiling": False, "ema": None, **UNGUIDED}
+ADDED = {"compile": False, "tiling": False, "ema": None, "files": asdict(RGB_PNG), **UNGUIDED}
 NOT_OF_SAMPLES = ("ckpt", "guide_ckpt", "evaluations", "versions")  # keys of the manifest that change no image
-GRID_IMAGES = 64
-PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # last chunk of every PNG, with its CRC
 
 
 class SamplingModule(LightningModule):
-    """Draws sample i from (seed, i) and writes `<i>.png`: the same image on any number of devices.
+    """Draws sample i from (seed, i) and writes its file: the same image on any number of devices.
 
     Args:
         pipe: the model; its scheduler is the sampler.
@@ -52,6 +47,7 @@ class SamplingModule(LightningModule):
         eta: 0 for deterministic DDIM.
         compiled: whether to compile the networks, once they are on their device.
         guidance: how the guide of `pipe` acts.
+        files: kind of the files.
     """
 
     def __init__(
@@ -63,11 +59,12 @@ class SamplingModule(LightningModule):
         eta: float,
         compiled: bool = False,
         guidance: Guidance = NO_GUIDANCE,
+        files: SampleFiles = RGB_PNG,
     ) -> None:
         super().__init__()
         self.networks = nn.ModuleDict(pipe.networks)  # so that Lightning moves them
         self.pipe, self.folder, self.seed, self.steps, self.eta = pipe, folder, seed, steps, eta
-        self.compiled = compiled
+        self.compiled, self.files = compiled, files
         self.guided = {"guidance_scale": guidance.scale, "guidance_interval": guidance.interval}
         pipe.set_progress_bar_config(disable=True)
 
@@ -78,9 +75,11 @@ class SamplingModule(LightningModule):
 
     def predict_step(self, batch: Tensor, _: int) -> None:
         """Sample indices `(B,)` and write a file for each; an index may repeat."""
-        indices = batch.tolist()
-        images = self.pipe(len(indices), generators(self.seed, indices), self.eta, self.steps, **self.guided).images
-        save_pngs({image_path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
+        indices, deep = batch.tolist(), self.files.bit_depth > 8
+        how = {"output_type": "np" if deep else "pil", **self.guided}
+        images = self.pipe(len(indices), generators(self.seed, indices), self.eta, self.steps, **how).images
+        save = self.files.write if deep else save_pngs
+        save({self.files.path(self.folder, index): image for index, image in zip(indices, images, strict=True)})
 
 
 class MissingSamples(LightningDataModule):
@@ -94,43 +93,28 @@ class MissingSamples(LightningDataModule):
         num_samples: total number of samples wanted.
         batch_size: images at a time on each device.
         full: whether to pad the last batch (see `loader`).
+        files: kind of the files.
 
     Attributes:
         count: number of missing samples; known once sampling has begun.
     """
 
-    def __init__(self, folder: Path, num_samples: int, batch_size: int, full: bool = False) -> None:
+    def __init__(
+        self, folder: Path, num_samples: int, batch_size: int, full: bool = False, files: SampleFiles = RGB_PNG
+    ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer samples than devices
-        self.folder, self.num_samples, self.batch_size, self.full = folder, num_samples, batch_size, full
+        self.folder, self.num_samples, self.batch_size = folder, num_samples, batch_size
+        self.full, self.files = full, files
         self.count = 0
 
     def predict_dataloader(self) -> DataLoader:
         """Index batches of this device."""
         trainer = self.trainer
-        indices = trainer.strategy.broadcast(missing(self.folder, self.num_samples) if trainer.is_global_zero else [])
+        missing = self.files.missing(self.folder, self.num_samples) if trainer.is_global_zero else []
+        indices = trainer.strategy.broadcast(missing)
         self.count = len(indices)
         return loader(indices, self.batch_size, trainer.global_rank, trainer.world_size, self.full)
-
-
-def image_path(folder: Path, index: int) -> Path:
-    """The file of sample `index`, in a subfolder that holds only samples, as evaluators expect."""
-    return folder / "images" / f"{index:06d}.png"
-
-
-def missing(folder: Path, num_samples: int) -> list[int]:
-    """The indices whose files are missing or incomplete."""
-    return [index for index in range(num_samples) if not _is_whole(image_path(folder, index))]
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a PNG is complete. This package writes complete files, but a copied file may be truncated."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-len(PNG_END), os.SEEK_END)
-            return file.read() == PNG_END
-    except OSError:
-        return False
 
 
 @dataclass(frozen=True)
@@ -149,6 +133,7 @@ class SampleSettings:
         guide: fingerprint of the guide's weights; None without guidance.
         guidance: scale w of autoguidance; 1: none.
         guidance_interval: noise levels between which the guide acts; None: everywhere.
+        files: kind of the files.
     """
 
     seed: int
@@ -162,6 +147,7 @@ class SampleSettings:
     guide: str | None = None
     guidance: float = 1.0
     guidance_interval: Sequence[float] | None = None
+    files: SampleFiles = RGB_PNG
 
     @property
     def how_guided(self) -> Guidance:
@@ -176,6 +162,7 @@ def default_folder(state: State, settings: SampleSettings) -> Path:
     name = f"{settings.sampler}_{settings.steps}_eta{settings.eta:g}_seed{settings.seed}"
     if settings.guide:
         name += f"_{settings.how_guided.slug}_by{settings.guide[:8]}"
+    name += "_16bit" if settings.files.bit_depth == 16 else ""
     name += "" if state.images_seen is None else f"_at{state.images_seen}"
     return samples / (name if settings.ema is None else f"{name}_ema{settings.ema}")
 
@@ -213,8 +200,9 @@ def describe(pipe: LDMPipeline, ckpt: str, settings: SampleSettings, guide_ckpt:
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """Hash of everything that determines samples; without guidance that of versions without this setting."""
+    """Hash of everything that determines samples; settings that change nothing are left out, as older versions did."""
     left_out = {*NOT_OF_SAMPLES, *(UNGUIDED if manifest.get("guide") is None else ())}
+    left_out |= {"files"} if _as_read(manifest.get("files")) == _as_read(ADDED["files"]) else set()
     settings = {key: value for key, value in manifest.items() if key not in left_out}
     return blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
@@ -237,13 +225,14 @@ def claim(folder: Path, manifest: dict[str, Any], key: str = "output=") -> None:
     unfinished = [*folder.glob(".*.tmp"), *folder.glob("images/.*.tmp")]  # names of `replacing`'s temporary files
     if not path.is_file() and folder.is_dir() and set(folder.iterdir()) - {*unfinished, folder / locks.NAME}:
         raise UserError(f"output={folder} is not empty and has no {MANIFEST}: choose another output=")
-    if not any((folder / "images").glob("*.png")):  # without samples, another model may claim the folder
+    samples = (path for path in folder.glob("images/*") if path.suffix in SUFFIXES)
+    if not any(samples):  # without samples, another model may claim the folder
         require_writable(folder, key)
         _remove(unfinished)
         write_json(path, manifest)
         return
-    new = json.loads(json.dumps(manifest))
-    old = _completed(read_json(path), new)
+    new = _as_read(manifest)
+    old = _as_read(_completed(read_json(path), new))
     changed = [key for key in new if key not in NOT_OF_SAMPLES and old.get(key) != new[key]]
     if changed:
         values = "; ".join(f"{key}: {old.get(key)} -> {new[key]}" for key in changed)
@@ -260,33 +249,14 @@ def _completed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {**ADDED, **old, "scheduler": {**added, **scheduler}}
 
 
+def _as_read(value: Any) -> Any:  # noqa: ANN401
+    """Plain data as a JSON file gives them back: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
 def _remove(files: list[Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
-
-
-def collect(folder: Path, num_samples: int) -> list[str]:
-    """Write `grid.png` of the first images, and `samples.npz` for the ADM evaluator; returns their names."""
-    if not num_samples:
-        return []
-    paths = [image_path(folder, index) for index in range(num_samples)]
-    tiles = [np.asarray(Image.open(path)) for path in paths[:GRID_IMAGES]]
-    save_png(grid(tiles), folder / "grid.png")
-    write_npz(folder / "samples.npz", paths, tiles[0].shape)
-    return ["grid.png", "samples.npz"]
-
-
-def write_npz(target: Path, paths: list[Path], shape: tuple[int, int, int]) -> None:
-    """Write `arr_0`, `(N, H, W, 3)` uint8, image by image, so that 50,000 images need not fit in memory."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *shape)}
-    with (
-        replacing(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_2_0(member, header)
-        for path in paths:
-            member.write(np.asarray(Image.open(path)).tobytes())
 
 
 def image_size(pipe: LDMPipeline) -> tuple[int, int]:

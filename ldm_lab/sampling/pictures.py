@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_lab.data.decode import EXTENSIONS, PixelLimitError, decode
+from ldm_lab.data.arrays import ArrayImage
+from ldm_lab.data.decode import EXTENSIONS, PixelLimitError
+from ldm_lab.data.decode_arrays import NPY_FILES
+from ldm_lab.data.pixel_reader import PixelReader
 from ldm_lab.data.transforms import center_crop, resize_to_cover, to_tensor
 from ldm_lab.diffusion.denoising import denoise
 from ldm_lab.diffusion.guidance import NO_GUIDANCE, Guidance
@@ -19,7 +22,8 @@ from ldm_lab.models.first_stage import FirstStage
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.sampling.generate import image_size
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import grid, save_sheet, to_uint8, to_unit
+from ldm_lab.utils.images import require_shown, save_sheet, sheet
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from ldm_lab.utils.randomness import generators
 from ldm_lab.utils.writing import replacing
 
@@ -51,7 +55,7 @@ def denoising(
         guidance: how the guide of `pipe` acts.
 
     Returns:
-        `(F, B, 3, H, W)` in [-1, 1], on the device, for F <= `most` evenly spaced steps, the last included.
+        `(F, B, C, H, W)` in [-1, 1], on the device, for F <= `most` evenly spaced steps, the last included.
     """
     rngs = generators(seed, indices)
     latents = pipe.noise(len(indices), rngs)
@@ -63,7 +67,7 @@ def denoising(
         for index, (_, output) in enumerate(denoise(network, pipe.scheduler, latents, rngs, eta))
         if index in shown
     ]
-    return torch.stack(frames)  # F x (B, 3, H, W) -> (F, B, 3, H, W)
+    return torch.stack(frames)  # F x (B, C, H, W) -> (F, B, C, H, W)
 
 
 @torch.no_grad()
@@ -90,12 +94,12 @@ def interpolation(
         guidance: how the guide of `pipe` acts.
 
     Returns:
-        `(L, F, 3, H, W)` in [-1, 1]: L legs of F frames, each from a sample to the next, ends included.
+        `(L, F, C, H, W)` in [-1, 1]: L legs of F frames, each from a sample to the next, ends included.
     """
     frames = list(itertools.product(range(len(indices) - 1), torch.linspace(0, 1, BETWEEN).tolist()))
     batches = [frames[first : first + batch_size] for first in range(0, len(frames), batch_size)]
     images = torch.cat([_draw_frames(pipe, indices, batch, seed, steps, eta, guidance) for batch in batches])
-    return images.unflatten(0, (-1, BETWEEN))  # (L*F, 3, H, W) -> (L, F, 3, H, W)
+    return images.unflatten(0, (-1, BETWEEN))  # (L*F, C, H, W) -> (L, F, C, H, W)
 
 
 def _draw_frames(
@@ -107,7 +111,7 @@ def _draw_frames(
     eta: float,
     guidance: Guidance,
 ) -> Tensor:
-    """Frames of an interpolation, as (leg, fraction) pairs -> `(B, 3, H, W)` in [-1, 1], on the CPU."""
+    """Frames of an interpolation, as (leg, fraction) pairs -> `(B, C, H, W)` in [-1, 1], on the CPU."""
     rngs = generators(seed, indices)  # new for each batch of frames, which draws the same noise
 
     def between(ends: Tensor) -> Tensor:  # (L + 1, C, h, w) -> (B, C, h, w), on the CPU: no step waits for the device
@@ -152,7 +156,7 @@ def variations(
 
     Args:
         pipe: the model with its sampler.
-        image: `(3, H, W)` in [-1, 1].
+        image: `(C, H, W)` in [-1, 1].
         count: B, number of variations.
         strength: fraction of the steps to take, in (0, 1]; 1 keeps next to nothing of the image.
         seed: variation i is a function of (seed, i).
@@ -161,7 +165,7 @@ def variations(
         guidance: how the guide of `pipe` acts.
 
     Returns:
-        `(B, 3, H, W)` in [-1, 1].
+        `(B, C, H, W)` in [-1, 1].
     """
     vqvae, scheduler = pipe.vqvae, pipe.scheduler
     clean = vqvae.latents(image[None].to(pipe.device, vqvae.dtype)).float() * vqvae.config.scaling_factor
@@ -178,39 +182,46 @@ def variations(
 
 @torch.no_grad()
 def reconstructions(vqvae: FirstStage, images: Tensor) -> Tensor:
-    """Reconstructions `(B, 3, H, W)` of images `(B, 3, H, W)` in [-1, 1], one image at a time."""
+    """Reconstructions `(B, C, H, W)` of images `(B, C, H, W)` in [-1, 1], one image at a time."""
     device = next(vqvae.parameters()).device
     made = [vqvae.decode(vqvae.latents(image[None].to(device, vqvae.dtype))).sample for image in images]
     return torch.cat(made).float().cpu()
 
 
 def read_images(
-    source: str | Path, size: tuple[int, int], most: int, key: str, max_pixels: int | None = None
+    source: str | Path,
+    size: tuple[int, int],
+    most: int,
+    key: str,
+    max_pixels: int | None = None,
+    pixels: PixelFormat = RGB_8_BIT,
 ) -> Tensor:
-    """The image of a file, or the first `most` images of a folder, cropped as in validation: `(B, 3, H, W)`.
+    """The image of a file, or the first `most` images of a folder, cropped as in validation: `(B, C, H, W)`.
 
     Raises:
         UserError: there is no image, or an image cannot be read; the message names `key`.
     """
-    source = Path(source)
-    paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    source, known = Path(source), (*EXTENSIONS, *NPY_FILES)
+    paths = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in known)
     if not paths:
         raise UserError(f"{key}={source}: no image file, and no folder with images in it")
-    tensors = []
+    values = None if pixels.is_picture else pixels.value_range
+    reader, tensors = PixelReader(pixels.channels, values, (255, 255, 255), max_pixels), []
     for path in paths[:most]:
         try:
-            upright = decode(path.read_bytes(), (255, 255, 255), max_pixels)
+            upright = reader.image(path.read_bytes(), pixels)
         except PixelLimitError as error:
             raise UserError(f"{key}={source}: {path.name}: {error}: max_pixels={error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on corrupt data
             raise UserError(f"{key}={source}: {path.name} is not an image that can be read: {error}") from error
-        tensors.append(to_tensor(center_crop(resize_to_cover(upright, size), size)))
+        image = center_crop(resize_to_cover(upright, size), size)
+        tensors.append(image.to_tensor() if isinstance(image, ArrayImage) else to_tensor(image))
     return torch.stack(tensors)
 
 
-def save_animation(frames: Sequence[Tensor], path: Path, columns: int | None = None) -> None:
-    """Write frames, each a grid of `(B, 3, H, W)` images in [-1, 1], as a looping animated WebP."""
-    sheets = [grid(to_uint8(to_unit(frame)), columns) for frame in frames]
+def save_animation(frames: Sequence[Tensor], path: Path, channels: Sequence[int] | None = None) -> None:
+    """Write frames, each a grid of `(B, C, H, W)` images in [-1, 1], as a looping animated WebP."""
+    sheets = [sheet(frame, channels=channels) for frame in frames]
     lengths = [FRAME_MS] * (len(sheets) - 1) + [10 * FRAME_MS]  # show the result longer
     with replacing(path) as temporary:
         sheets[0].save(
@@ -229,6 +240,7 @@ class PictureRequest:
         strength: strength of the variations.
         reconstruct: image file or folder to reconstruct; None: none.
         max_pixels: maximum pixels of an image file; None: Pillow's limit.
+        preview_channels: channels to show, one or three; None: the first three, or the first.
     """
 
     denoising: int = 0
@@ -237,6 +249,7 @@ class PictureRequest:
     strength: float = 0.6
     reconstruct: str | None = None
     max_pixels: int | None = None
+    preview_channels: Sequence[int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.denoising or self.interpolate or self.variation or self.reconstruct)
@@ -249,30 +262,31 @@ class PictureRequest:
             raise UserError(f"interpolate={given}: name two samples or more by their numbers, e.g. [3,17]")
         if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise UserError(f"strength={self.strength}: must lie in (0, 1], the part of the steps that are taken")
+        require_shown(self.preview_channels, pipe.vqvae.config.out_channels, "preview_channels")
         found, most = {}, {"variation": 1, "reconstruct": MOST_RECONSTRUCTED}
         for key, number in most.items():
             if source := getattr(self, key):
-                found[key] = read_images(source, image_size(pipe), number, key, self.max_pixels)
+                found[key] = read_images(source, image_size(pipe), number, key, self.max_pixels, pipe.vqvae.pixels)
         return found
 
     def write(
         self, pipe: LDMPipeline, folder: Path, seed: int, steps: int, eta: float, guidance: Guidance = NO_GUIDANCE
     ) -> list[str]:
         """Make the pictures and write them into `folder`, over earlier ones; returns the file names."""
-        images, written = self.check(pipe), []
+        images, written, shown = self.check(pipe), [], self.preview_channels
         if self.denoising:
-            frames = denoising(pipe, range(self.denoising), seed, steps, eta, guidance=guidance)  # (F, B, 3, H, W)
-            save_sheet(frames.transpose(0, 1).flatten(0, 1), folder / "denoising.png", len(frames))
-            save_animation(list(frames), folder / "denoising.webp")
+            frames = denoising(pipe, range(self.denoising), seed, steps, eta, guidance=guidance)  # (F, B, C, H, W)
+            save_sheet(frames.transpose(0, 1).flatten(0, 1), folder / "denoising.png", len(frames), shown)
+            save_animation(list(frames), folder / "denoising.webp", shown)
             written += ["denoising.png", "denoising.webp"]
         if self.interpolate:
-            legs = interpolation(pipe, self.interpolate, seed, steps, eta, guidance=guidance)  # (L, F, 3, H, W)
-            save_sheet(legs.flatten(0, 1), folder / "interpolation.png", BETWEEN)
-            save_animation([frame[None] for frame in legs.flatten(0, 1)], folder / "interpolation.webp")
+            legs = interpolation(pipe, self.interpolate, seed, steps, eta, guidance=guidance)  # (L, F, C, H, W)
+            save_sheet(legs.flatten(0, 1), folder / "interpolation.png", BETWEEN, shown)
+            save_animation([frame[None] for frame in legs.flatten(0, 1)], folder / "interpolation.webp", shown)
             written += ["interpolation.png", "interpolation.webp"]
         if self.variation:
             varied = variations(pipe, images["variation"][0], VARIATIONS, self.strength, seed, steps, eta, guidance)
-            save_sheet(torch.cat([images["variation"], varied]), folder / "variations.png", VARIATIONS + 1)
+            save_sheet(torch.cat([images["variation"], varied]), folder / "variations.png", VARIATIONS + 1, shown)
             written.append("variations.png")
         if self.reconstruct:
             originals = images["reconstruct"]
@@ -280,6 +294,6 @@ class PictureRequest:
             filled = [
                 torch.cat([row, row.new_ones(COLUMNS - len(row), *row.shape[1:])]) for pair in rows for row in pair
             ]
-            save_sheet(torch.cat(filled), folder / "reconstructions.png", COLUMNS)
+            save_sheet(torch.cat(filled), folder / "reconstructions.png", COLUMNS, shown)
             written.append("reconstructions.png")
         return written

@@ -75,8 +75,12 @@ class FirstStageModule(StageModule):
             autoencoder.enable_gradient_checkpointing()
 
     def setup(self, stage: str) -> None:
-        """Load the weights of the perceptual loss, so that missing weights raise before any data is read."""
+        """Load the weights of the perceptual loss, so that missing weights raise before any data is read.
+
+        Also note the range of the images in the autoencoder.
+        """
         self.loss.perceptual.setup()
+        self.autoencoder.value_range = self.trainer.datamodule.pixels.value_range
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of the autoencoder and of the loss's discriminator."""
@@ -95,18 +99,18 @@ class FirstStageModule(StageModule):
         self.autoencoder.decoder.compile(dynamic=False)
 
     def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
-        """Reconstruction of a training batch from its transformed latents, `(B, 3, H, W)` if these are unchanged.
+        """Reconstruction of a training batch from its transformed latents, `(B, C, H, W)` if these are unchanged.
 
         Second comes the penalty on the latents, 0-dim.
         """
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Held-out images `(B, 3, H, W)` -> latents `(B, C, h, w)`, and further metrics to log."""
+        """Held-out images `(B, C, H, W)` -> latents `(B, c, h, w)`, and further metrics to log."""
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] -> the sum of all loss terms."""
+        """Images `(B, C, H, W)` in [-1, 1] -> the sum of all loss terms."""
         images, last_layer = batch["image"], self.autoencoder.decoder.conv_out.weight
         transform = self._transform(images)
         reconstruction, penalty = self.reconstruct(batch, transform)
@@ -136,8 +140,7 @@ class FirstStageModule(StageModule):
         terms = {
             "loss": self.loss.reconstruction_loss(images, reconstruction),
             "psnr": psnr(reconstruction, images),
-            "psnr_chroma": psnr_chroma(reconstruction, images),
-            "hues_kept": hues_kept(reconstruction, images),
+            **(colours(reconstruction, images) if images.shape[1] == 3 else {}),
             "ssim": ssim(reconstruction, images),
             "latent_std": latents.float().std(),
             "latent_high_frequency": high_frequency_share(latents),
@@ -199,7 +202,7 @@ class AutoencoderModule(FirstStageModule):
 
     def reconstruct(self, batch: dict[str, Tensor], transform: Transform = UNCHANGED) -> tuple[Tensor, Tensor]:
         """Decode the codes nearest to the transformed latents; the penalty is the quantizer's loss."""
-        latents = self.autoencoder.latents(batch["image"])  # (B, 3, H, W) -> (B, C, h, w)
+        latents = self.autoencoder.latents(batch["image"])  # (B, C, H, W) -> (B, c, h, w)
         latents = transform.latents(latents)  # before quantization, as diffusion's latents are
         codes = self.autoencoder.quantize(latents, None if self.simvq is None else self.simvq())
         self.quantized.append((latents.detach(), codes.info.indices))
@@ -248,6 +251,12 @@ class KLAutoencoderModule(FirstStageModule):
         """Mode of the posterior; `kl` in nats per image; `posterior_std`, the mean standard deviation."""
         posterior = self.autoencoder.encode(images).latent_dist
         return posterior.mode(), {"kl": posterior.kl().mean(), "posterior_std": posterior.std.mean()}
+
+
+def colours(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Metrics of the colours of RGB images `(B, 3, H, W)`."""
+    chroma, hues = psnr_chroma(reconstruction, images), hues_kept(reconstruction, images)
+    return {"psnr_chroma": chroma, "hues_kept": hues}
 
 
 def choose_trained(autoencoder: FirstStage, train: str) -> None:

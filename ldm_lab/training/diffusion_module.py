@@ -24,6 +24,8 @@ from ldm_lab.training.statistics import moments, of_all_ranks, pooled
 from ldm_lab.utils import randomness
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Harmless, Positive
+from ldm_lab.utils.pixels import PixelFormat
+from ldm_lab.utils.terminal import say_once
 
 
 class DiffusionModule(StageModule):
@@ -118,6 +120,7 @@ class DiffusionModule(StageModule):
 
     def setup(self, stage: str) -> None:
         """Write the latent size into the UNet's config, as sampling starts from noise of that size."""
+        take_range(self.autoencoder, self.trainer.datamodule.pixels)
         channels, height, width = latent_shape(self.autoencoder, self.trainer.datamodule.image_size)
         self.scheduler.fit((channels, height, width))
         size = height if height == width else [height, width]
@@ -191,3 +194,10 @@ class DiffusionModule(StageModule):
         scale = state["ldm_lab"]["configs"]["vqvae"]["scaling_factor"]
         self.autoencoder.register_to_config(scaling_factor=scale)
         self.measures_scale = False
+
+
+def take_range(autoencoder: FirstStage, pixels: PixelFormat) -> None:
+    """Note the range of the images in the model; a line says if the autoencoder was trained on another range."""
+    if autoencoder.value_range != pixels.value_range:
+        say_once(f"the autoencoder was trained on images of {autoencoder.pixels}; these are of {pixels}")
+        autoencoder.value_range = pixels.value_range

@@ -33,7 +33,7 @@ class Transform:
         return self._apply(latents, self.size)
 
     def images(self, images: Tensor, factor: int) -> Tensor:
-        """Images `(B, 3, H, W)` -> those that the decoder should make of the latents: `factor` times their sides."""
+        """Images `(B, C, H, W)` -> those that the decoder should make of the latents: `factor` times their sides."""
         return self._apply(images, self.size and (factor * self.size[0], factor * self.size[1]))
 
     def _apply(self, maps: Tensor, size: tuple[int, int] | None) -> Tensor:

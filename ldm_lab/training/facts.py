@@ -62,7 +62,7 @@ def flops_per_image(network: PretrainedModel, autoencoder: FirstStage, image_siz
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         empty = type(network).from_config(network.config)
         if isinstance(empty, FirstStage):
-            empty.decode(empty.latents(torch.empty(1, 3, *image_size)))
+            empty.decode(empty.latents(torch.empty(1, empty.config.in_channels, *image_size)))
         else:
             empty(torch.empty(1, *latent_shape(autoencoder, image_size)), torch.zeros(1))
     return counter.get_total_flops()

@@ -165,6 +165,9 @@ def _changes(
     for key in keys:
         value, current, name = part.config[key], node_config.get(key, arguments[key].default), f"{node}.{key}"
         current = list(current) if isinstance(current, tuple) else current
+        if key in OPEN and isinstance(part, FirstStage):
+            _refuse_other_images(source, value, current)
+            continue
         if current is None and key in OPEN:
             changes[name] = value
             continue
@@ -174,6 +177,14 @@ def _changes(
             say(f"init: {name} {current} -> {value}, from {source.name}")
             changes[name] = value
     return changes
+
+
+def _refuse_other_images(source: Source, channels: int, wanted: int | None) -> None:
+    if wanted not in (None, channels):
+        raise UserError(
+            f"init={source.name}: its autoencoder is for images of {channels} channel(s), and those here have {wanted}"
+            " (data.channels): take other weights, or leave init out"
+        )
 
 
 def _is_typed(key: str, typed: Collection[str]) -> bool:

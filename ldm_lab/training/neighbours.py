@@ -42,10 +42,10 @@ class Neighbours:
 
         Args:
             trainer: the run's trainer.
-            samples: `(B, 3, H, W)` in [-1, 1], the same on all ranks.
+            samples: `(B, C, H, W)` in [-1, 1], the same on all ranks.
 
         Returns:
-            `(n, 1 + k, 3, H, W)`: n samples, each followed by its k nearest images, the nearest first.
+            `(n, 1 + k, C, H, W)`: n samples, each followed by its k nearest images, the nearest first.
         """
         data = trainer.datamodule
         indices = spread(min(self.among, data.num_train), data.num_train)
@@ -53,7 +53,7 @@ class Neighbours:
         if self._searched is None:
             self._searched = shared(trainer, len(indices), lambda places: self._read(trainer, indices, places))
         views = [self._searched, self._searched.flip(-1)][: 2 if data.train_set.flip else 1]
-        small = adaptive_avg_pool2d(samples, self.side).flatten(1)  # (n, 3, H, W) -> (n, 3 S S)
+        small = adaptive_avg_pool2d(samples, self.side).flatten(1)  # (n, C, H, W) -> (n, C S S)
         with float32.exact():  # TF32 rounds products by more than near images differ
             distances = torch.stack([torch.cdist(small, view.flatten(1)) for view in views])  # (V, n, N)
         closest, view = distances.min(0)  # (n, N)
@@ -63,11 +63,11 @@ class Neighbours:
         for pair in zip(places.tolist(), mirrored, strict=True):
             images = [(data.train_set[indices[place]]["image"], flip) for place, flip in zip(*pair, strict=True)]
             rows.append(torch.stack([image.flip(-1) if flip else image for image, flip in images]))
-        found = torch.stack(rows)  # n x (k, 3, H, W) -> (n, k, 3, H, W)
+        found = torch.stack(rows)  # n x (k, C, H, W) -> (n, k, C, H, W)
         return torch.cat([samples[:, None].cpu(), found], dim=1)
 
     def _read(self, trainer: Trainer, indices: Sequence[int], places: Sequence[int]) -> Tensor:
-        """Read images and shrink them to `(n, 3, S, S)`, on the device."""
+        """Read images and shrink them to `(n, C, S, S)`, on the device."""
         data = trainer.datamodule
         chosen = Chosen(data.train_set, [indices[place] for place in places])
         batches = Loader(chosen, batch_size=self.BATCH, **data.loading())

@@ -60,10 +60,7 @@ class StageModule(LightningModule):
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """Configs of the trained model by name, as plain data; each config names its class."""
-        return {
-            name: {"_class_name": network.class_name(), **network.config}
-            for name, (_, network) in self.exported().items()
-        }
+        return {name: network.described() for name, (_, network) in self.exported().items()}
 
     def compile_networks(self) -> None:
         """Compile the networks in place, so that the keys of checkpoints stay the same."""

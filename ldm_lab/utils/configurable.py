@@ -161,9 +161,17 @@ class Configurable:
         """Library of this class in `model_index.json`: `diffusers` if its namesake is equivalent, else the module."""
         return "diffusers" if _is_ours(type(self)) else type(self).__module__
 
+    def beside_config(self) -> dict[str, Any]:
+        """Entries that files hold beside the config; diffusers keeps, and does not read, names that begin with `_`."""
+        return {}
+
+    def described(self) -> dict[str, Any]:
+        """The config with the class name, as plain data."""
+        return {"_class_name": self.class_name(), **self.beside_config(), **self.config}
+
     def to_json(self) -> dict[str, Any]:
         """The config with class name and version, as in the file `config_name`."""
-        return {"_class_name": self.class_name(), "_ldm_lab_version": __version__, **self.config}
+        return {"_class_name": self.class_name(), "_ldm_lab_version": __version__, **self.described()}
 
     def save_config(self, folder: str | Path) -> None:
         """Write `folder/config_name`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ldm_lab.utils.errors import UserError
@@ -41,6 +42,11 @@ class PixelFormat:
         """Whether the values are those of ordinary 8-bit pictures."""
         return self.value_range == (0.0, 255.0)
 
+    @property
+    def is_picture(self) -> bool:
+        """Whether ordinary 8-bit pictures, grey or RGB, hold these images as they are."""
+        return self.is_8_bit and self.channels in (1, 3)
+
     def normalize(self, values: Tensor) -> Tensor:
         """Values in the data's units, any shape and dtype -> float32, `value_range` to [-1, 1]."""
         low, high = self.value_range
@@ -49,7 +55,17 @@ class PixelFormat:
     def denormalize(self, images: Tensor) -> Tensor:
         """[-1, 1], any shape -> float32 in the data's units, clamped to `value_range`."""
         low, high = self.value_range
-        return images.double().add(1).mul_((high - low) / 2).add_(low).clamp_(low, high).float()
+        values = images.double().add(1).mul_((high - low) / 2).add_(low).float()
+        return values.clamp_(*_float32_within(low, high))
+
+
+def _float32_within(low: float, high: float) -> tuple[float, float]:
+    """The smallest and the largest float32 from `low` to `high`."""
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    rounded, inwards = ends.float(), torch.tensor([math.inf, -math.inf])
+    outside = (rounded.double() - ends) * inwards.sign() < 0
+    first, last = torch.where(outside, torch.nextafter(rounded, inwards), rounded).tolist()
+    return first, last
 
 
 RGB_8_BIT = PixelFormat()

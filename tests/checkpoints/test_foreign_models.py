@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import sample
 from ldm_lab import LDMPipeline
-from ldm_lab.sampling.generate import image_path
+from ldm_lab.sampling.files import RGB_PNG
 from ldm_lab.utils.reading import LoadError, read_json
 from tests.checkpoints.test_compvis_checkpoint import CHECKPOINT, IO, STATE, original_config
 from tests.helpers import GOLDEN, Malicious, assert_close_relative, contents
@@ -41,7 +41,7 @@ def test_a_compvis_checkpoint_is_sampled(model, tmp_path, capsys):
     draw(f"ckpt={model}")
     folder = model.parent / "model_samples/ddim_10_eta0_seed0"
     assert f"2 samples (2 new) in {folder}" in capsys.readouterr().out
-    assert image_path(folder, 1).is_file()
+    assert RGB_PNG.path(folder, 1).is_file()
     scheduler = read_json(folder / "manifest.json")["scheduler"]
     assert (scheduler["steps_offset"], scheduler["set_alpha_to_one"]) == (1, False)
 
@@ -49,7 +49,7 @@ def test_a_compvis_checkpoint_is_sampled(model, tmp_path, capsys):
     (model.parent / "config.yaml").rename(moved)
     draw(f"ckpt={model}", f"original_config={moved}", f"output={tmp_path}/given")
     for index in range(2):
-        assert image_path(folder, index).read_bytes() == image_path(tmp_path / "given", index).read_bytes()
+        assert RGB_PNG.path(folder, index).read_bytes() == RGB_PNG.path(tmp_path / "given", index).read_bytes()
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_code_in_a_file_is_not_run(tmp_path, use):
 def test_a_folder_of_diffusers_is_sampled(tmp_path):
     for name in ("ldm_tiny", "ldm_tiny_legacy"):
         draw(f"ckpt={GOLDEN / 'diffusers' / name}", f"output={tmp_path / name}")
-    one, other = (image_path(tmp_path / name, 0).read_bytes() for name in ("ldm_tiny", "ldm_tiny_legacy"))
+    one, other = (RGB_PNG.path(tmp_path / name, 0).read_bytes() for name in ("ldm_tiny", "ldm_tiny_legacy"))
     assert one == other
 
 
@@ -123,7 +123,7 @@ def test_a_model_of_the_hub_is_sampled(hub, tmp_path):
     draw("ckpt=owner/tiny")
     draw(f"ckpt={FOLDER}", "output=local")
     folder = tmp_path / "tiny_samples/ddim_10_eta0_seed0"
-    assert image_path(folder, 1).read_bytes() == image_path(tmp_path / "local", 1).read_bytes()
+    assert RGB_PNG.path(folder, 1).read_bytes() == RGB_PNG.path(tmp_path / "local", 1).read_bytes()
     assert not (tmp_path / "owner").exists()  # the name would be taken for a folder from then on
     draw("ckpt=owner/tiny@v1", "output=other")
     assert any("v1" in path for path in hub.asked)

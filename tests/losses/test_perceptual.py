@@ -70,6 +70,12 @@ def test_lpips_of_equal_images_is_zero_and_images_do_not_mix(lpips):
     assert_close_relative(lpips(reconstruction[1:], target[1:]), lpips(reconstruction, target)[1:], 1e-5)
 
 
+def test_lpips_repeats_a_single_channel(lpips):
+    grey = [images[:, :1] for images in pair()]
+    rgb = [images.expand(-1, 3, -1, -1) for images in grey]
+    assert torch.equal(lpips(*grey), lpips(*rgb))
+
+
 def test_lpips_is_no_part_of_checkpoints_or_optimizers(lpips):
     lpips(*pair())
     owner = nn.ModuleDict({"perceptual": lpips, "network": nn.Linear(2, 2)})

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from ldm_lab.metrics import dinov2, features
 from ldm_lab.metrics.dinov2 import DINOv2, ViT
-from ldm_lab.metrics.extractors import Inception
+from ldm_lab.metrics.extractors import Inception, rgb_8_bit
+from ldm_lab.metrics.images import to_networks
 from ldm_lab.utils.reading import LoadError
 from tests.helpers import Malicious
 
@@ -122,9 +123,20 @@ def test_the_published_architecture_has_its_number_of_parameters():
     assert sum(p.numel() for p in network.parameters()) == 304_368_640 - 1024  # as published, without the mask token
 
 
+def test_grey_and_deep_images_become_8_bit_rgb():
+    images = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
+    rgb = images.expand(-1, 3, -1, -1)
+    assert torch.equal(rgb_8_bit(images), rgb)
+    assert torch.equal(rgb_8_bit(to_networks(images)), rgb)
+    assert torch.equal(rgb_8_bit(rgb.contiguous()), rgb)
+
+
 def test_features_are_named_and_own_ones_take_no_weights():
     with pytest.raises(ValueError, match="there are own, inception, dinov2"):
         features.check("clip", None)
     with pytest.raises(ValueError, match="take none"):
         features.check("own", "weights.pth")
+    with pytest.raises(ValueError, match=r"features=dinov2: sees RGB or grey, not 5 channels; own features take any"):
+        features.check("dinov2", None, channels=5)
+    features.check("own", None, channels=5)
     assert dinov2.URL.endswith("dinov2_vitl14_pretrain.pth")

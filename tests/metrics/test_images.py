@@ -9,6 +9,7 @@ from PIL import Image
 
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, FilePixels, WholeFolder
+from ldm_lab.sampling.files import RGB_PNG
 from ldm_lab.utils.reading import LoadError
 from tests.helpers import Malicious
 
@@ -41,7 +42,7 @@ def test_samples_are_read_as_they_are(tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, picture in zip(paths, array, strict=True):
         Image.fromarray(picture).save(path)
-    files = FilePixels(paths, "samples", "a model")
+    files = FilePixels(paths, "samples", "a model", RGB_PNG.read)
     assert np.array_equal(torch.stack([files[i] for i in range(3)]).permute(0, 2, 3, 1).numpy(), array)
     assert files.size == (6, 8)
 

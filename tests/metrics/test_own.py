@@ -98,7 +98,7 @@ def test_larger_images_are_averaged_down_and_smaller_ones_stay():
 def test_of_avatars_it_learns_what_was_drawn(tmp_path, steps):
     steps(2)
     data = AvatarImages("val", tmp_path, 32, num_train=100, num_val=12, drawing_seed=3)
-    data.__dict__["pixels"] = np.random.default_rng(0).integers(0, 256, (112, 32, 32, 3), dtype=np.uint8)
+    data.__dict__["drawings"] = np.random.default_rng(0).integers(0, 256, (112, 32, 32, 3), dtype=np.uint8)
     images = DataPixels(data, "avatars")
     avatar = drawing.compose(random.Random("avatar/3/105"))
     (labels,) = own.avatar_labels(images, [5])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm_lab import AutoencoderKL, VQModel
-from ldm_lab.models.thumbnail import start_as_thumbnail
+from ldm_lab.models.thumbnail import fits, start_as_thumbnail
 from ldm_lab.utils.errors import UserError
 
 LEVELS = {
@@ -20,12 +20,12 @@ def first_stage(kind=VQModel, groups=4, latents=3, **changes):
     return kind(**{**LEVELS, "norm_num_groups": groups, "latent_channels": latents, "layers_per_block": 2, **changes})
 
 
-def pictures():
-    """Smooth colourful fields, of other brightness and contrast in each image: `(6, 3, 32, 32)` in [-1, 1]."""
+def pictures(channels=3):
+    """Smooth colourful fields, of other brightness and contrast in each image: `(6, C, 32, 32)` in [-1, 1]."""
     random = torch.Generator().manual_seed(1)
-    fields = F.interpolate(torch.rand(6, 3, 4, 4, generator=random), size=32, mode="bicubic")
+    fields = F.interpolate(torch.rand(6, channels, 4, 4, generator=random), size=32, mode="bicubic")
     contrast = torch.tensor([0.1, 0.3, 0.5, 1.0, 1.0, 1.0])[:, None, None, None]
-    means = torch.rand(6, 3, 1, 1, generator=random)
+    means = torch.rand(6, channels, 1, 1, generator=random)
     return ((fields - 0.5) * contrast + means).clamp(0, 1) * 2 - 1
 
 
@@ -37,12 +37,18 @@ def pictures():
         lambda: first_stage(groups=4),
         lambda: first_stage(AutoencoderKL, latents=4),
         lambda: first_stage(latents=8, block_out_channels=[24, 24, 48], norm_num_groups=3),
+        lambda: first_stage(in_channels=1, out_channels=1),
+        lambda: first_stage(
+            AutoencoderKL, groups=2, latents=5, in_channels=5, out_channels=5, block_out_channels=[24, 24, 48]
+        ),
     ],
 )
 def test_latents_are_mean_colours_and_the_decoder_shows_them(network):
-    autoencoder, images = network(), pictures()
+    autoencoder = network()
+    colours = autoencoder.config.in_channels
+    images = pictures(colours)
     small = F.avg_pool2d(images, 4)
-    before = autoencoder.latents(images)[:, :3]
+    before = autoencoder.latents(images)[:, :colours]
     assert (before - small).square().mean().sqrt() > 0.3
     start_as_thumbnail(autoencoder)
     with torch.no_grad():
@@ -50,7 +56,8 @@ def test_latents_are_mean_colours_and_the_decoder_shows_them(network):
         decoded = autoencoder.decode(
             latents, **({"force_not_quantize": True} if isinstance(autoencoder, VQModel) else {})
         )
-    assert (latents[:, :3] - small).abs().mean() < 0.04
+    assert fits(autoencoder.config, colours)
+    assert (latents[:, :colours] - small).abs().mean() < 0.04
     assert (decoded.sample - F.interpolate(small, scale_factor=4.0)).abs().mean() < 0.06
 
 
@@ -85,5 +92,6 @@ def test_every_layer_learns_from_the_first_steps_on():
     ],
 )
 def test_networks_that_cannot_hold_one_are_refused(changes, message):
+    assert not fits(first_stage(**changes).config, 3)
     with pytest.raises(UserError, match=message):
         start_as_thumbnail(first_stage(**changes))

@@ -15,7 +15,8 @@ from PIL import Image
 
 import sample
 from ldm_lab import LDMPipeline
-from ldm_lab.sampling.generate import MissingSamples, SamplingModule, claim, image_path, missing
+from ldm_lab.sampling.files import RGB_PNG
+from ldm_lab.sampling.generate import MissingSamples, SamplingModule, claim
 from ldm_lab.training.trainer import Trainer
 from ldm_lab.utils.images import save_png
 from tests.helpers import contents
@@ -46,12 +47,12 @@ def test_what_a_killed_process_was_writing_does_not_count(tmp_path, monkeypatch,
 
     def write():
         monkeypatch.setattr(os, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        save_png(Image.new("RGB", (8, 8)), image_path(tmp_path, 2))
+        save_png(Image.new("RGB", (8, 8)), RGB_PNG.path(tmp_path, 2))
 
     before = sorted(contents(tmp_path))
     assert fork(write) == -signal.SIGKILL
     assert len(contents(tmp_path)) == len(before) + 1  # it has begun
-    assert missing(tmp_path, 3) == [2]
+    assert RGB_PNG.missing(tmp_path, 3) == [2]
     claim(tmp_path, MANIFEST)
     assert sorted(contents(tmp_path)) == before
 
@@ -80,9 +81,9 @@ def test_a_process_killed_at_its_manifest_binds_nobody(tmp_path, monkeypatch):
 @pytest.mark.parametrize("length", [0, 1, 20, -1])
 def test_an_image_cut_short_is_drawn_again(tmp_path, length):
     write_images(tmp_path, 3)
-    path = image_path(tmp_path, 1)
+    path = RGB_PNG.path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:length])
-    assert missing(tmp_path, 3) == [1]
+    assert RGB_PNG.missing(tmp_path, 3) == [1]
 
 
 def test_a_rank_draws_what_the_first_one_says(tmp_path, monkeypatch):
@@ -167,14 +168,14 @@ def disturb(folder, count, batch_size, world_size, kills, chance):
     """
     in_tails, stood = set(), []
     while True:
-        left = missing(folder, count)
+        left = RGB_PNG.missing(folder, count)
         in_tails |= tails(left, batch_size, world_size)
         command = Start(folder, count, batch_size, world_size)
         if len(stood) == kills:
             command.finish()
             return in_tails, stood
         threshold = count - len(left) + chance.randrange(2 * len(left) // (kills + 1 - len(stood)))
-        while command.running() and count - len(missing(folder, count)) < threshold:
+        while command.running() and count - len(RGB_PNG.missing(folder, count)) < threshold:
             time.sleep(0.01)
         assert command.running(), command.log.read_text()
         time.sleep(chance.uniform(0, 0.05))
@@ -182,7 +183,7 @@ def disturb(folder, count, batch_size, world_size, kills, chance):
         first.kill()
         time.sleep(chance.choice((0, 0.5)))
         command.kill()
-        stood.append(count - len(missing(folder, count)))
+        stood.append(count - len(RGB_PNG.missing(folder, count)))
         assert all(Image.open(path).load() for path in (folder / "images").glob("*.png"))
 
 
@@ -197,7 +198,7 @@ def assert_whole(folder, reference, in_tails, count):
     assert files["manifest.json"] == reference["manifest.json"]
     with np.load(folder / "samples.npz") as archive:
         array = archive["arr_0"]
-    assert np.array_equal(array, [np.asarray(Image.open(image_path(folder, index))) for index in range(count)])
+    assert np.array_equal(array, [np.asarray(Image.open(RGB_PNG.path(folder, index))) for index in range(count)])
     if not different:
         assert files["grid.png"] == reference["grid.png"]
         assert files["samples.npz"] == reference["samples.npz"]

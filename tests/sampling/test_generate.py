@@ -13,15 +13,14 @@ from ldm_lab import DDIMScheduler, LDMPipeline
 from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.samplers import choose
 from ldm_lab.sampling import generate
+from ldm_lab.sampling.files import RGB_PNG, collect
 from ldm_lab.sampling.generate import (
     SampleSettings,
     SamplingModule,
     claim,
-    collect,
     default_folder,
     describe,
     loader,
-    missing,
 )
 from ldm_lab.utils import randomness
 from tests.helpers import GOLDEN, contents
@@ -42,13 +41,13 @@ def predict(module, indices, batch_size):
 
 
 def read(folder, indices):
-    return np.stack([np.asarray(Image.open(generate.image_path(folder, index))) for index in indices])
+    return np.stack([np.asarray(Image.open(RGB_PNG.path(folder, index))) for index in indices])
 
 
 def write_images(folder, count):
     """Files as sampling leaves them: image i is full of i."""
     for index in range(count):
-        path = generate.image_path(folder, index)
+        path = RGB_PNG.path(folder, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((2, 3, 3), index, dtype=np.uint8)).save(path)
 
@@ -57,11 +56,11 @@ def write_images(folder, count):
 
 
 def test_what_is_missing(tmp_path):
-    assert missing(tmp_path, 4) == [0, 1, 2, 3]
+    assert RGB_PNG.missing(tmp_path, 4) == [0, 1, 2, 3]
     write_images(tmp_path, 4)
-    assert missing(tmp_path, 4) == []
-    generate.image_path(tmp_path, 2).unlink()
-    assert missing(tmp_path, 6) == [2, 4, 5]
+    assert RGB_PNG.missing(tmp_path, 4) == []
+    RGB_PNG.path(tmp_path, 2).unlink()
+    assert RGB_PNG.missing(tmp_path, 6) == [2, 4, 5]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -131,8 +130,8 @@ def test_what_fills_a_batch_up_is_drawn_alike_and_written_once(pipe, tmp_path, m
     module = SamplingModule(pipe, tmp_path, seed=5, steps=2, eta=0.0, compiled=True)
     predict(module, [3, 4, 5, 5], batch_size=2)
     assert compiled == [torch.device("cpu")]
-    assert written == [[generate.image_path(tmp_path, index) for index in batch] for batch in ([3, 4], [5])]
-    assert missing(tmp_path, 6) == [0, 1, 2]
+    assert written == [[RGB_PNG.path(tmp_path, index) for index in batch] for batch in ([3, 4], [5])]
+    assert RGB_PNG.missing(tmp_path, 6) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -15,7 +15,8 @@ from ldm_lab.checkpoints.locate import State
 from ldm_lab.diffusion.guidance import Converted, Guidance
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.sampling import guide, pictures
-from ldm_lab.sampling.generate import claim, default_folder, describe, identity, image_path
+from ldm_lab.sampling.files import RGB_PNG
+from ldm_lab.sampling.generate import claim, default_folder, describe, identity
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import to_unit
 from ldm_lab.utils.randomness import generator, generators
@@ -223,7 +224,7 @@ def test_the_command_draws_what_the_pipeline_draws(pipe, weak, tmp_path, capsys)
     how = {"guidance_scale": 2.0, "guidance_interval": [0, 1]}
     for index in range(2):
         drawn = pipe(1, [generator(0, "sample", index)], 0.0, 2, **how).images[0]
-        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(image_path(tmp_path, index))))
+        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(RGB_PNG.path(tmp_path, index))))
     assert {"denoising.png", "interpolation.png"} < set(contents(tmp_path))
     with pytest.raises(ValueError, match=r"holds samples of other settings .*guidance: 2.0 -> 3.0"):
         sample.job(command(tmp_path, **{**wanted, "guidance": 3}))

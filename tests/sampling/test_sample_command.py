@@ -18,7 +18,7 @@ from ldm_lab.checkpoints import locate
 from ldm_lab.config.compose import ConfigError
 from ldm_lab.models.tiling import Tiles
 from ldm_lab.pipeline import LDMPipeline
-from ldm_lab.sampling.generate import image_path
+from ldm_lab.sampling.files import RGB_PNG
 from ldm_lab.sampling.pictures import PictureRequest
 from ldm_lab.utils import reading
 from ldm_lab.utils.randomness import generator
@@ -43,7 +43,7 @@ def test_networks_are_rounded_where_it_is_asked_for_and_nothing_else_is(tmp_path
     pipe = LDMPipeline.from_pretrained(MODEL, torch_dtype=dtype)
     for index in range(2):
         drawn = pipe(1, [generator(0, "sample", index)], 0.0, 2).images[0]
-        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(image_path(folders[0], index))))
+        assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(RGB_PNG.path(folders[0], index))))
     PictureRequest(interpolate=[0, 1]).write(pipe, tmp_path, seed=0, steps=2, eta=0.0)
     name = "interpolation.png"
     assert (tmp_path / name).read_bytes() == (folders[0] / name).read_bytes() != (folders[1] / name).read_bytes()
@@ -103,7 +103,7 @@ def test_a_checkpoint_passes_eight_modules_from_the_command_line_to_its_tensors(
 def assert_array_holds_the_images(folder, count):
     with np.load(folder / "samples.npz") as archive:
         images = archive["arr_0"]
-    assert np.array_equal(images, [np.asarray(Image.open(image_path(folder, index))) for index in range(count)])
+    assert np.array_equal(images, [np.asarray(Image.open(RGB_PNG.path(folder, index))) for index in range(count)])
 
 
 def test_the_command_writes_everything_and_adds_what_is_missing(tmp_path, capsys):
@@ -124,7 +124,7 @@ def test_the_command_writes_everything_and_adds_what_is_missing(tmp_path, capsys
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert_array_holds_the_images(tmp_path, 3)
 
-    image_path(tmp_path, 0).unlink()
+    RGB_PNG.path(tmp_path, 0).unlink()
     sample.job(command(tmp_path, num_samples=2, batch_size=2))
     assert "2 samples (1 new)" in capsys.readouterr().out
     again = contents(tmp_path)
@@ -251,6 +251,6 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
     # fewer samples than processes
-    image_path(tmp_path / "two", 1).unlink()
+    RGB_PNG.path(tmp_path / "two", 1).unlink()
     assert "3 samples (1 new)" in run_sample(*command(tmp_path / "two", **ddp))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from ldm_lab.sampling import generate
+from ldm_lab.sampling.files import RGB_PNG
 from ldm_lab.utils import locks
 from tests.trained import train
 
@@ -153,5 +153,5 @@ def test_a_second_sampling_into_a_folder_touches_nothing(tiny_runs, tmp_path):
         job(words)
     assert [path.name for path in (tmp_path / "a").iterdir()] == [locks.NAME]
     job(words)  # what a killed command has left is no other's work
-    assert generate.image_path(tmp_path / "a", 0).is_file()
+    assert RGB_PNG.path(tmp_path / "a", 0).is_file()
     assert not (tmp_path / "a" / locks.NAME).exists()

@@ -57,8 +57,9 @@ class Subject:
         return self.pipe.device
 
     def images(self) -> Tensor:
-        """Noise images `(B, 3, H, W)` in [-1, 1]; content does not change the time of kernels."""
-        return torch.rand(self.batch_size, 3, *parse_size(self.config.data.image_size), device=self.device) * 2 - 1
+        """Noise images `(B, C, H, W)` in [-1, 1]; content does not change the time of kernels."""
+        shape = (self.pipe.vqvae.config.in_channels, *parse_size(self.config.data.image_size))
+        return torch.rand(self.batch_size, *shape, device=self.device) * 2 - 1
 
     def generator(self) -> torch.Generator:
         """Generator of the starting noise, always the same; on the CPU, as diffusers requires."""

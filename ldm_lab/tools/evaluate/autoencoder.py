@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm_lab.losses.perceptual import LPIPS
 from ldm_lab.metrics import distribution
 from ldm_lab.metrics.extractors import Extractor
-from ldm_lab.metrics.images import Pixels
+from ldm_lab.metrics.images import Pixels, like, to_networks
 from ldm_lab.metrics.reconstruction import psnr, ssim
 from ldm_lab.metrics.reference import Reference, header
 from ldm_lab.models.first_stage import FirstStage
@@ -19,7 +19,6 @@ from ldm_lab.tools.evaluate.evaluator import exact_device
 from ldm_lab.tools.evaluate.rows import rows
 from ldm_lab.tools.evaluate.scores import Scores, compare
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import to_unit
 from ldm_lab.utils.reading import LoadError, first_bytes, kind_of
 
 
@@ -44,14 +43,14 @@ def reconstructions(
     size = extractor.dimension
 
     def judge(originals: Tensor) -> Tensor:
-        """`(B, 3, H, W)`, uint8 -> features of originals and reconstructions, PSNR, SSIM, LPIPS: `(B, 2D + 3)`."""
-        target = originals.float() / 127.5 - 1
+        """`(B, C, H, W)` -> features of originals and reconstructions, PSNR, SSIM, LPIPS: `(B, 2D + 3)`."""
+        target = to_networks(originals)
         copies = autoencoder.decode(autoencoder.latents(target)).sample.float()
-        copies8 = (to_unit(copies) * 255).round().to(torch.uint8)  # 8 bits, as displayed
+        shown = like(copies, originals.dtype)
         pairs = list(zip(copies.split(1), target.split(1), strict=True))
         each = [torch.stack([measure(*pair) for pair in pairs]) for measure in (psnr, ssim)]  # (B,) each
         each.append(target.new_zeros(len(target)) if lpips is None else lpips(copies.clamp(-1, 1), target))
-        return torch.cat([extractor(originals), extractor(copies8), torch.stack(each, 1)], 1)
+        return torch.cat([extractor(originals), extractor(shown), torch.stack(each, 1)], 1)
 
     networks = nn.ModuleList([autoencoder, extractor])
     found = rows(trainer, networks, images, judge, 2 * size + 3).to(exact_device(trainer))
@@ -64,12 +63,16 @@ def reconstructions(
     return scores, reference
 
 
-def perceptual(weights: str | None) -> LPIPS | None:
+def perceptual(weights: str | None, channels: int = 3) -> LPIPS | None:
     """LPIPS; `None` with a warning if its weights are not available. Raises `LoadError` for a file of other weights.
 
     Args:
         weights: file of torchvision's VGG16; None: from torch's hub.
+        channels: channels of the images; `None` with a line where LPIPS does not see them.
     """
+    if channels not in (1, 3):
+        print(f"lpips is left out: it sees RGB or grey, not {channels} channels", flush=True)
+        return None
     distance = LPIPS(weights)
     try:
         distance.setup()

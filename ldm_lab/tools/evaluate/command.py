@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--snapshots", action="store_true", help="judge every snapshot of the run SRC, and name the best")
     add("--export-best", type=Path, metavar="FOLDER", help="with --snapshots: write the best there")
     add("--image-size", type=int, nargs="+", metavar="N", help="resize the images of SRC: a side, or height and width")
+    add("--channels", type=int, default=3, metavar="C", help="of the files of SRC, without a manifest (default: 3)")
+    add("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of their values (default: 8 bits)")
     add("--max-pixels", type=int, metavar="N", help="of an image file, against what claims to be enormous")
     add("--num-reference", type=int, default=50_000, help="real images at most, spread evenly (default: %(default)s)")
     add("--save-reference", type=Path, metavar="FILE.npz", help="keep the statistics of the real images there")
@@ -68,13 +70,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse and check the flags. Raises `UserError`, which names the flag."""
     options = parser().parse_args(argv)
     lowest = {"num_samples": 2, "steps": 1, "seed": 0, "batch_size": 1, "num_reference": 2, "bootstrap": 0}
-    for name, low in {**lowest, "devices": 1, "nodes": 1, "num_workers": 0, "max_pixels": 1}.items():
+    for name, low in {**lowest, "channels": 1, "devices": 1, "nodes": 1, "num_workers": 0, "max_pixels": 1}.items():
         if (value := getattr(options, name)) is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
     sides = options.image_size
     if sides and (len(sides) > 2 or min(sides) < 1):
         raise UserError(f"--image-size {' '.join(map(str, sides))}: give one or two positive numbers of pixels")
     options.image_size = sides and (sides[0], sides[-1])
+    low, high = options.value_range = tuple(options.value_range or (0.0, 255.0))
+    if not -math.inf < low < high < math.inf:
+        raise UserError(f"--value-range {low:g} {high:g}: must be two rising numbers")
     _check_guidance(options)
     if options.autoencoder and options.snapshots:
         raise UserError("--autoencoder and --snapshots exclude each other: a run has one first stage")

@@ -15,6 +15,7 @@ from ldm_lab.metrics.images import FilePixels
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.record import read_run
 from ldm_lab.sampling import generate, guide
+from ldm_lab.sampling.files import SampleFiles
 from ldm_lab.utils import locks
 from ldm_lab.utils.reading import LoadError
 from ldm_lab.utils.writing import SaveError, require_writable
@@ -87,24 +88,26 @@ def draw(
     wanted = how.settings()
     if how.guidance != 1:
         wanted["guide"] = guide.attach(pipe, how.guide, plugins)
-    settings = generate.SampleSettings(**wanted, precision=trainer.precision)
-    folder = _folder(generate.default_folder(state, settings), how.num_samples, output)
+    files = SampleFiles.deepest(pipe.vqvae.pixels)
+    settings = generate.SampleSettings(**wanted, precision=trainer.precision, files=files)
+    folder = _folder(generate.default_folder(state, settings), files, how.num_samples, output)
     manifest = generate.describe(pipe, source, settings, how.guide)
-    module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta, guidance=settings.how_guided)
-    missing = generate.MissingSamples(folder, how.num_samples, how.batch_size)
+    more = {"guidance": settings.how_guided, "files": files}
+    module = generate.SamplingModule(pipe, folder, how.seed, how.steps, how.eta, **more)
+    missing = generate.MissingSamples(folder, how.num_samples, how.batch_size, files=files)
     with locks.alone(folder, "another --seed", first):
         if first:
             generate.claim(folder, manifest, "--output")
         trainer.predict(module, datamodule=missing, return_predictions=False)
         trainer.strategy.barrier()
-    paths = [generate.image_path(folder, index) for index in range(how.num_samples)]
-    return FilePixels(paths, source, generate.identity(manifest))
+    paths = [files.path(folder, index) for index in range(how.num_samples)]
+    return FilePixels(paths, source, generate.identity(manifest), files.read, files.pixels)
 
 
-def _folder(usual: Path, num_samples: int, output: Path | None) -> Path:
+def _folder(usual: Path, files: SampleFiles, num_samples: int, output: Path | None) -> Path:
     """The usual folder of samples, unless samples are missing there and it is not writable."""
     try:
-        if generate.missing(usual, num_samples):
+        if files.missing(usual, num_samples):
             require_writable(usual, "--output")
     except SaveError:
         if output is None:

@@ -11,6 +11,7 @@ from typing import Any
 from ldm_lab.checkpoints import averages, locate
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.checkpoints.locate import State
+from ldm_lab.metrics import features
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.pipeline import LDMPipeline
@@ -28,6 +29,7 @@ from ldm_lab.training.trainer import Trainer
 from ldm_lab.training.watch import watched
 from ldm_lab.utils import hub
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from ldm_lab.utils.terminal import is_first_process
 from ldm_lab.utils.writing import SaveError, require_writable
 
@@ -61,6 +63,8 @@ class Request:
     plugins: Sequence[str]
     max_pixels: int | None = None
     nodes: int = 1
+    channels: int = 3
+    value_range: tuple[float, float] = RGB_8_BIT.value_range
 
     def trainer(self) -> Trainer:
         """A Lightning trainer that distributes the work over devices."""
@@ -81,14 +85,17 @@ class Request:
         """The evaluator of this request."""
         return Evaluator(target, trainer, self.features, self.weights, self.cache_dir, self.bootstrap, self.num_workers)
 
-    def target(self, size: Sequence[int], run: Path | None = None) -> Target:
-        """The target for images of `size`: `data`, or by default the training images of the run.
+    def target(self, size: Sequence[int], pixels: PixelFormat, run: Path | None = None) -> Target:
+        """The target for images of `size` and `pixels`: `data`, or by default the training images of the run.
 
         Raises:
-            UserError: there is no target, or its images have another size.
+            UserError: there is no target, its images have another size or other channels, or the features see no
+                images of so many channels.
         """
+        features.check(self.features, self.weights, pixels.channels)
         if self.data:
-            found = sources.named_data(self.data, size, self.said_of(run), self.num_reference, self.max_pixels)
+            more = (self.num_reference, self.max_pixels, pixels)
+            found = sources.named_data(self.data, size, self.said_of(run), *more)
         else:
             found = self.run_data(run)
         if found is None:
@@ -98,6 +105,9 @@ class Request:
         if found.images is not None and found.images.size != tuple(size):
             there, here = (" x ".join(map(str, sides)) for sides in (found.images.size, size))
             raise UserError(f"{found.images.source} has {there} pixels and {self.source} {here}: sizes must be equal")
+        if found.images is not None and found.images.pixels.channels != pixels.channels:
+            there, here = found.images.pixels.channels, pixels.channels
+            raise UserError(f"{found.images.source} has {there} channel(s) and {self.source} {here}: name equal images")
         return found
 
     def said_of(self, run: Path | None) -> Target | None:
@@ -123,8 +133,9 @@ def evaluate(request: Request) -> Scores:
             return evaluate_state(request, state, trainer)[0]
         if request.sampling.ema is not None:
             raise UserError(f"--ema {request.sampling.ema}: {request.source} is images, not a run: leave --ema out")
-        images = sources.images_of(request.source, request.image_size, request.max_pixels)
-        evaluator = request.evaluator(request.target(images.size), trainer)
+        pixels = PixelFormat(request.channels, request.value_range)
+        images = sources.images_of(request.source, request.image_size, request.max_pixels, pixels)
+        evaluator = request.evaluator(request.target(images.size, images.pixels), trainer)
         evaluator.check(len(images), images.jpeg())
         return finish(request, evaluator, images, "images")
 
@@ -138,7 +149,7 @@ def evaluate_state(
     given = averaged.given(state, length, "--ema", request.plugins)
     pipe = LDMPipeline.from_file_or_folder(state.path, given=given, plugins=request.plugins)
     if evaluator is None:
-        evaluator = request.evaluator(request.target(image_size(pipe), state.source), trainer)
+        evaluator = request.evaluator(request.target(image_size(pipe), pipe.vqvae.pixels, state.source), trainer)
         prepare(evaluator.target)
         # Before sampling. By default JPEG compression matches, as the reference is the model's training images.
         evaluator.check(request.sampling.num_samples, jpeg=0.0 if request.data else None)
@@ -241,12 +252,13 @@ def evaluate_autoencoder(request: Request) -> Scores:
     size = request.image_size or (of_run and of_run.images.size)
     if size is None:
         raise UserError(f"{request.source} does not say of which images it is: add --data FOLDER and --image-size")
-    target = request.target(size, path)
+    target = request.target(size, model.pixels, path)
     images = target.images if request.data else target.held_out
     folder = request.output or sources.home(request.source, State(Path(request.source), path))
     if is_first_process():
         require_writable(folder, "--output")
-    trainer, lpips = request.trainer(), autoencoder.perceptual(request.lpips_weights)
+    channels = model.config.in_channels
+    trainer, lpips = request.trainer(), autoencoder.perceptual(request.lpips_weights, channels)
     prepare(target)
     evaluator = request.evaluator(target, trainer)
     evaluator.check(len(images))

@@ -13,11 +13,11 @@ from ldm_lab.data.loading import Collate, Loader, enough_shared_memory
 from ldm_lab.metrics.extractors import CHUNK, exactly
 from ldm_lab.metrics.images import Pixels
 
-Compute = Callable[[Tensor], Tensor]  # images (B, 3, H, W), uint8 -> (B, K)
+Compute = Callable[[Tensor], Tensor]  # images (B, C, H, W) of `Pixels` -> (B, K)
 
 
 class Chunks(Dataset):
-    """`chunks[c]`: the indices `(n,)` of `CHUNK` images, and the images `(n, 3, H, W)`; the last may be smaller."""
+    """`chunks[c]`: the indices `(n,)` of `CHUNK` images, and the images `(n, C, H, W)`; the last may be smaller."""
 
     def __init__(self, images: Pixels) -> None:
         self.images = images

@@ -12,7 +12,7 @@ from ldm_lab.metrics.distribution import NEAREST_DENSITY, Estimate, Gaussian
 from ldm_lab.metrics.images import Pixels
 from ldm_lab.metrics.reference import Reference
 from ldm_lab.utils.errors import UserError
-from ldm_lab.utils.images import grid, save_png
+from ldm_lab.utils.images import grid, save_png, tile
 
 COPY_QUANTILE = 0.01  # quantile of held-out images' distances below which a sample is a near-copy
 PAIRS = 16  # pairs on the sheet of neighbours
@@ -110,5 +110,5 @@ def neighbour_sheet(found: Tensor, samples: Pixels, train: Pixels, path: Path) -
         path: path of the PNG file.
     """
     order = found[:, 0].argsort()[:PAIRS].tolist()
-    pairs = [tile for sample in order for tile in (samples[sample], train[int(found[sample, 1])])]
-    save_png(grid([tile.permute(1, 2, 0).numpy() for tile in pairs], columns=8), path)  # (3, H, W) -> (H, W, 3)
+    pairs = [image for sample in order for image in (samples[sample], train[int(found[sample, 1])])]
+    save_png(grid([tile(image) for image in pairs], columns=8), path)

@@ -18,10 +18,12 @@ from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
 from ldm_lab.metrics.reference import names, read_header
 from ldm_lab.runs.stages import STAGES
 from ldm_lab.sampling import generate
+from ldm_lab.sampling.files import SampleFiles
 from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, one_line
 from ldm_lab.utils.nested import find
-from ldm_lab.utils.reading import LoadError, read_yaml
+from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
+from ldm_lab.utils.reading import LoadError, blaming, read_json, read_yaml
 
 CONFIG = "config.yaml"
 SETS = (AvatarImages, FolderImages, DrawnImages, drawn_or_folder)
@@ -54,20 +56,23 @@ def state_of(source: str) -> locate.State | None:
         LoadError: the source does not exist.
     """
     path = Path(source)
-    if path.suffix == ".npz" or (path.is_file() and path.suffix in ARCHIVES):
+    if path.suffix == ".npz" or (path.is_file() and path.suffix in (*ARCHIVES, ".npy")):
         return None
     if path.is_dir() and locate.search(path, "diffusion") is None:
         return None
     return locate.find(source)
 
 
-def images_of(source: str, size: Sequence[int] | None = None, max_pixels: int | None = None) -> Pixels:
+def images_of(
+    source: str, size: Sequence[int] | None = None, max_pixels: int | None = None, pixels: PixelFormat = RGB_8_BIT
+) -> Pixels:
     """Existing images to evaluate.
 
     Args:
         source: an `.npz`, a folder or archive, or an output folder of `sample.py`.
         size: (height, width) to resize and crop to, as the data loader does; None: no resizing.
         max_pixels: maximum pixels of an image file; None: Pillow's limit.
+        pixels: channels and range of the images, where no manifest of `sample.py` says them.
 
     Raises:
         UserError: the images differ in size.
@@ -76,11 +81,28 @@ def images_of(source: str, size: Sequence[int] | None = None, max_pixels: int | 
     path = Path(source)
     if path.suffix == ".npz":
         return ArrayPixels(path)
-    samples = path / "images" if (path / generate.MANIFEST).is_file() else path
+    samples, values = path, of_format(pixels)
+    if (manifest := path / generate.MANIFEST).is_file():
+        samples, files = path / "images", files_of(manifest)
+        pixels, values = files.pixels, {"channels": files.channels, "value_range": files.stored_range}
     if size:
-        return DataPixels(WholeFolder(samples, size, max_pixels), source)
-    first = WholeFolder(samples, 1, max_pixels).read(0)
-    return DataPixels(AsTheyAre(samples, (first.height, first.width), max_pixels), source)
+        return DataPixels(WholeFolder(samples, size, max_pixels, **values), source, pixels=pixels)
+    first = WholeFolder(samples, 1, max_pixels, **values).read(0)
+    as_they_are = AsTheyAre(samples, (first.height, first.width), max_pixels, **values)
+    return DataPixels(as_they_are, source, pixels=pixels)
+
+
+def of_format(pixels: PixelFormat) -> dict[str, Any]:
+    """Arguments of `WholeFolder` for files of these channels and values."""
+    return {"channels": pixels.channels, "value_range": None if pixels.is_picture else pixels.value_range}
+
+
+def files_of(manifest: Path) -> SampleFiles:
+    """The kind of files that a manifest of `sample.py` describes. Raises `LoadError` if it cannot be read."""
+    with blaming(manifest):
+        found = SampleFiles(**read_json(manifest).get("files", {}))
+        _ = found.pixels  # raises for an impossible range
+    return found
 
 
 class AsTheyAre(WholeFolder):
@@ -152,7 +174,12 @@ def _built(path: Path, node: Any, plugins: Sequence[str], cache_dir: str | None)
 
 
 def named_data(
-    name: str, size: Sequence[int], of_run: Target | None, most: int | None = None, max_pixels: int | None = None
+    name: str,
+    size: Sequence[int],
+    of_run: Target | None,
+    most: int | None = None,
+    max_pixels: int | None = None,
+    pixels: PixelFormat = RGB_8_BIT,
 ) -> Target:
     """The target of `--data`: statistics, images in an `.npz`, or all images of a folder or archive.
 
@@ -162,13 +189,14 @@ def named_data(
         of_run: data of the evaluated run, if any.
         most: maximum number of images to compare with.
         max_pixels: maximum pixels of an image file; None: Pillow's limit.
+        pixels: channels and range of the evaluated images.
 
     Raises:
         LoadError: the data cannot be used.
     """
     path = Path(name)
     if path.suffix != ".npz":
-        known = DataPixels(WholeFolder(path, size, max_pixels), name)
+        known = DataPixels(WholeFolder(path, size, max_pixels, **of_format(pixels)), name)
         return Target(DataPixels(known.data, name, most), known=known)
     if not path.is_file():
         raise LoadError(f"--data {name}: no such file")

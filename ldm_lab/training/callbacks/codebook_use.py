@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ldm_lab.models.quantizer import code_counts, perplexity
 from ldm_lab.training.autoencoder_module import AutoencoderModule, FirstStageModule
 from ldm_lab.training.callbacks.episode import Episode
-from ldm_lab.training.callbacks.pictures import show
+from ldm_lab.training.callbacks.pictures import show_rgb
 from ldm_lab.utils.limits import Count, NonNegative
 
 HEIGHT, DECADES = 128, 2  # height of the histogram in pixels; powers of ten above and below its middle
@@ -73,7 +73,7 @@ class CodebookUse(Callback):
         counts = trainer.strategy.reduce(self._counts, reduce_op="sum")
         module.log("codebook/used_fraction", (counts > 0).float().mean(), batch_size=1, sync_dist=True)
         module.log("codebook/perplexity", perplexity(counts), batch_size=1, sync_dist=True)
-        show(trainer, module, self.folder, "codebook", histogram(counts, self.bars)[None])
+        show_rgb(trainer, module, self.folder, "codebook", histogram(counts, self.bars)[None])
         if module.codebook.initialised:
             self._judge(trainer, module, float(perplexity(counts)))
 

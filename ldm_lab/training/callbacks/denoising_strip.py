@@ -48,7 +48,7 @@ class DenoisingStrip(RegularSamples):
         def strips(indices: Sequence[int]) -> Tensor:
             with precision_of(trainer):
                 frames = denoising(pipe, indices, self.seed, self.steps, most=self.frames)
-            return frames.transpose(0, 1)  # (F, n, 3, H, W) -> (n, F, 3, H, W)
+            return frames.transpose(0, 1)  # (F, n, C, H, W) -> (n, F, C, H, W)
 
         found = shared(trainer, self.images, strips)
         show(trainer, module, self.folder, "denoising", found.flatten(0, 1), columns=found.shape[1])

@@ -75,6 +75,7 @@ class EvaluateSamples(Callback):
         """Load the extractor before the first step, so that a missing extractor stops the run early."""
         if self.enabled:
             known = DataPixels(trainer.datamodule.train_set, "training images")
+            features.check(*self.settings, known.pixels.channels)
             self.extractor = features.make(*self.settings, known, self.cache_dir, trainer.strategy.root_device)
             self.real: Tensor | None = None
 
@@ -105,7 +106,7 @@ class EvaluateSamples(Callback):
         Args:
             trainer: the run's trainer.
             count: number of images.
-            make: maps the indices of n images to the images `(n, 3, H, W)`, uint8.
+            make: maps the indices of n images to the images `(n, C, H, W)` of `Pixels`.
         """
         device = trainer.strategy.root_device
         found = torch.zeros(count, self.extractor.dimension, device=device)
@@ -115,6 +116,8 @@ class EvaluateSamples(Callback):
         return trainer.strategy.reduce(found, reduce_op="sum").cpu()
 
     def drawing(self, trainer: Trainer, module: DiffusionModule) -> Callable[[range], Tensor]:
-        """A function that maps n sample indices to samples `(n, 3, H, W)`, uint8, as a PNG would store them."""
+        """A function that maps n sample indices to samples `(n, C, H, W)`, as their files would store them."""
         draw = drawing(trainer, module.pipeline(), self.sampler, self.steps, self.seed)
+        if not trainer.datamodule.pixels.is_picture:
+            return lambda places: draw(places) * 2 - 1
         return lambda places: (draw(places) * 255).round().to(torch.uint8)

@@ -66,7 +66,7 @@ class Health(Callback):
         size = trainer.datamodule.global_batch_size
         if module.images_seen >= size or not trainer.is_global_zero:
             return
-        self._seen += as_images(module, batch)[: self.images - len(self._seen)]  # (b, 3, H, W) -> b of (3, H, W)
+        self._seen += as_images(module, batch)[: self.images - len(self._seen)]  # (b, C, H, W) -> b of (C, H, W)
         if module.images_seen + len(batch["index"]) * trainer.world_size >= size:
             show(trainer, module, self.stage_folder / "samples", SHEET, torch.stack(self._seen))
             self._seen = []
@@ -97,7 +97,7 @@ class Health(Callback):
 
 @torch.no_grad()
 def as_images(module: StageModule, batch: dict[str, Tensor]) -> Tensor:
-    """The images of a training batch, `(b, 3, H, W)`, about in [-1, 1]; cached latents are decoded."""
+    """The images of a training batch, `(b, C, H, W)`, about in [-1, 1]; cached latents are decoded."""
     if "image" in batch:
         return batch["image"]
     latents = module.autoencoder.from_moments(batch["moments"].float())  # (b, C, h, w)

@@ -15,18 +15,18 @@ from ldm_lab.training.callbacks.every import Every
 from ldm_lab.training.device import precision_of
 from ldm_lab.training.loggers.run_logger import run_loggers
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.utils.images import grid, save_png, to_uint8, to_unit
+from ldm_lab.utils.images import as_rgb, save_png, sheet
 from ldm_lab.utils.limits import Count, Whole
 from ldm_lab.utils.randomness import generators
 
 
 def shared(trainer: Trainer, count: int, make: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """Images `(count, 3, H, W)`, or rows of images, on every rank; each rank makes its share. All ranks must call it.
+    """Images `(count, C, H, W)`, or rows of images, on every rank; each rank makes its share. All ranks must call it.
 
     Args:
         trainer: the run's trainer.
         count: number of images.
-        make: maps n indices to `(n, 3, H, W)` or `(n, F, 3, H, W)`; no image may depend on the other indices.
+        make: maps n indices to `(n, C, H, W)` or `(n, F, C, H, W)`; no image may depend on the other indices.
     """
     each = -(-count // trainer.world_size)
     indices = [min(trainer.global_rank * each + place, count - 1) for place in range(each)]  # the last one pads
@@ -35,10 +35,18 @@ def shared(trainer: Trainer, count: int, make: Callable[[Sequence[int]], Tensor]
         return images
     parts = [torch.empty_like(images) for _ in range(trainer.world_size)]
     torch.distributed.all_gather(parts, images)
-    return torch.cat(parts)[:count]  # (R, n, 3, H, W) -> (count, 3, H, W)
+    return torch.cat(parts)[:count]  # (R, n, C, H, W) -> (count, C, H, W)
 
 
 def show(
+    trainer: Trainer, module: StageModule, folder: Path, name: str, images: Tensor, columns: int | None = None
+) -> None:
+    """Show images `(B, C, H, W)` of the data in [-1, 1] by the channels of `data.preview_channels`: see `show_rgb`."""
+    if trainer.is_global_zero:
+        show_rgb(trainer, module, folder, name, as_rgb(images, trainer.datamodule.preview_channels), columns)
+
+
+def show_rgb(
     trainer: Trainer, module: StageModule, folder: Path, name: str, images: Tensor, columns: int | None = None
 ) -> None:
     """Write the grid of `(B, 3, H, W)` images in [-1, 1] as `folder/name_<images seen>.png` and log it as `name`.
@@ -47,7 +55,7 @@ def show(
     """
     if not trainer.is_global_zero:
         return
-    picture = grid(to_uint8(to_unit(images.float())), columns)
+    picture = sheet(images.float(), columns)
     save_png(picture, folder / f"{name}_{module.images_seen:09d}.png")
     for logger in run_loggers(trainer):
         logger.log_picture(name, picture, module.images_seen)
@@ -56,7 +64,7 @@ def show(
 def drawing(
     trainer: Trainer, pipe: LDMPipeline, sampler: str, steps: int, seed: int
 ) -> Callable[[Sequence[int]], Tensor]:
-    """A function that maps n sample indices to samples `(n, 3, H, W)` in [0, 1], in the trainer's precision."""
+    """A function that maps n sample indices to samples `(n, C, H, W)` in [0, 1], in the trainer's precision."""
     pipe.scheduler = samplers.choose(sampler, pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
 

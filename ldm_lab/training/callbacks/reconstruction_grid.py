@@ -30,7 +30,7 @@ class ReconstructionGrid(Callback):
         """Reconstruct and show; each rank reconstructs its share."""
         if trainer.sanity_checking:
             return
-        originals = trainer.datamodule.preview(self.images).to(module.device)  # (B, 3, H, W)
+        originals = trainer.datamodule.preview(self.images).to(module.device)  # (B, C, H, W)
 
         def reconstruct(indices: Sequence[int]) -> Tensor:
             return module.autoencoder.decode(module.autoencoder.latents(originals[indices])).sample

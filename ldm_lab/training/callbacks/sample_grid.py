@@ -47,7 +47,7 @@ class SampleGrid(RegularSamples):
         samples = self._draw(trainer, pipe, self.images)
         show(trainer, module, self.folder, "samples", samples)
         if self.neighbours is not None:
-            rows = self.neighbours.beside(trainer, samples)  # (n, 1 + k, 3, H, W)
+            rows = self.neighbours.beside(trainer, samples)  # (n, 1 + k, C, H, W)
             show(trainer, module, self.folder, "neighbours", rows.flatten(0, 1), columns=rows.shape[1])
         if self.raw:
             module.unet.eval()
@@ -56,5 +56,5 @@ class SampleGrid(RegularSamples):
             show(trainer, module, self.folder, "samples_raw", raw)
 
     def _draw(self, trainer: Trainer, pipe: LDMPipeline, count: int) -> Tensor:
-        """The first `count` samples, `(count, 3, H, W)` in [-1, 1]; each rank computes its share."""
+        """The first `count` samples, `(count, C, H, W)` in [-1, 1]; each rank computes its share."""
         return shared(trainer, count, drawing(trainer, pipe, self.sampler, self.steps, self.seed)) * 2 - 1

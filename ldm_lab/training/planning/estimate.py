@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ldm_lab.training.equivariance import Equivariance
 from ldm_lab.training.stage_module import StageModule
+from ldm_lab.utils.pixels import PixelFormat
 
 
 class LiveBytes(TorchDispatchMode):
@@ -90,13 +91,14 @@ def estimate(
         precision: of `lightning.Trainer`.
         moments: `(M, h, w)` of each image's cached moments; None: the stage trains on images.
     """
-    trainer, mode = NoTrainer(batch_size, image_size), FakeTensorMode(allow_non_fake_inputs=True)
+    trainer = NoTrainer(batch_size, image_size, module.autoencoder.pixels)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     stage = _without_content(module, mode)
     stage.trainer = trainer  # the stage keeps only a weak reference
     stage.equivariance = Equivariance(0)  # transformed batches are smaller
     stage.log = stage.log_dict = lambda *_, **__: None
     stage.setup("fit")
-    seen = torch.zeros(()).expand(batch_size, *(moments or (3, *image_size)))
+    seen = torch.zeros(()).expand(batch_size, *(moments or (module.autoencoder.config.in_channels, *image_size)))
     batch = {"moments" if moments else "image": seen, "position": torch.arange(batch_size)}
     batch = stage.on_before_batch_transfer(batch, 0)
     with mode, LiveBytes() as live:
@@ -116,8 +118,8 @@ def estimate(
 class NoTrainer(SimpleNamespace):
     """The trainer attributes that a training step reads."""
 
-    def __init__(self, batch_size: int, image_size: tuple[int, int]) -> None:
-        data = SimpleNamespace(global_batch_size=batch_size, image_size=image_size)
+    def __init__(self, batch_size: int, image_size: tuple[int, int], pixels: PixelFormat) -> None:
+        data = SimpleNamespace(global_batch_size=batch_size, image_size=image_size, pixels=pixels)
         super().__init__(world_size=1, training=True, accumulate_grad_batches=1, datamodule=data)
 
 

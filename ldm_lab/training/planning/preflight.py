@@ -41,6 +41,16 @@ def check_fit(image_size: int | Sequence[int], autoencoder: FirstStage, unet: UN
             raise UserError(f"data.image_size={image_size} does not fit the networks: {error}; {advice}") from error
 
 
+def require_same_channels(name: str, autoencoder: FirstStage, channels: int) -> None:
+    """Raise `UserError` unless the first stage `autoencoder=name` is for images of so many channels."""
+    taken = autoencoder.config.in_channels
+    if taken != channels:
+        raise UserError(
+            f"autoencoder={name}: is for images of {taken} channel(s), and those here have {channels} (data.channels):"
+            " train one on these images"
+        )
+
+
 def check_samplers(callbacks: Mapping[str, Any], scheduler: Process) -> None:
     """Check that the samplers of callbacks fit the process that the model learns.
 

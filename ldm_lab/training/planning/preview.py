@@ -34,7 +34,7 @@ def show_images(data: ImageDataModule, sheet: Path) -> None:
     order = StreamBatchSampler(data.num_train, data.global_batch_size, 1, data.seed)
     places = range(min(CROPS, data.num_train))
     crops = [data.train_set[order.index(place), place]["image"] for place in places]
-    save_sheet(torch.stack(crops), sheet)
+    save_sheet(torch.stack(crops), sheet, channels=data.preview_channels)
     print(f"  crops       {sheet}: as the network sees them")
 
 
@@ -71,7 +71,7 @@ def show_reconstructions(autoencoder: FirstStage, data: ImageDataModule, device:
     shape, start = latent_shape(autoencoder, data.image_size), time.monotonic()
     originals, copies, latents = [], [], []
     for index in spread(min(SAMPLE, data.num_val), data.num_val):
-        image = data.val_set[index]["image"][None].to(device)  # (1, 3, H, W)
+        image = data.val_set[index]["image"][None].to(device)  # (1, C, H, W)
         noise = posterior_noise(autoencoder, data.seed, [index], shape, stream="scale")
         mode = autoencoder.latents(image)  # (1, C, h, w)
         latents.append(mode if noise is None else autoencoder.latents(image, noise.to(device)))
@@ -81,12 +81,15 @@ def show_reconstructions(autoencoder: FirstStage, data: ImageDataModule, device:
             break
     autoencoder.cpu()
     pair, std = (torch.cat(copies), torch.cat(originals)), float(torch.cat(latents).cpu().double().std())
-    quality, hues = float(psnr(*pair)), float(hues_kept(*pair))
+    quality = float(psnr(*pair))
     print(f"autoencoder: {type(autoencoder).__name__}, on {len(originals)} held-out image(s)")
     print(f"  quality     {quality:.1f} dB PSNR: {judge(quality)}")
-    print(f"  colours     {hues:.0%} of the hues are kept{'' if hues >= FAITHFUL else PALE}")
+    if data.pixels.channels == 3:
+        hues = float(hues_kept(*pair))
+        print(f"  colours     {hues:.0%} of the hues are kept{'' if hues >= FAITHFUL else PALE}")
     print(f"  latents     of standard deviation {std:.3g}; model.scaling_factor=measure gives {1 / std:.4g}")
-    save_sheet(torch.cat([*originals[:PAIRS], *copies[:PAIRS]]), sheet, columns=min(PAIRS, len(originals)))
+    pairs, columns = torch.cat([*originals[:PAIRS], *copies[:PAIRS]]), min(PAIRS, len(originals))
+    save_sheet(pairs, sheet, columns, data.preview_channels)
     print(f"  pictures    {sheet}: originals above their reconstructions")
 
 

@@ -13,7 +13,7 @@ from ldm_lab.losses import perceptual
 from ldm_lab.metrics import own
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.runs.record import read_evaluation, read_run
-from ldm_lab.sampling import generate
+from ldm_lab.sampling import files, generate
 from ldm_lab.tools.evaluate.evaluate import evaluate, evaluate_autoencoder, evaluate_snapshots
 from ldm_lab.utils.errors import UserError
 from tests.tools.evaluate.requests import request
@@ -144,7 +144,7 @@ def test_figures_do_not_depend_on_the_batch_size(run, cache):
 def test_folders_and_arrays_of_the_samples_have_the_figures_of_the_run(run, cache, tmp_path):
     drawn = evaluate(request(run, cache))
     (folder,) = (run / "samples").iterdir()
-    generate.collect(folder, 12)
+    files.collect(folder, 12)
     evaluate(request(run, cache, save_reference=tmp_path / "real.npz"))
     for source in (folder, folder / "images", folder / "samples.npz"):
         found = evaluate(request(source, cache, data=str(tmp_path / "real.npz")))
