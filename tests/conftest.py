@@ -54,6 +54,26 @@ def tiny_runs(tmp_path_factory):
     return runs
 
 
+@pytest.fixture(scope="session")
+def s3_server():
+    """moto's S3 server on this machine."""
+    from tests.stores import S3
+
+    server = S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 server, which s3fs then asks; see `tests.stores.Server`."""
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**keys, "AWS_ENDPOINT_URL": s3_server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    s3_server.asked.clear()
+    return s3_server
+
+
 @pytest.fixture
 def rehearsal(monkeypatch):
     """A device that is not the CPU: `.device`, and `.log` of what has happened there. See `tests.rehearsal`."""

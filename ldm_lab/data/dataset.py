@@ -35,10 +35,12 @@ class ImageDataset(Dataset):
         seed: seed of crops and flips.
 
     Attributes:
+        by_shards: whether training reads archive after archive (see `ImageDataModule`).
         on_error: for an image that cannot be decoded: "raise", or "skip", which replaces it by another image.
     """
 
     on_error = "raise"
+    by_shards = False
 
     def __init__(
         self,
@@ -82,6 +84,10 @@ class ImageDataset(Dataset):
     def passed_over(self) -> str:
         """A phrase on the files beside the images that are not images; "" without such files."""
         return ""
+
+    def groups(self) -> np.ndarray | None:
+        """Number of the archive that holds each image: `(N,)`; `None` unless the images lie in a set of archives."""
+        return None
 
     def prepare(self) -> None:
         """Write the files that the data set needs. One process per machine calls this before any image is read."""

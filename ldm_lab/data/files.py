@@ -20,10 +20,12 @@ import numpy as np
 from ldm_lab.utils import shell
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import kind_of
+from ldm_lab.utils.stores import StoreError
 
 ARCHIVES = (".zip", ".tar")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 AGAIN = "pack it again as a plain .tar or .zip"
+AHEAD = 2**20  # bytes read at once while an archive is listed
 LARGEST = 2**30  # maximum bytes of an unpacked archive member
 
 Place = tuple[int, ...]  # location of a file for its `Files`, as numbers, so that one array holds all files
@@ -58,7 +60,15 @@ class Files:
 
     def find(self, suffixes: tuple[str, ...]) -> Found:
         """The files with one of `suffixes`, in upper or lower case. Raises `UserError` as `members`."""
-        return _sorted(self.members(), suffixes)
+        return sort_members(self.members(), suffixes)
+
+    def ahead(self, wanted: list[tuple[str, Place]], stream: bool) -> None:
+        """Hear which files (name, place) are read next.
+
+        Args:
+            wanted: the files.
+            stream: whether archives are read one after another, so that all of this archive is wanted.
+        """
 
     def read(self, name: str, place: Place) -> bytes:
         """Content of a file. Raises `OSError`, `ValueError` or `zlib.error` if it cannot be read."""
@@ -118,18 +128,18 @@ class Archive(Files):
         """Name and place of every file in the archive, as stored."""
         raise NotImplementedError
 
-    def members(self) -> list[tuple[str, Place]]:
-        """Every file, relative to the common top folder, if there is one.
-
-        A folder `photos` may be packed as `photos/a.png`, `./a.png` or `a.png`.
-        """
+    def shown(self) -> list[tuple[str, Place]]:
+        """The entries that are not hidden."""
         try:
-            shown = [entry for entry in self.entries() if not any(map(is_hidden, entry[0].split("/")))]
+            return [entry for entry in self.entries() if not any(map(is_hidden, entry[0].split("/")))]
+        except StoreError:
+            raise
         except Exception as error:  # archive readers raise almost anything on corrupt files
             raise UserError(f"data.root={self.root}: this {self.kind} archive cannot be read: {error}") from error
-        tops = {name[: name.find("/") + 1] for name, _ in shown}
-        top = tops.pop() if len(tops) == 1 else ""
-        return [(name[len(top) :], place) for name, place in shown]
+
+    def members(self) -> list[tuple[str, Place]]:
+        """Every file, relative to the common top folder, if there is one."""
+        return without_top(self.shown())
 
     def find(self, suffixes: tuple[str, ...]) -> Found:
         """See `Files.find`; both splits share one listing."""
@@ -143,7 +153,7 @@ class ZipArchive(Archive):
 
     def entries(self) -> Iterator[tuple[str, Place]]:
         """Every file of the central directory, without links."""
-        with zipfile.ZipFile(self.root) as archive:
+        with self.root.open("rb", AHEAD) as file, zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
                     continue
@@ -158,7 +168,7 @@ class ZipArchive(Archive):
         """Unpack one member and check its CRC."""
         offset, packed, size, method, checksum = place
         _check_size(max(packed, size))
-        with open(self.root, "rb") as file:
+        with self.root.open("rb") as file:
             file.seek(offset)
             signature, lengths = struct.unpack("<4s22x4s", file.read(30).ljust(30))
             file.seek(sum(struct.unpack("<HH", lengths)), os.SEEK_CUR)  # skip its name and extra field
@@ -181,7 +191,7 @@ class TarArchive(Archive):
 
     def entries(self) -> Iterator[tuple[str, Place]]:
         """Every regular file, without links and devices."""
-        with tarfile.open(self.root, "r:") as archive:
+        with self.root.open("rb", AHEAD) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (entry := archive.next()) is not None:
                 archive.members.clear()  # else tarfile keeps all entries in memory
                 if entry.issparse():
@@ -196,7 +206,7 @@ class TarArchive(Archive):
         """Read one member."""
         offset, size = place
         _check_size(size)
-        with open(self.root, "rb") as file:
+        with self.root.open("rb") as file:
             file.seek(offset)
             content = file.read(size)
         if len(content) != size:
@@ -218,12 +228,13 @@ def open_root(root: str | Path | None) -> Files:
     if not path.exists():
         raise UserError(f"data.root={root}: no such folder or archive; expected a folder of images")
     try:
-        return _open_archive(path)
+        return open_archive(path)
     except OSError as error:
         raise UserError(f"data.root={root}: cannot be read: {error.strerror}") from error
 
 
-def _open_archive(path: Path) -> Archive:
+def open_archive(path: Path) -> Archive:
+    """The archive at a path. Raises `UserError` unless it is a readable archive, `OSError` if it cannot be read."""
     with open(path, "rb") as file:
         start = file.read(64)
     for magic, name in COMPRESSED.items():
@@ -243,6 +254,16 @@ def _open_archive(path: Path) -> Archive:
     )
 
 
+def without_top(entries: list[tuple[str, Place]]) -> list[tuple[str, Place]]:
+    """Names of entries, relative to the common top folder, if there is one.
+
+    A folder `photos` may be packed as `photos/a.png`, `./a.png` or `a.png`.
+    """
+    tops = {name[: name.find("/") + 1] for name, _ in entries}
+    top = tops.pop() if len(tops) == 1 else ""
+    return [(name[len(top) :], place) for name, place in entries]
+
+
 def is_hidden(name: str) -> bool:
     """Whether to skip a file or folder: `.name` (also `..`), and the files that macOS adds to archives."""
     return (name.startswith(".") and name != ".") or name == "__MACOSX"
@@ -250,10 +271,11 @@ def is_hidden(name: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _find_once(archive: Archive, suffixes: tuple[str, ...], changed: int) -> Found:
-    return _sorted(archive.members(), suffixes)
+    return sort_members(archive.members(), suffixes)
 
 
-def _sorted(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> Found:
+def sort_members(members: Iterable[tuple[str, Place]], suffixes: tuple[str, ...]) -> Found:
+    """The members with one of `suffixes`, sorted by name."""
     # Of two members of the same name the last one counts, as in unpacking.
     places, others = {}, Counter()
     for name, place in members:

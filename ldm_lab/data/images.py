@@ -16,11 +16,13 @@ from PIL import Image, ImageColor
 
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
-from ldm_lab.data.files import ARCHIVES, Folder, Found, open_root
+from ldm_lab.data.files import ARCHIVES, Folder, Found
+from ldm_lab.data.shards import Shards, open_files
 from ldm_lab.data.transforms import covering_size
 from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.limits import Count, Harmless, Whole
+from ldm_lab.utils.stores import StoreError
 
 OnError = Annotated[Literal["raise", "skip"], Harmless]
 MaxPixels = Annotated[Count | None, Harmless]
@@ -46,7 +48,8 @@ class FolderImages(ImageDataset):
     skipped files, a line each; empty for most items.
 
     Args:
-        root: the folder, or a zip archive, or an uncompressed tar archive.
+        root: the folder, or a zip archive, or an uncompressed tar archive, or a set of archives (`x-{00..99}.tar`);
+            each also as a URL (see `utils.stores`).
         split: "train" or "val".
         image_size: pixels, one number or (height, width).
         val_fraction: fraction of the images to hold out, in (0, 1).
@@ -56,6 +59,8 @@ class FolderImages(ImageDataset):
         on_error: reaction to a file that cannot be decoded, "raise" or "skip".
         max_pixels: maximum pixels of an image; None: Pillow's limit.
         seed: seed of crops and flips.
+        cache_dir: folder for copies of what a store holds.
+        cache_limit: maximum size of these copies, such as "200GB"; None: no limit.
 
     Attributes:
         pixels_key: the setting of `max_pixels`, for messages.
@@ -80,9 +85,11 @@ class FolderImages(ImageDataset):
         on_error: OnError = "raise",
         max_pixels: MaxPixels = None,
         seed: Whole = 0,
+        cache_dir: str | Path | None = None,
+        cache_limit: Annotated[str | int | None, Harmless] = None,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
-        self.files = open_root(root)
+        self.files = open_files(root, cache_dir, cache_limit)
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction}: give a part between 0 and 1, e.g. 0.05")
         self.val_fraction = val_fraction
@@ -134,6 +141,18 @@ class FolderImages(ImageDataset):
         except ImageError as error:
             raise ImageError(f"{error}; data.on_error=skip passes over such files") from error
 
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """The items of a batch; their files may be fetched side by side."""
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        self.files.ahead(
+            [self._locate(index) for index in indices], stream=self.by_shards and isinstance(keys[0], tuple)
+        )
+        return [self[key] for key in keys]
+
+    def groups(self) -> np.ndarray | None:
+        """See `ImageDataset.groups`."""
+        return self._found.places[:, 0] if isinstance(self.files, Shards) else None
+
     def _next_decodable(self, index: int, position: int | None) -> dict[str, Any]:
         errors = []
         for step in range(min(self.MOST_IN_A_ROW, len(self))):
@@ -160,6 +179,8 @@ class FolderImages(ImageDataset):
             picture = decode(self.files.read(name, place), self.background, self.max_pixels)
             covering_size(picture, self.image_size)
             return picture
+        except StoreError:  # no fault of the image: `on_error` does not pass over it
+            raise
         except NoImageError as error:
             raise ImageError(f"{self.path(index)}: {error}") from None
         except PixelLimitError as error:

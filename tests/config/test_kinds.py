@@ -24,7 +24,8 @@ MAY_BE_NULL = {
     "callbacks.sample_grid.neighbours", "callbacks.snapshots.every_images", "callbacks.evaluate.every_images",
     "callbacks.evaluate.weights", "logger.wandb.summaries",
     "original_config", "guide", "guidance_interval", "output", "variation", "reconstruct",
-    "sampler.eta", "max_pixels", "data.max_pixels",
+    "sampler.eta", "max_pixels", "data.max_pixels", "paths.cache_limit", "paths.mirror",
+    "data.cache_limit", "data.cache_dir",
 }  # fmt: skip
 # Whole groups, where a key may be switched off; words of W&B's own; and what is only there for others to refer to.
 FREE = ("callbacks.", "logger.", "where_known", "weightless", "logger.wandb.tags")
