@@ -16,7 +16,7 @@ from PIL import Image, ImageColor
 
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, decode
-from ldm_lab.data.files import ARCHIVES, Folder, Found
+from ldm_lab.data.files import ARCHIVES, Files, Folder, Found
 from ldm_lab.data.shards import Shards, open_files
 from ldm_lab.data.transforms import covering_size
 from ldm_lab.utils import signatures
@@ -89,7 +89,7 @@ class FolderImages(ImageDataset):
         cache_limit: Annotated[str | int | None, Harmless] = None,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
-        self.files = open_files(root, cache_dir, cache_limit)
+        self.files = self.open(root, cache_dir, cache_limit)
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction}: give a part between 0 and 1, e.g. 0.05")
         self.val_fraction = val_fraction
@@ -100,6 +100,10 @@ class FolderImages(ImageDataset):
         signatures.require("data.on_error", on_error, OnError)
         self.on_error = on_error
         self.max_pixels = max_pixels
+
+    def open(self, root: str | Path | None, cache_dir: str | Path | None, cache_limit: str | int | None) -> Files:
+        """The files of a root, see `open_files`."""
+        return open_files(root, cache_dir, cache_limit)
 
     @functools.cached_property
     def _found(self) -> Found:
