@@ -43,9 +43,8 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Nobody waits long, nothing is remembered from another test."""
-    monkeypatch.setattr(stores, "PATIENCE", 3.0)
-    monkeypatch.setattr(stores, "SLOW", 1.0)
+    """Nobody waits too long, nothing is remembered from another test."""
+    monkeypatch.setattr(stores, "PATIENCE", 20.0)
     for cached in (say_once, remote._require_same, remote._find_once, shards._find_once, shards._indexed):
         cached.cache_clear()
 
@@ -196,7 +195,8 @@ def test_a_library_that_is_missing(monkeypatch, tmp_path):
 # --- faults
 
 
-def test_what_another_try_cures_is_said_once(photos, tmp_path, s3, caplog):
+def test_what_another_try_cures_is_said_once(photos, tmp_path, s3, caplog, monkeypatch):
+    monkeypatch.setattr(stores, "SLOW", 1.0)
     root = s3.put_folder(photos, "cured")
     with (
         s3.fault("busy", times=2, method="GET", where="/photos/"),
@@ -373,3 +373,32 @@ def test_names_are_packed():
     assert unpack(pack(names)) == names
     assert unpack(pack([])) == []
     assert Copies(None, 10).fitting(np.array([4, 5, 2, 1])).tolist() == [True, True, False, False]
+
+
+def test_ranks_that_start_together_list_once(photos, tmp_path, s3):
+    root = s3.put_folder(photos, "together")
+    s3.asked.clear()
+    ranks = [multiprocessing.get_context("fork").Process(target=listed, args=(root, tmp_path)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert len(s3.asked) == 1
+
+
+@pytest.mark.soak
+def test_a_hundred_thousand_objects_are_listed_once(tmp_path, s3):
+    for n in range(10**5):
+        s3.put(f"many/{n % 100:02}/{n:06}.png", b"x" * (n % 7))
+    s3.asked.clear()
+    with s3.fault("busy", times=3):
+        images = both("s3://photos/many", tmp_path)
+        fingerprint = images[0].fingerprint()
+    assert sum(map(len, images)) == 10**5
+    assert len(s3.asked) == 100 + 3
+    forget()
+    s3.asked.clear()
+    assert both("s3://photos/many", tmp_path)[0].fingerprint() == fingerprint
+    assert s3.asked == []
+    s3.remove("many")
