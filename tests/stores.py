@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
@@ -133,3 +133,22 @@ def web(folder):
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else content]
 
     return Server(app)
+
+
+class Pages(Server):
+    """An S3 server of which objects can only be listed, so many; moto takes seconds for a page of so long a list."""
+
+    ENTRY = "<Contents><Key>many/{0:06}.png</Key><ETag>&quot;{0:032x}&quot;</ETag><Size>{1}</Size></Contents>"
+
+    def __init__(self, count):
+        self.number = count
+        super().__init__(self.page)
+
+    def page(self, environ, start):
+        first = int(parse_qs(environ["QUERY_STRING"]).get("continuation-token", ["0"])[0])
+        after = min(self.number, first + 1000)
+        token = f"<NextContinuationToken>{after}</NextContinuationToken>" if after < self.number else ""
+        entries = "".join(self.ENTRY.format(n, n % 7) for n in range(first, after))
+        body = f"<ListBucketResult>{token}{entries}</ListBucketResult>".encode()
+        start("200 OK", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
+        return [body]
