@@ -164,9 +164,14 @@ class Store:
                     raise StoreError(
                         f"{where}: {reason}, for {PATIENCE:.0f} s; the same command goes on once the store answers"
                     ) from None
-            say_once(f"{self.key}={self.root}: {reason}: trying again, each request for up to {PATIENCE:.0f} s")
+            self._say(reason)
             time.sleep(pause * random.SystemRandom().uniform(0.5, 1))  # not the seeded generator of the training
             pause = min(2 * pause, 8.0)
+
+    def _say(self, reason: str) -> None:
+        if (self.key, self.root) not in _said:
+            _said.add((self.key, self.root))
+            say_once(f"{self.key}={self.root}: {reason}: trying again, each request for up to {PATIENCE:.0f} s")
 
     def _refusal(self, where: str, error: Exception) -> StoreError:
         if _status(error) in REFUSED or isinstance(error, PermissionError) or "Credential" in type(error).__name__:
@@ -184,6 +189,7 @@ def file_system(scheme: str, key: str) -> Any:  # noqa: ANN401
 
 
 _making = threading.Lock()
+_said: set[tuple[str, URL]] = set()  # stores whose failures this process has told of
 
 
 @functools.lru_cache(maxsize=8)
@@ -255,7 +261,7 @@ def _is_final(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """A few masked words on an error that do not change from request to request."""
+    """A few masked words on an error."""
     if (status := _status(error)) is not None:
         return f"the store answers with status {status}"
     if any(
