@@ -30,7 +30,7 @@ SLOW = (
     "reliability", "rehearsal", "scripts", "security", "training",
     "checkpoints/test_checkpoint", "checkpoints/test_compvis_checkpoint", "checkpoints/test_foreign_files",
     "checkpoints/test_foreign_models", "config/test_configs", "config/test_kinds", "config/test_recipes",
-    "config/test_sweep", "data/test_avatars", "losses/test_autoencoder", "models/test_codebook",
+    "config/test_sweep", "data/test_avatars", "data/test_remote", "losses/test_autoencoder", "models/test_codebook",
     "models/test_diffusers_parity", "models/test_from_pretrained", "pipeline/test_pipeline_namesake",
     "pipeline/test_pipeline_recorded", "pipeline/test_pipeline_schedulers", "sampling/test_pictures",
     "sampling/test_sample_command", "test_extending", "test_quickstart", "tools/evaluate", "tools/test_benchmark",
