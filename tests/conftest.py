@@ -30,7 +30,7 @@ SLOW = (
     "clusters", "reliability", "rehearsal", "scripts", "security", "training",
     "checkpoints/test_checkpoint", "checkpoints/test_compvis_checkpoint", "checkpoints/test_foreign_files",
     "checkpoints/test_foreign_models", "config/test_configs", "config/test_kinds", "config/test_recipes",
-    "config/test_sweep", "data/test_avatars", "losses/test_autoencoder", "models/test_codebook",
+    "config/test_sweep", "data/test_avatars", "data/test_remote", "losses/test_autoencoder", "models/test_codebook",
     "models/test_diffusers_parity", "models/test_from_pretrained", "pipeline/test_pipeline_namesake",
     "pipeline/test_pipeline_recorded", "pipeline/test_pipeline_schedulers", "sampling/test_pictures",
     "sampling/test_sample_command", "test_extending", "test_quickstart", "tools/evaluate", "tools/test_benchmark",
@@ -52,6 +52,26 @@ def tiny_runs(tmp_path_factory):
             "+callbacks.journal.folder=${paths.stage}",
         )
     return runs
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """moto's S3 server on this machine."""
+    from tests.stores import S3
+
+    server = S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 server, which s3fs then asks; see `tests.stores.Server`."""
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**keys, "AWS_ENDPOINT_URL": s3_server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    s3_server.asked.clear()
+    return s3_server
 
 
 @pytest.fixture

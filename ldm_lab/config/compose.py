@@ -43,6 +43,7 @@ from ldm_lab.utils.lengths import parse_images
 from ldm_lab.utils.signals import listen
 from ldm_lab.utils.terminal import lenient
 from ldm_lab.utils.threads import wait_asleep
+from ldm_lab.utils.urls import masked, without_secrets
 
 # Keys with a number of images, which may be typed as 250k, 2M or 100ep.
 LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
@@ -55,7 +56,7 @@ def stem(path: str | None) -> str:
 
     Characters that a shell would need quoted become `_`, as users type this name.
     """
-    path = shell.path(path or "folder").absolute()
+    path = shell.path(masked(path or "folder")).absolute()
     name = path.name if path.is_dir() or not path.suffix else path.stem
     return re.sub(r"[^\w.+-]+", "_", name).strip("_") or "folder"
 
@@ -112,7 +113,7 @@ class Recipe:
         experiment = self.stages[-1].rpartition("/")[0]
         where = ("debug", "model", "plugins", "name", "data", *FILES, "paths.runs")
         mine = [o for o in self.overrides if o.key_or_group in where and (not is_group(o) or option(o, stage))]
-        return shell.command("train.py", f"experiment={experiment}/{stage}", *map(as_typed, mine))
+        return shell.command("train.py", f"experiment={experiment}/{stage}", *map(masked, map(as_typed, mine)))
 
     def _groups(self, stage: str) -> list[str]:
         """The overrides that choose a config file (`trainer=ddp`), for one stage."""
@@ -229,7 +230,10 @@ def run(script: str, job: Callable[[list[str]], Any], usage: str) -> None:
             sweep(overrides, job)
         elif flags == {"--cfg"}:
             configs = [compose_sample(overrides)] if script == "sample" else Recipe.parse(overrides).compose()
-            print("---\n".join(yaml.safe_dump(plain(config), sort_keys=False) for config in configs), end="")
+            print(
+                "---\n".join(yaml.safe_dump(without_secrets(plain(config)), sort_keys=False) for config in configs),
+                end="",
+            )
         elif flags:
             raise ConfigError(f"{' '.join(sorted(flags))}: not for {script}.py; see {script}.py --help")
         else:

@@ -18,7 +18,7 @@ from ldm_lab.config.checks import check_code
 from ldm_lab.config.compose import DictConfig, build, build_all, is_searched, plain
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.training import device, initial, launcher
+from ldm_lab.training import device, initial, launcher, mirror
 from ldm_lab.training.planning import batch_size, preview
 from ldm_lab.training.planning import plan as planning
 from ldm_lab.training.planning.preflight import check_fit, check_order, check_samplers, require_same_channels
@@ -33,6 +33,7 @@ from ldm_lab.utils.limits import Positive
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.signals import STOPPING
 from ldm_lab.utils.terminal import is_first_process, say
+from ldm_lab.utils.urls import without_secrets
 from ldm_lab.utils.writing import require_writable
 
 
@@ -119,6 +120,8 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
     for config in configs:
         kinds.check(plain(config))
         device.check(plain(config.trainer))
+    if not configs[0].plan:
+        mirror.restore([plain(config) for config in configs])
     folders = [RunFolder(Path(config.paths.stage)) for config in configs]
     if is_first_process() and not configs[0].plan:  # other ranks start after this one has begun to write
         for folder, config in zip(folders, configs, strict=True):
@@ -195,8 +198,11 @@ def train(config: DictConfig, command: str, typed: Collection[str]) -> dict[str,
     folder = RunFolder(Path(config.paths.stage))
     torch.manual_seed(config.seed)
     autoencoder = given_autoencoder(config, command)
-    settings = {**plain(config), "autoencoder_hash": autoencoder and fingerprint(autoencoder)}
+    hashed = {"autoencoder_hash": autoencoder and fingerprint(autoencoder)}
+    settings = without_secrets({**plain(config), **hashed})  # these are written and logged
     if status := folder.finished(config.max_images, settings["autoencoder_hash"]):
+        if (copy := mirror.of(plain(config.paths), folder)) and is_first_process():
+            copy.save()  # a start before may have failed to
         say(f"{folder.folder} is finished at {config.max_images:,} images: nothing to do")
         return status
     if is_first_process():
@@ -226,9 +232,14 @@ def _train(
         data.batch_size = batch_size.find(Trial(module, data, make_trainer, config.compile))
     loggers, callbacks = build_all(config.logger, "logger"), build_all(config.callbacks, "callbacks")
     trainer = make_trainer(**essentials(settings, callbacks, loggers))
+    if copy := mirror.of(plain(config.paths), folder):
+        trainer.strategy.checkpoint_io.written = copy.begin
     launcher.check_tasks(trainer.num_devices, trainer.num_nodes)
     say(f"{config.stage} on {device.describe(trainer)}")
-    return fit(module, data, trainer, folder, settings, functools.partial(schedule, plugins=settings["plugins"]))
+    stop = fit(module, data, trainer, folder, settings, functools.partial(schedule, plugins=settings["plugins"]))
+    if copy and is_first_process():
+        copy.save()
+    return stop
 
 
 def end_by(status: int, line: str) -> NoReturn:

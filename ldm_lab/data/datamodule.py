@@ -39,6 +39,8 @@ class ImageDataModule(lightning.LightningDataModule):
         val_batch_size: held-out images that one device holds at a time; None: as in training.
         num_workers: loader processes per device; 0 loads in the training process.
         seed: seed of the order of training images.
+        order: "uniform": any image may follow any other; "shards": archive after archive (see `sampler.shard_order`).
+        shard_window: archives that "shards" mixes at a time.
         latents: stage 2 encodes each training image once ("cached") or in every step ("online").
         latents_dtype: dtype of cached latents, see `ldm_lab.data.latents.DTYPES`.
         latents_precision: precision of encoding for the cache, "float32" or "bfloat16".
@@ -66,6 +68,8 @@ class ImageDataModule(lightning.LightningDataModule):
         latents_precision: Annotated[Literal["float32", "bfloat16"], Harmless] = "float32",
         cache_dir: str | Path = ".",
         preview_channels: Annotated[Sequence[int] | None, Harmless] = None,
+        order: Literal["uniform", "shards"] = "uniform",
+        shard_window: Count = 8,
     ) -> None:
         super().__init__()
         if train_set.image_size != val_set.image_size:
@@ -77,6 +81,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.order, self.shard_window = order, shard_window
+        train_set.by_shards = order == "shards"
         self.images_seen = 0
         self.stop: int | None = None
         self.compare_with_training = False
@@ -148,6 +154,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 "use fewer devices, or hold out more (data.val_fraction)"
             )
         _ = self.pixels  # found here once, not in every loader process
+        self._groups()  # raises if the images lie in no archives
         if rank == 0:
             _print_once(self.census())
 
@@ -173,8 +180,17 @@ class ImageDataModule(lightning.LightningDataModule):
             world_size=world_size,
             start=self.images_seen,
             stop=self.stop,
+            groups=self._groups(),
+            window=self.shard_window,
         )
         return Loader(self._seen_in_training, batch_sampler=sampler, **self.loading())
+
+    def _groups(self) -> Tensor | None:
+        if self.order == "uniform":
+            return None
+        if (groups := self.train_set.groups()) is None:
+            raise UserError("data.order=shards: needs a set of archives, such as data.root=shards-{000..099}.tar")
+        return torch.from_numpy(groups)
 
     @property
     def _seen_in_training(self) -> ImageDataset | CachedLatents:
@@ -239,6 +255,12 @@ class Chosen(Dataset):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         return {**self.images[self.indices[place]], "position": place}
+
+    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
+        if not hasattr(self.images, "__getitems__"):
+            return [self[place] for place in places]
+        items = self.images.__getitems__([self.indices[place] for place in places])
+        return [{**item, "position": place} for item, place in zip(items, places, strict=True)]
 
 
 @functools.cache

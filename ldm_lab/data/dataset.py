@@ -38,11 +38,13 @@ class ImageDataset(Dataset):
 
     Attributes:
         pixels: channels C of the images, and the values of their data that become -1 and 1.
+        by_shards: whether training reads archive after archive (see `ImageDataModule`).
         on_error: for an image that cannot be decoded: "raise", or "skip", which replaces it by another image.
     """
 
     pixels = RGB_8_BIT
     on_error = "raise"
+    by_shards = False
 
     def __init__(
         self,
@@ -86,6 +88,10 @@ class ImageDataset(Dataset):
     def passed_over(self) -> str:
         """A phrase on the files beside the images that are not images; "" without such files."""
         return ""
+
+    def groups(self) -> np.ndarray | None:
+        """Number of the archive that holds each image: `(N,)`; `None` unless the images lie in a set of archives."""
+        return None
 
     def prepare(self) -> None:
         """Write the files that the data set needs. One process per machine calls this before any image is read."""

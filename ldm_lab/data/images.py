@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,18 +14,22 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from PIL import Image, ImageColor
 
+from ldm_lab.data.archives import ARCHIVES
 from ldm_lab.data.arrays import ArrayImage, MismatchError
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
 from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, limited
 from ldm_lab.data.decode_arrays import NPY_FILES
-from ldm_lab.data.files import ARCHIVES, Folder, Found, Place, open_root
+from ldm_lab.data.files import Files, Folder, Found, Place
+from ldm_lab.data.held_out import is_held_out
 from ldm_lab.data.pixel_reader import PixelReader
+from ldm_lab.data.shards import Shards, open_files
 from ldm_lab.data.transforms import covering_size
 from ldm_lab.data.value_range import Range, ValueRange, measured, parse_range
 from ldm_lab.utils import signatures
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.limits import Count, Harmless, Whole
 from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
+from ldm_lab.utils.stores import StoreError
 
 OnError = Annotated[Literal["raise", "skip"], Harmless]
 MaxPixels = Annotated[Count | None, Harmless]
@@ -53,7 +56,8 @@ class FolderImages(ImageDataset):
     skipped files, a line each; empty for most items.
 
     Args:
-        root: the folder, or a zip archive, or an uncompressed tar archive.
+        root: the folder, or a zip archive, or an uncompressed tar archive, or a set of archives (`x-{00..99}.tar`);
+            each also as a URL (see `utils.stores`).
         split: "train" or "val".
         image_size: pixels, one number or (height, width).
         val_fraction: fraction of the images to hold out, in (0, 1).
@@ -65,8 +69,9 @@ class FolderImages(ImageDataset):
         channels: number of channels.
         value_range: (low, high), the values that become -1 and 1; "measure": the smallest and the largest value of
             all images; None: 0 to 255, or 0 to 65535 if `channels` is not 3 and the first file has 16 bits.
-        cache_dir: folder that keeps the measured range; None: each process measures for itself.
         seed: seed of crops and flips.
+        cache_dir: folder for the measured range and for copies of what a store holds; None: neither is kept.
+        cache_limit: maximum size of these copies, such as "200GB"; None: no limit.
 
     Attributes:
         pixels_key: the setting of `max_pixels`, for messages.
@@ -94,9 +99,10 @@ class FolderImages(ImageDataset):
         channels: Count = 3,
         value_range: ValueRange = None,
         cache_dir: str | Path | None = None,
+        cache_limit: Annotated[str | int | None, Harmless] = None,
     ) -> None:
         super().__init__(split, image_size, random_crop=random_crop, flip=flip, seed=seed)
-        self.files = open_root(root)
+        self.files = self.open(root, cache_dir, cache_limit)
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction}: give a part between 0 and 1, e.g. 0.05")
         self.val_fraction = val_fraction
@@ -128,7 +134,7 @@ class FolderImages(ImageDataset):
         """The smallest and the largest value of all images."""
 
         def key() -> str:  # with times, as arrays of other values often have the same size
-            places = (located(every, index) for index in range(len(every.names)))
+            places = (every.at(index) for index in range(len(every.names)))
             return digest([self.channels, *((self.files.identity(*at), self.files.modified(*at)) for at in places)])
 
         with limited(self.max_pixels):  # outside of the threads that measure
@@ -145,12 +151,16 @@ class FolderImages(ImageDataset):
     def _unless_skipped(self, use: Callable[[bytes], Range], every: Found, index: int) -> Range | None:
         """`use(content)` of a file; None if it fails and such files are skipped."""
         with suppress(ImageError) if self.on_error == "skip" else nullcontext(), self._blaming(every, index):
-            return use(self.files.read(*located(every, index)))
+            return use(self.files.read(*every.at(index)))
         return None
 
     def prepare(self) -> None:
         """Measure the range."""
         _ = self.pixels
+
+    def open(self, root: str | Path | None, cache_dir: str | Path | None, cache_limit: str | int | None) -> Files:
+        """The files of a root, see `open_files`."""
+        return open_files(root, cache_dir, cache_limit)
 
     @functools.cached_property
     def _found(self) -> Found:
@@ -199,6 +209,18 @@ class FolderImages(ImageDataset):
         except ImageError as error:
             raise ImageError(f"{error}; data.on_error=skip passes over such files") from error
 
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """The items of a batch; their files may be fetched side by side."""
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        self.files.ahead(
+            [self._locate(index) for index in indices], stream=self.by_shards and isinstance(keys[0], tuple)
+        )
+        return [self[key] for key in keys]
+
+    def groups(self) -> np.ndarray | None:
+        """See `ImageDataset.groups`."""
+        return self._found.places[:, 0] if isinstance(self.files, Shards) else None
+
     def _next_decodable(self, index: int, position: int | None) -> dict[str, Any]:
         errors = []
         for step in range(min(self.MOST_IN_A_ROW, len(self))):
@@ -235,6 +257,8 @@ class FolderImages(ImageDataset):
         path = self.files.root / os.fsdecode(found.names[index])
         try:
             yield
+        except StoreError:  # no fault of the image: `on_error` does not pass over it
+            raise
         except (NoImageError, MismatchError) as error:
             raise ImageError(f"{path}: {error}") from None
         except PixelLimitError as error:
@@ -260,21 +284,7 @@ class FolderImages(ImageDataset):
         return sorted_marks(self.files.identity(*self._locate(index)) for index in range(len(self)))
 
     def _locate(self, index: int) -> tuple[str, Place]:
-        return located(self._found, index)
-
-
-def located(found: Found, index: int) -> tuple[str, Place]:
-    """Name and place of a file."""
-    return os.fsdecode(found.names[index]), tuple(found.places[index].tolist())
-
-
-def is_held_out(names: np.ndarray, val_fraction: float) -> np.ndarray:
-    """Which of `names` (two or more, bytes) to hold out, by hash: `(N,)`, bool, neither all nor none."""
-    hashes = (blake2b(name, digest_size=6).digest() for name in names.tolist())
-    draws = np.array([int.from_bytes(value, "little") / 2**48 for value in hashes])  # in [0, 1), a function of the name
-    chosen = draws < val_fraction
-    chosen[draws.argmax()], chosen[draws.argmin()] = False, True
-    return chosen
+        return self._found.at(index)
 
 
 def endings(counts: Counter[str], most: int) -> str:

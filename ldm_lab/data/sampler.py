@@ -17,11 +17,10 @@ from ldm_lab.utils.randomness import generator
 class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches for one device from the endless global stream of training images.
 
-    Position n of the stream is in epoch `n // N` and shows image `permutation(seed, epoch)[n % N]` of
-    the N images. Global batch g covers the positions `[g * G, (g + 1) * G)`. It is split into
-    micro-batches of b images on each of W devices: micro-batch k of rank r begins at
-    `g * G + (k * W + r) * b`. So the images of a global batch do not depend on b and W, and a run
-    resumes from a position alone.
+    Position n of the stream is in epoch `n // N` and shows image `order(epoch)[n % N]` of the N images.
+    Global batch g covers the positions `[g * G, (g + 1) * G)`. It is split into micro-batches of b
+    images on each of W devices: micro-batch k of rank r begins at `g * G + (k * W + r) * b`. So the
+    images of a global batch do not depend on b and W, and a run resumes from a position alone.
 
     Yields lists of b pairs (index, position).
 
@@ -34,6 +33,8 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: W, number of devices.
         start: positions already seen, a multiple of G.
         stop: position at which training ends; None: never.
+        groups: `(N,)`, the archive of each image, to read archive after archive (see `shard_order`); None: any order.
+        window: archives that are mixed at a time.
 
     Raises:
         UserError: G is not a multiple of b * W, `start` is not a multiple of G, or the data set is empty.
@@ -47,6 +48,8 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
     world_size: int = 1
     start: int = 0
     stop: int | None = None
+    groups: Tensor | None = None
+    window: int = 1
 
     def __post_init__(self) -> None:
         if self.dataset_size < 1:
@@ -70,12 +73,37 @@ class StreamBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(self.index(position), position) for position in range(first, first + self.batch_size)]
             first += self.batch_size * self.world_size
 
+    def order(self, epoch: int) -> Tensor:
+        """The image indices of one epoch: `(N,)`, int64."""
+        if self.groups is None:
+            return permutation(self.dataset_size, self.seed, epoch)
+        return shard_order(self.groups, self.window, self.seed, epoch)
+
     def index(self, position: int) -> int:
         """The image index at a position of the stream."""
         epoch, place = divmod(position, self.dataset_size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.dataset_size, self.seed, epoch)
+            self._epoch, self._order = epoch, self.order(epoch)
         return int(self._order[place])
+
+
+def shard_order(groups: Tensor, window: int, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch that needs only a few archives at a time: `(N,)`, int64.
+
+    Archives are shuffled; an image of archive k of that order gets the key k + window * u, u drawn from [0, 1), and
+    the keys are sorted. So at any moment images come from at most `window` + 1 archives, and the next archive begins as
+    the first one ends.
+
+    Args:
+        groups: `(N,)`, the archive of each image.
+        window: archives that are mixed.
+        seed: seed of the order.
+        epoch: number of the epoch.
+    """
+    drawing = generator(seed, "shards", epoch)
+    names, numbers = groups.unique(return_inverse=True)
+    turns = torch.randperm(len(names), generator=drawing)[numbers]
+    return (turns + window * torch.rand(len(groups), generator=drawing, dtype=torch.float64)).argsort(stable=True)
 
 
 def permutation(size: int, seed: int, epoch: int) -> Tensor:

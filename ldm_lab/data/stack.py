@@ -51,6 +51,10 @@ class Stack(Files):
         """Bytes of the image."""
         return self.array[place[0]].nbytes
 
+    def modified(self, name: str, place: Place) -> int:
+        """Time of the file's last change."""
+        return self.root.stat().st_mtime_ns
+
     def identity(self, name: str, place: Place) -> bytes:
         """Size and name, and as all sizes are equal, values spread over the image."""
         values = self.array[place[0]].reshape(-1)

@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "optimized_metric": Annotated[Given, Harmless],
     "paths": Annotated[Any, Harmless],
     **dict.fromkeys(("paths.runs", "paths.stage", "paths.cache"), Annotated[Given, Harmless]),
+    **dict.fromkeys(("paths.cache_limit", "paths.mirror"), Annotated[str | int | None, Harmless]),
     "callbacks": Annotated[Any, Harmless],
     "logger": Annotated[Any, Harmless],
     "trainer": Annotated[Any, Harmless],

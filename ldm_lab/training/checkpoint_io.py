@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._copy, self._thread = HostCopy(), ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
         self._stop = threading.Event()
+        self.written: Callable[[Path], Any] | None = None  # called, in the background, after each write
         self._whole: Path | None = None  # the newest file known intact: this process read or wrote it
 
     def save_checkpoint(
@@ -53,6 +55,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
             if path == self._whole and path.is_file():  # a corrupt file must not replace a good one
                 place(path, path.with_name(checkpoint.PREVIOUS))
         self._whole = path
+        if self.written:
+            self.written(path)
 
     def check(self) -> None:
         """Raise `SaveError` if a write has failed; does not wait."""

@@ -9,6 +9,8 @@ from decimal import Decimal
 from ldm_lab.utils.errors import UserError
 
 UNITS = {"": 1, "k": 1_000, "M": 1_000_000}
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?B|)")
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*(k|M|ep|)")
 
 
@@ -33,6 +35,14 @@ def parse_images(text: str | int, key: str, epoch: int | None = None) -> int:
     if unit != "ep" and images % 1:
         raise UserError(f"{key}={text}: is not a whole number of images")
     return math.ceil(images)
+
+
+def parse_bytes(text: str | int | None, key: str) -> int | None:
+    """Parse `200GB`, `1.5 TB` or a number of bytes; `None` stays `None`. Raises `UserError` for another form."""
+    found = _SIZE.fullmatch(str(text).strip())
+    if text is not None and not found:
+        raise UserError(f"{key}={text}: must be a size such as 200GB, 500MB or a number of bytes")
+    return int(Decimal(found[1]) * SIZES[found[2].upper()]) if found else None
 
 
 def short(images: int) -> str:

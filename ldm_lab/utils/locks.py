@@ -22,6 +22,7 @@ from typing import Any
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, read_json
 from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.urls import masked
 
 try:
     import fcntl
@@ -107,7 +108,12 @@ def _is(path: Path, descriptor: int) -> bool:
 
 def _this_process() -> dict[str, Any]:
     since = datetime.now().astimezone().isoformat(" ", "seconds")
-    return {"host": socket.gethostname(), "process": os.getpid(), "since": since, "command": shlex.join(sys.argv)}
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": since,
+        "command": masked(shlex.join(sys.argv)),
+    }
 
 
 def _holder(path: Path) -> str:

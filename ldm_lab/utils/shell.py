@@ -19,7 +19,7 @@ PATHS = re.compile(
     r"|model\.loss\.perceptual\.weights|callbacks\.\w+\.weights"
 )
 NAMES = re.compile(
-    r"name|optimized_metric|data\.(module\.\w+\.)?background|logger\.\w+\.(project|entity|group|job_type|name|notes)"
+    r"name|optimized_metric|data\.(name|column|part|subset|(module\.\w+\.)?background)|logger\.\w+\.(project|entity|group|job_type|name|notes)"
 )
 
 _LINE = re.compile(r"(?P<start>\+{0,2}(?P<key>[\w.]+)=)(?P<value>.*)", re.DOTALL)

@@ -155,7 +155,7 @@ def test_groups_can_be_exchanged():
         (["~seed"], ["~seed", "is needed"]),
         (["logger=null"], ["logger=null", "logger=none"]),
         (["~callbacks"], ["~callbacks", "callbacks=none"]),
-        (["data=null"], ["data=null", "avatars, drawn, image_folder"]),
+        (["data=null"], ["data=null", "avatars, drawn, hub, image_folder"]),
         (["experiment=null"], ["experiment=null", "celebahq"]),
         (["experiment=avatars/diffusion", "model=kl_avatars"], ["model=kl_avatars", "ldm_avatars, ldm_f4"]),
         (["+trainer.accumulate_grad_batches=4"], ["trainer.accumulate_grad_batches=4", "data.batch_size="]),

@@ -25,7 +25,7 @@ MAY_BE_NULL = {
     "callbacks.evaluate.weights", "logger.wandb.summaries",
     "original_config", "guide", "guidance_interval", "output", "variation", "reconstruct",
     "sampler.eta", "max_pixels", "data.max_pixels", "preview_channels", "data.preview_channels", "data.value_range",
-    "data.cache_dir",
+    "paths.cache_limit", "paths.mirror", "data.cache_limit", "data.cache_dir",
 }  # fmt: skip
 # Whole groups, where a key may be switched off; words of W&B's own; and what is only there for others to refer to.
 FREE = ("callbacks.", "logger.", "where_known", "weightless", "logger.wandb.tags")

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm_lab.data import files
+from ldm_lab.data import archives
+from ldm_lab.data.archives import TarArchive, ZipArchive, open_root
 from ldm_lab.data.decode import EXTENSIONS
 from ldm_lab.data.drawn import drawn_or_folder
-from ldm_lab.data.files import Folder, TarArchive, ZipArchive, open_root
+from ldm_lab.data.files import Folder
 from ldm_lab.data.images import FolderImages, ImageError
 from tests.data.pictures import save
 
@@ -302,7 +303,7 @@ def test_damaged_content_of_a_zip(photos, method):
 
 
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LARGEST", 2**20)
+    monkeypatch.setattr(archives, "LARGEST", 2**20)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("a.png", "b.png"):
             archive.writestr(name, bytes(2**20 + 1))

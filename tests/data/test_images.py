@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm_lab.data.images import FolderImages, ImageError, is_held_out
+from ldm_lab.data.held_out import is_held_out
+from ldm_lab.data.images import FolderImages, ImageError
 from tests.data.pictures import BLUE, save
 
 # --- how images are divided

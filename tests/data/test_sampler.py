@@ -1,8 +1,9 @@
 from itertools import islice
 
 import pytest
+import torch
 
-from ldm_lab.data.sampler import StreamBatchSampler, accumulation, permutation
+from ldm_lab.data.sampler import StreamBatchSampler, accumulation, permutation, shard_order
 
 
 def batches(count, size=10, total=12, batch=12, seed=0, rank=0, world=1, start=0):
@@ -80,3 +81,32 @@ def test_indivisible_batches_are_refused_with_the_nearest_possible_ones(total, b
 def test_impossible_arguments_are_refused(wrong):
     with pytest.raises(ValueError):
         batches(1, **wrong)
+
+
+# --- archive by archive
+
+GROUPS = torch.arange(200) % 20  # ten images in each of twenty archives
+
+
+@pytest.mark.parametrize("window", [1, 4, 50])
+def test_an_epoch_by_shards_is_a_permutation_with_few_archives_at_a_time(window):
+    orders = [shard_order(GROUPS, window, 0, epoch) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(200))
+        places = GROUPS[order]
+        spans = [(places == shard).nonzero().flatten().tolist() for shard in range(20)]
+        open_at = [sum(min(span) <= place <= max(span) for span in spans) for place in range(200)]
+        assert max(open_at) <= window + 1
+    assert len({tuple(order.tolist()) for order in orders}) == 3
+    assert shard_order(GROUPS, window, 0, 2).tolist() == orders[2].tolist()
+    assert shard_order(GROUPS, window, 1, 2).tolist() != orders[2].tolist()
+
+
+def test_the_order_by_shards_is_a_function_of_the_position():
+    def pairs(count, **settings):
+        sampler = StreamBatchSampler(200, 12, seed=3, groups=GROUPS, window=3, **settings)
+        return [pair for batch in islice(sampler, count) for pair in batch]
+
+    whole = pairs(60, batch_size=12)
+    ranks = [pairs(80, batch_size=3, rank=rank, world_size=2, start=12 * 20) for rank in range(2)]
+    assert sorted(ranks[0] + ranks[1], key=lambda pair: pair[1]) == whole[12 * 20 :]

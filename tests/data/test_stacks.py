@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ldm_lab.data.files import open_root
+from ldm_lab.data.archives import open_root
 from ldm_lab.data.images import FolderImages, ImageError
 from ldm_lab.utils.errors import UserError
 from tests.data.pictures import FIVE_CHANNELS, field

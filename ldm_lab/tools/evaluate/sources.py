@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lab.checkpoints import locate
+from ldm_lab.data.archives import ARCHIVES
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.drawn import DrawnImages, drawn_or_folder
-from ldm_lab.data.files import ARCHIVES
+from ldm_lab.data.hub import HubImages
 from ldm_lab.data.images import FolderImages
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
 from ldm_lab.metrics.reference import names, read_header
@@ -26,7 +27,7 @@ from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from ldm_lab.utils.reading import LoadError, blaming, read_json, read_yaml
 
 CONFIG = "config.yaml"
-SETS = (AvatarImages, FolderImages, DrawnImages, drawn_or_folder)
+SETS = (AvatarImages, FolderImages, HubImages, DrawnImages, drawn_or_folder)
 KNOWN = {f"{kind.__module__}.{kind.__name__}": kind for kind in SETS}  # the only classes that a config may call
 
 
