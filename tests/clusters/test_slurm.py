@@ -36,6 +36,7 @@ def test_two_nodes_of_two_tasks_train_both_stages(undisturbed):
     assert (run / "model_index.json").is_file()
 
 
+@pytest.mark.soak
 def test_a_run_that_is_stopped_cancelled_and_loses_a_node_ends_like_an_undisturbed_one(slurm, undisturbed, tmp_path):
     """The end of the job's time, `scancel` and the same line again, a node that dies and comes back."""
     log, places = tmp_path / "log", ("autoencoder-56", "autoencoder-88", "diffusion-56")
@@ -97,6 +98,7 @@ def test_the_nodes_share_the_samples(slurm, tmp_path, count):
     assert names == [f"{index:06d}.png" for index in range(count)]
 
 
+@pytest.mark.soak
 def test_each_job_of_a_sweep_is_queued_by_itself_and_again_at_its_end(slurm, tmp_path):
     words = "experiment=avatars/autoencoder", *TINY, *hold(tmp_path, "autoencoder-24"), f"paths.runs={tmp_path}"
     command = ("python", "train.py", "-m", "hydra/launcher=submitit_slurm", *words, "seed=1,2")
