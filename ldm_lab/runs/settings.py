@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "trainer.gradient_clip_val": NonNegative | None,
     "data.module": Given,
     "data.root": Annotated[Any, Harmless],  # also of plugins: a run knows images by content
-    "data.cache_dir": Annotated[Any, Harmless],
+    **dict.fromkeys(("data.cache_dir", "data.cache_limit"), Annotated[Any, Harmless]),
     "model.equivariance.probability": Probability,
     "model.optimizer.lr": Positive,
     "model.optimizer.fused": Annotated[bool | None, Harmless],
