@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from ldm_lab.utils.arguments import is_integer
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.terminal import is_first_process, say_once
@@ -20,7 +19,7 @@ WEIGHTLESS = "ldm_lab.losses.perceptual.MultiScaleL1"
 def of_images(config: dict[str, Any]) -> int:
     """Channels of the images of a config; data sets without the key `data.channels` hold RGB."""
     channels = find(config, "data.channels")
-    return channels if is_integer(channels) and channels > 0 else RGB  # `kinds.check` refuses all else
+    return channels if type(channels) is int and channels > 0 else RGB  # `kinds.check` refuses all else
 
 
 def follow(config: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ldm_lab.training.callbacks.progress import Progress
 from ldm_lab.training.planning.estimate import NoTrainer, estimate
+from ldm_lab.utils.pixels import RGB_8_BIT
 from tests.helpers import assert_close_relative
 from tests.trained import final_weights, train
 from tests.training.stages import tiny
@@ -128,7 +129,7 @@ class Operations(TorchDispatchMode):
 
 def step(module):
     """Operations of a training step, forward and backward."""
-    module.trainer = NoTrainer(2, SIZE)
+    module.trainer = NoTrainer(2, SIZE, RGB_8_BIT)
     module.log = module.log_dict = lambda *_, **__: None
     batch = {"image": torch.randn(2, 3, *SIZE), "position": torch.arange(2)}
     with Operations() as counted:

@@ -5,6 +5,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ldm_lab.training.planning.estimate import LiveBytes, NoTrainer, estimate
+from ldm_lab.utils.pixels import RGB_8_BIT
 from tests.trained import undisturbed
 from tests.training.stages import tiny
 
@@ -29,7 +30,7 @@ def test_a_storage_counts_once_and_while_it_lives():
 
 def profiled(module, batch_size):
     """Bytes that the allocator gives out, at the peak of a second step on real tensors."""
-    trainer = NoTrainer(batch_size, SIZE)
+    trainer = NoTrainer(batch_size, SIZE, RGB_8_BIT)
     module.trainer = trainer
     module.log = module.log_dict = lambda *_, **__: None
     module.setup("fit")
