@@ -29,6 +29,7 @@ import numpy as np
 
 from ldm_lab.data.dataset import digest
 from ldm_lab.utils import shell
+from ldm_lab.utils.locks import if_free
 from ldm_lab.utils.terminal import say, say_once
 from ldm_lab.utils.urls import URL
 from ldm_lab.utils.writing import replacing
@@ -126,16 +127,8 @@ class Copies:
         """`with copies.fetching() as mine:` true if no other process is fetching an archive of this data set."""
         folder = self.folder / "archives"
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        with if_free(folder / ".lock") as mine:
+            yield mine
 
     def make_room(self, size: int) -> None:
         """Remove the archives that were fetched first until `size` bytes more are within the limit."""

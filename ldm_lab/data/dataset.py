@@ -105,8 +105,7 @@ class ImageDataset(Dataset):
             image = center_crop(image, self.image_size)
         if position is not None and self.flip:
             image = random_flip(image, self.seed, position)
-        tensor = image.to_tensor() if isinstance(image, ArrayImage) else to_tensor(image)
-        return {"image": tensor, "index": index, "position": index if position is None else position}
+        return {"image": to_tensor(image), "index": index, "position": index if position is None else position}
 
 
 def sorted_marks(images: Iterable[bytes]) -> np.ndarray:

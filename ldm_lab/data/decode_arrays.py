@@ -6,13 +6,13 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ldm_lab.data.arrays import FULL, RGB, MismatchError, Samples, fit_channels, turned
+from ldm_lab.data.arrays import FULL, RGB, MismatchError, Samples, fit_channels, full_range, turned
 from ldm_lab.data.decode import PixelLimitError, decode, opened
 from ldm_lab.data.metadata import PNG, TIFF
-from ldm_lab.data.transforms import UPRIGHT, to_rgb, turn_of
+from ldm_lab.data.transforms import UPRIGHT, to_8_bit, to_rgb, turn_of
+from ldm_lab.utils import png16
 
 NPY = b"\x93NUMPY"
 NPY_FILES = (".npy",)
@@ -25,11 +25,9 @@ def decode_8_bit(content: bytes, mode: str, background: RGB, max_pixels: int | N
     if not content.startswith(NPY):
         return decode(content, background, max_pixels, mode)
     array = fit_channels(_npy(content, max_pixels), len(mode), background, FULL[np.dtype(np.uint8)])
-    if array.dtype not in (np.uint8, np.uint16):
-        advice = "give data.value_range=[LOW,HIGH], or data.value_range=measure"
-        raise MismatchError(f"values of type {array.dtype.name}, of which none is known to be white: {advice}")
+    full_range(array.dtype)  # raises for other types
     if array.dtype == np.uint16:
-        array = ((array.astype(np.int64) + 128) // 257).astype(np.uint8)
+        array = to_8_bit(array)
     return to_rgb(Image.fromarray(array.squeeze(2) if mode == "L" else array), background, mode)
 
 
@@ -84,9 +82,7 @@ def _plain_mode(image: Image.Image) -> str:
 
 def _deep_png(image: Image.Image, content: bytes) -> np.ndarray:
     """A 16-bit PNG as `(H, W, S)` uint16, of which Pillow keeps 8 bits; its transparent colour becomes alpha."""
-    from torchvision.io import decode_png  # importing it takes a second
-
-    array = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).permute(1, 2, 0).numpy()
+    array = png16.decode(content)
     key = image.info.get("transparency")
     if key is None or array.shape[2] != 3:
         return array

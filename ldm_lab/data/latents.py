@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,6 +32,7 @@ from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.transforms import is_flipped
 from ldm_lab.utils import shell
 from ldm_lab.utils.errors import UserError, first_line
+from ldm_lab.utils.locks import if_free
 from ldm_lab.utils.reading import LoadError, check_plain, read_json
 from ldm_lab.utils.writing import replacing, write_json
 
@@ -134,22 +134,17 @@ class LatentCache:
 
         A process's claim ends with the process, even if the process is killed.
         """
-        lock = filelock.FileLock(self.path(shard).with_suffix(".lock"), timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            yield False
-            return
-        try:
-            claimed = not self.path(shard).exists()
+        lock = self.path(shard).with_suffix(".lock")
+        with if_free(lock) as mine:
+            claimed = mine and not self.path(shard).exists()
             if claimed:  # files of a killed process
                 for leftover in self.folder.glob(f".{self.path(shard).name}.*.tmp"):
                     leftover.unlink()
-            yield claimed
-        finally:
-            if self.path(shard).exists():  # no later process will ask for this lock
-                Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+            try:
+                yield claimed
+            finally:
+                if mine and self.path(shard).exists():  # no later process will ask for this lock
+                    lock.unlink(missing_ok=True)
 
     def write(self, shard: int, moments: Tensor, skipped: dict[int, str], error: Error = UNKNOWN) -> None:
         """Write a shard.

@@ -13,11 +13,11 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from ldm_lab.data.arrays import RGB, ArrayImage
 from ldm_lab.utils.arguments import is_integer
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.randomness import generator
 
-RGB = tuple[int, int, int]
 Size = tuple[int, int]  # (height, width) in pixels
 MOST_PIXELS = 2**27  # limit of an image after scaling: 400 MB
 UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
@@ -57,8 +57,7 @@ def to_rgb(image: Image.Image, background: RGB, mode: str = "RGB") -> Image.Imag
         kind = "floats or 32-bit integers, of which none is known to be white"
         raise UserError(f"{kind}: give data.value_range=, or save it with 8 or 16 bits")
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(to_8_bit(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
@@ -66,6 +65,11 @@ def to_rgb(image: Image.Image, background: RGB, mode: str = "RGB") -> Image.Imag
         return image.convert("L")
     image = image.convert("RGB")
     return image if mode == "RGB" else image.convert(mode)
+
+
+def to_8_bit(levels: np.ndarray) -> np.ndarray:
+    """16-bit levels, any shape -> uint8, rounded to the nearest: 0..65535 becomes 0..255."""
+    return ((levels.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
@@ -121,8 +125,10 @@ def is_flipped(seed: int, position: int) -> bool:
     return torch.rand((), generator=generator(seed, "flip", position)).item() < 0.5
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB or grey image -> `(3, H, W)` or `(1, H, W)`, float32 in [-1, 1]."""
+def to_tensor(image: Image.Image | ArrayImage) -> Tensor:
+    """RGB image, grey image or array -> `(C, H, W)`, float32 in [-1, 1]."""
+    if isinstance(image, ArrayImage):
+        return image.to_tensor()
     pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1)  # (H, W, C), uint8
     return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1  # (H, W, C) -> (C, H, W)
 

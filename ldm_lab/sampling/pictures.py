@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_lab.data.arrays import ArrayImage
 from ldm_lab.data.decode import EXTENSIONS, PixelLimitError
 from ldm_lab.data.decode_arrays import NPY_FILES
 from ldm_lab.data.pixel_reader import PixelReader
@@ -214,8 +213,7 @@ def read_images(
             raise UserError(f"{key}={source}: {path.name}: {error}: max_pixels={error.pixels} takes it") from error
         except Exception as error:  # decoders raise almost anything on corrupt data
             raise UserError(f"{key}={source}: {path.name} is not an image that can be read: {error}") from error
-        image = center_crop(resize_to_cover(upright, size), size)
-        tensors.append(image.to_tensor() if isinstance(image, ArrayImage) else to_tensor(image))
+        tensors.append(to_tensor(center_crop(resize_to_cover(upright, size), size)))
     return torch.stack(tensors)
 
 

@@ -132,16 +132,12 @@ class Mirror:
             StoreError: the store cannot be read.
             LoadError: the object is not what `save` writes.
         """
-        folder = self.run.folder / SNAPSHOT
-        try:
-            self.store.download(MANIFEST, folder / MANIFEST, self.store.find(MANIFEST).size)
-            found = read_json(folder / MANIFEST)
-        except MissingError:
-            return None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self.run.folder.rmdir()
+        with tempfile.TemporaryDirectory() as folder:  # several ranks may ask at the same time
+            try:
+                self.store.download(MANIFEST, Path(folder, MANIFEST), self.store.find(MANIFEST).size)
+                found = read_json(Path(folder, MANIFEST))
+            except MissingError:
+                return None
         files = found.get("files")
         if not isinstance(found.get("images_seen"), int) or not isinstance(files, dict):
             raise LoadError(f"{self.store.root / MANIFEST}: does not describe a stage's files")

@@ -1,6 +1,6 @@
-"""Locks a folder, so that only one command at a time writes into it.
+"""Locks: a folder that one command at a time writes into, and work that one process alone does.
 
-The locks are POSIX locks (`fcntl.lockf`), not those of `filelock` (`flock`): forked processes inherit a `flock`, so
+The locks of folders are POSIX locks (`fcntl.lockf`), not those of `filelock` (`flock`): forked processes inherit a `flock`, so
 loaders, which outlive a killed training by seconds, would keep the folder locked. A POSIX lock ends with its process,
 even a killed one, and network disks share it with other machines.
 """
@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, read_json
 from ldm_lab.utils.terminal import say_once
@@ -31,6 +33,21 @@ except ImportError:  # Windows
 
 NAME = ".ldm_lab.lock"
 MAX_WORDS = 300  # maximum characters of the text on a lock's holder
+
+
+@contextlib.contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """`with if_free(path) as mine:` true if no other process is in such a block with this file; waits for nobody."""
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

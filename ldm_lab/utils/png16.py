@@ -33,14 +33,20 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
+def decode(content: bytes) -> np.ndarray:
+    """The content of a PNG file -> `(H, W, C)`, uint8 or uint16. Raises `RuntimeError` or `ValueError` otherwise."""
+    from torchvision.io import decode_png  # importing it takes a second
+
+    pixels = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    return pixels.permute(1, 2, 0).numpy()  # (C, H, W) -> (H, W, C)
+
+
 def read(path: Path) -> np.ndarray:
     """Read a PNG file with 16 bits: `(H, W, C)`, uint16. Raises `LoadError` for any other file."""
-    from torchvision.io import decode_png
-
     try:
-        pixels = decode_png(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)).numpy()
+        pixels = decode(path.read_bytes())
     except (OSError, RuntimeError, ValueError) as error:
         raise LoadError(f"{path}: not a PNG file that can be read: {first_line(error)}") from error
     if pixels.dtype != np.uint16:
         raise LoadError(f"{path}: a PNG file with 8 bits, not 16")
-    return pixels.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    return pixels
