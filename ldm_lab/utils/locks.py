@@ -1,8 +1,8 @@
 """Locks: a folder that one command at a time writes into, and work that one process alone does.
 
-The locks of folders are POSIX locks (`fcntl.lockf`), not those of `filelock` (`flock`): forked processes inherit a `flock`, so
-loaders, which outlive a killed training by seconds, would keep the folder locked. A POSIX lock ends with its process,
-even a killed one, and network disks share it with other machines.
+The locks of folders are POSIX locks (`fcntl.lockf`), not those of `filelock` (`flock`): forked processes inherit a
+`flock`, so loaders, which outlive a killed training by seconds, would keep the folder locked. A POSIX lock ends with
+its process, even a killed one, and network disks share it with other machines.
 """
 
 from __future__ import annotations
