@@ -27,7 +27,7 @@ from ldm_lab.training.power_ema import PowerEMA
 from ldm_lab.training.quiet import quiet
 from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.utils import locks, signatures
+from ldm_lab.utils import cache_folder, locks, signatures
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.limits import Positive
 from ldm_lab.utils.nested import find
@@ -130,7 +130,7 @@ def preflight(configs: list[DictConfig], command: str, typed: Collection[str] = 
         check_order(folders, [config.max_images for config in configs])
         cached = find(plain(configs[-1]), "data.latents") == "cached"
         if len(configs) > 1 and cached and not folders[0].finished(configs[0].max_images, None):
-            require_writable(configs[0].paths.cache, "paths.cache=")  # stage 2 will cache its latents there
+            cache_folder.require_writable(configs[0].paths.cache)  # stage 2 will cache its latents there
     autoencoder = given_autoencoder(configs[0], command)
     for config in configs:
         if config.model.get("train") == "decoder" and not config.init:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ldm_lab.data.dataset import ImageDataset, digest
 from ldm_lab.data.drawing import REVISION
-from ldm_lab.utils import shell
+from ldm_lab.utils import cache_folder
 from ldm_lab.utils.limits import Count, Whole
 from ldm_lab.utils.writing import replacing, require_writable
 
@@ -57,7 +57,7 @@ class AvatarImages(ImageDataset):
         self.first, self.count = (0, num_train) if split == "train" else (num_train, num_val)
         self.shape = (num_train + num_val, max(self.image_size), max(self.image_size), 3)
         self.drawing_seed = drawing_seed
-        self.file = shell.path(cache_dir) / (
+        self.file = cache_folder.local(cache_dir) / (
             f"avatars-{self.shape[0]}x{self.shape[1]}px-seed{drawing_seed}-r{REVISION}"
             f"-avatars{version('python-avatars')}-resvg{version('resvg-py')}.npy"
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import struct
 import time
 import zlib
@@ -28,13 +29,15 @@ import filelock
 import numpy as np
 
 from ldm_lab.data.dataset import digest
-from ldm_lab.utils import shell
+from ldm_lab.utils import cache_folder, shell
 from ldm_lab.utils.locks import if_free
 from ldm_lab.utils.terminal import say, say_once
 from ldm_lab.utils.urls import URL
 from ldm_lab.utils.writing import replacing
 
 FORMAT = 1  # of the index
+SOURCE = "source.txt"  # its time is that of the last use
+OWN_FILE = re.compile(r"source\.txt|index\.(npz|lock)|objects/[^/]+/[^/]+|(objects|archives)/[^/]+|\.[^/]+\.\d+\.tmp")
 OLD = 86400  # seconds after which a temporary file belongs to no living process
 CHECK = struct.Struct("<I")
 
@@ -56,7 +59,7 @@ class Copies:
     @classmethod
     def of(cls, root: URL, cache_dir: str | Path, limit: int | None) -> Copies:
         """The copies of the data set at a URL; logins and signatures in the URL do not matter."""
-        return cls(shell.path(cache_dir) / "stores" / digest([root.identity]), limit)
+        return cls(cache_folder.local(cache_dir) / "stores" / digest([root.identity]), limit)
 
     def index(self, source: URL, count: str, make: Callable[[], Arrays]) -> Arrays:
         """The kept list of the files; `make` lists them if there is none. Other processes wait for the first.
@@ -73,10 +76,12 @@ class Copies:
                 when = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes")
                 listed = f"data.root={source}: {len(found[count]):,} files by the list of {when}"
                 _tell(f"{listed}; to list them anew, remove {path}")
+                with contextlib.suppress(OSError):  # the cache may belong to another user
+                    os.utime(self.folder / SOURCE)
                 return found
             self.sweep()
             found = make()
-            with replacing(self.folder / "source.txt") as temporary:
+            with replacing(self.folder / SOURCE) as temporary:
                 temporary.write_text(f"{source.identity}\n", encoding="utf-8")
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, format=np.array(FORMAT), **found)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm_lab.data.files import Files, Found, Place
 from ldm_lab.data.images import FolderImages
-from ldm_lab.utils import shell
+from ldm_lab.utils import cache_folder, shell
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.limits import Harmless
 
@@ -53,7 +53,8 @@ class HubImages(FolderImages):
         """The rows of a data set."""
         if not root:
             raise UserError(f"{KEY} is not set: name a data set, {KEY}=owner/name, or a folder of .parquet files")
-        return HubFiles(Path(root), *self._choice, None if cache_dir is None else f"{shell.path(cache_dir)}/datasets")
+        folder = None if cache_dir is None else str(cache_folder.local(cache_dir) / "datasets")
+        return HubFiles(Path(root), *self._choice, folder)
 
 
 @dataclass(frozen=True)

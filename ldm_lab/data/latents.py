@@ -110,6 +110,19 @@ class LatentCache:
             there = set()
         return [shard for shard in self.shards if self.path(shard).name not in there]
 
+    def order(self, missing: list[int], part: float) -> list[int]:
+        """The order in which a process encodes missing shards.
+
+        Args:
+            missing: numbers of the shards.
+            part: fraction of all shards where the process begins, so that the ranks of a run begin apart.
+        """
+        first = int(len(self.shards) * part)
+        return [shard for shard in missing if shard >= first] + [shard for shard in missing if shard < first]
+
+    def share(self) -> None:
+        """Give the shards of the folder to other machines, see `SharedLatentCache`."""
+
     def open_folder(self) -> None:
         """Make the folder, or check that its content matches its key, and update its time of last use.
 

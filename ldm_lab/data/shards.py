@@ -145,8 +145,8 @@ def open_files(root: str | Path | None, cache_dir: str | Path | None, cache_limi
     limit = parse_bytes(cache_limit, "paths.cache_limit")
     if is_url(root):
         url = URL(str(root))
-        if cache_dir is None or is_url(cache_dir):
-            raise UserError(f"{KEY}={url}: needs a local folder for its copies, paths.cache= (cache_dir={cache_dir})")
+        if cache_dir is None:
+            raise UserError(f"{KEY}={url}: needs a local folder for its copies, paths.cache= (cache_dir=null)")
         if url.name.lower().endswith(PACKED):
             raise UserError(f"{KEY}={url}: compressed, so that no image can be read without all before it; {AGAIN}")
         if url.scheme.startswith("http") and not url.name.lower().endswith(ARCHIVES):

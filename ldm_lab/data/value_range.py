@@ -13,7 +13,7 @@ from typing import Literal
 import filelock
 from tqdm import tqdm
 
-from ldm_lab.utils import shell
+from ldm_lab.utils import cache_folder
 from ldm_lab.utils.arguments import is_number
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.pixels import PixelFormat
@@ -53,7 +53,7 @@ def measured(
     """
     if cache_dir is None:
         return _measure(extremes, count)
-    path = shell.path(cache_dir) / "ranges" / f"{key()}.json"
+    path = cache_folder.local(cache_dir) / "ranges" / f"{key()}.json"
     if not path.is_file():
         require_writable(path.parent, "paths.cache=")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset, digest, spread
 from ldm_lab.metrics.extractors import Extractor
 from ldm_lab.metrics.images import DataPixels, Pixels, to_networks
-from ldm_lab.utils import shell
+from ldm_lab.utils import cache_folder
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.pixels import RGB_8_BIT
 from ldm_lab.utils.randomness import generator
@@ -143,7 +143,7 @@ def own(images: Pixels, cache_dir: str | Path, device: torch.device, seed: int =
 
 def folder(cache_dir: str | Path) -> Path:
     """Folder of cached extractors."""
-    return shell.path(cache_dir) / "extractors"
+    return cache_folder.local(cache_dir) / "extractors"
 
 
 def kept(cache_dir: str | Path, fingerprint: str) -> Own | None:

@@ -1,9 +1,9 @@
-"""List the latents that runs have cached, check them, and remove those that are not needed any more.
+"""List the latents and the copies of images in stores that runs have cached, check latents, and remove what is old.
 
-Without a flag they are listed: key, size, images, when a run last used them, and what they are of. Only caches are
-removed, only when asked for by one of --prune, --older-than and --all, and of their folders only the files that they
-are made of. A cache that a run is filling is left alone. --verify reads everything and compares checksums, which a
-training, that reads by memory map, does not.
+Without a flag they are listed: key, size, when a run last used them, and what they are of. Only caches are removed,
+only when asked for by one of --prune, --older-than and --all, and of their folders only the files that they are made
+of. A cache that a run is filling is left alone. --verify reads all latents and compares checksums, which a training,
+that reads by memory map, does not; copies of images are checked whenever they are read.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import NamedTuple
 
 import filelock
 
-from ldm_lab.data.latents import KEY, META, OWN_FILE, is_intact
+from ldm_lab.data import copies, latents
+from ldm_lab.data.latents import KEY, META, is_intact
+from ldm_lab.utils.cache_folder import default_folder, local
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, read_json
 
 FLOAT32 = "32-true"  # name of this precision in a key, see `ldm_lab.training.latents`
+KINDS = {"latents": (latents.OWN_FILE, META), "stores": (copies.OWN_FILE, copies.SOURCE)}  # files; which is touched
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 
 
@@ -48,11 +51,11 @@ class Entry(NamedTuple):
 def main(argv: list[str]) -> None:
     """List, check or remove caches. Raises `UserError` for invalid flags and for corrupt shards."""
     options = parse(argv)
-    found = entries(options.folder / "latents")
+    found = entries(options.folder)
     if options.verify:
         verify(found)
     if unknown := sorted(set(options.prune) - {entry.folder.name for entry in found}):
-        raise UserError(f"--prune {unknown[0]}: {options.folder / 'latents'} has no cache of this key")
+        raise UserError(f"--prune {unknown[0]}: {options.folder} has no cache of this key")
     latest = time.time() - options.older_than if options.older_than else None
     chosen = [
         entry
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> None:
         if options.all or entry.folder.name in options.prune or (latest is not None and entry.used < latest)
     ]
     if not (options.all or options.prune or options.older_than or options.verify):
-        print(f"{options.folder / 'latents'}: {len(found)} cache(s), {_gigabytes(sum(e.size for e in found))}")
+        print(f"{options.folder}: {len(found)} cache(s), {_gigabytes(sum(e.size for e in found))}")
         for entry in found:
             print(line(entry))
     for entry in chosen:
@@ -75,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--older-than", metavar="30d", help="remove those not used for so many h, d or w")
     parser.add_argument("--all", action="store_true", help="remove all")
     parser.add_argument("--verify", action="store_true", help="read all shards and compare their checksums")
-    parser.add_argument("--folder", type=Path, default=default_folder(), help="paths.cache (default: %(default)s)")
+    parser.add_argument("--folder", type=local, default=default_folder(), help="paths.cache (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.older_than is not None:
         if not (age := re.fullmatch(r"(\d+)([hdw])", options.older_than)):
@@ -84,30 +87,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def default_folder() -> Path:
-    """`paths.cache` of configs/paths/default.yaml."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME", "."), ".cache"))
-    return Path(os.environ.get("LDM_LAB_CACHE") or home / "ldm_lab")
-
-
 def entries(root: Path) -> list[Entry]:
-    """All caches, most recently used first; links are ignored."""
-    folders = root.iterdir() if root.is_dir() else ()
+    """All caches in `paths.cache`, most recently used first; links are ignored."""
+    folders = [folder for kind in KINDS if (root / kind).is_dir() for folder in (root / kind).iterdir()]
     found = [entry(f) for f in folders if KEY.fullmatch(f.name) and f.is_dir() and not f.is_symlink()]
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def entry(folder: Path) -> Entry:
     """The cache in one folder."""
-    with os.scandir(folder) as scanned:
-        files = [file for file in scanned if OWN_FILE.fullmatch(file.name) and not file.is_dir(follow_symlinks=False)]
-        statuses = {Path(file.path): file.stat(follow_symlinks=False) for file in files}
-    meta = statuses.get(folder / META)
+    own, touched = KINDS[folder.parent.name]
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    statuses = {path: path.lstat() for path in found if own.fullmatch(path.relative_to(folder).as_posix())}
+    meta = statuses.get(folder / touched)
     used = meta.st_mtime if meta else max((status.st_mtime for status in statuses.values()), default=0.0)
     return Entry(folder, sorted(statuses), sum(status.st_size for status in statuses.values()), used, _what(folder))
 
 
 def _what(folder: Path) -> str:
+    return "".join(letter for letter in _described(folder) if letter.isprintable())[:200]
+
+
+def _described(folder: Path) -> str:
+    if folder.parent.name == "stores":
+        try:
+            return f"copies of {(folder / copies.SOURCE).read_text(encoding='utf-8').strip()}"
+        except (OSError, ValueError):
+            return f"copies of a store: no {copies.SOURCE} that says which"
     try:
         meta = read_json(folder / META)
         size = " x ".join(str(int(side)) for side in meta["transform"]["image_size"])
@@ -116,10 +122,9 @@ def _what(folder: Path) -> str:
         weights = str(meta["autoencoder"]["weights"])
         precision = meta.get("precision", FLOAT32)
         encoded = "" if precision == FLOAT32 else f" encoded in {precision}"
-        words = f"{int(meta['count']):,} {images} of {size}{mirrored}, {meta['dtype']}{encoded}, by {kind} {weights}"
+        return f"{int(meta['count']):,} {images} of {size}{mirrored}, {meta['dtype']}{encoded}, by {kind} {weights}"
     except (LoadError, LookupError, TypeError, ValueError):
         return f"damaged: no {META} that says what it is"
-    return "".join(letter for letter in words if letter.isprintable())[:200]
 
 
 def line(entry: Entry) -> str:
@@ -132,6 +137,8 @@ def verify(found: list[Entry]) -> None:
     """Check every shard of every cache. Raises `UserError`, which names the corrupt shards."""
     damaged = []
     for entry in found:
+        if entry.folder.parent.name != "latents":
+            continue
         shards = [path for path in entry.files if path.suffix == ".safetensors" and not path.name.startswith(".")]
         bad = [path for path in shards if not (path.is_file() and is_intact(path))]
         print(f"{entry.folder.name}  {len(shards) - len(bad)} of {len(shards)} shards are as they were written")
@@ -147,11 +154,12 @@ def remove(entry: Entry) -> bool:
     with _held(entry) as free:
         if free:
             # Remove the description last, so that an interrupted removal leaves a recognisable cache.
-            for path in sorted(entry.files, key=lambda path: path.name == META):
+            for path in sorted(entry.files, key=lambda path: path.name in (META, copies.SOURCE)):
                 path.unlink(missing_ok=True)
     if free:
-        with contextlib.suppress(OSError):
-            entry.folder.rmdir()
+        for folder, _, _ in os.walk(entry.folder, topdown=False):
+            with contextlib.suppress(OSError):  # foreign files
+                os.rmdir(folder)
     return free
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from ldm_lab.runs.record import Evaluation, read_evaluation
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.lengths import parse_images
+from ldm_lab.utils.urls import is_url
 from ldm_lab.utils.writing import replacing
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -144,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     add("settings", nargs="*", metavar="KEY=VALUE", help="of all trainings, e.g. trainer=gpu")
     add("--experiment", choices=EXPERIMENTS, default=EXPERIMENTS[0], help="that is varied (default: %(default)s)")
     add("--runs", type=Path, default=Path("runs/quality"), help="folder of the runs (default: %(default)s)")
-    add("--cache", type=Path, help="paths.cache: images, latents, extractors (default: that of train.py)")
+    add("--cache", type=_absolute, help="paths.cache: images, latents, extractors (default: that of train.py)")
     add("--budget", default="22400", help="training images of stage 2 (default: %(default)s)")
     add("--first-stage", default="11200", help="training images of stage 1 (default: %(default)s)")
     add("--seeds", type=int, default=2, help="of every row (default: %(default)s)")
@@ -152,6 +153,10 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=2, help="commands at a time (default: %(default)s)")
     add("--only", nargs="+", choices=CHOICES, default=CHOICES, help="these rows (default: all)")
     return parser
+
+
+def _absolute(place: str) -> str:
+    return place if is_url(place) else str(Path(place).absolute())
 
 
 class Workshop:
@@ -212,7 +217,7 @@ class Workshop:
 
     def run_training(self, name: str, seed: int, settings: list[str]) -> None:
         """Run `train.py`, which does nothing for a finished run."""
-        cache = [f"paths.cache={self.options.cache.absolute()}"] if self.options.cache else []
+        cache = [f"paths.cache={self.options.cache}"] if self.options.cache else []
         common = [f"name={name}", f"seed={seed}", f"paths.runs={self.runs}", "logger=csv", *cache]
         self.command(str(TRAIN), *settings, *common, *self.options.settings)
 
@@ -239,7 +244,7 @@ class Workshop:
         """Run `evaluate` into a folder for exactly these flags."""
         folder = self.runs / name / "tables" / "_".join(flag.strip("-") for flag in flags)
         if not list(folder.glob("*.json")):
-            cache = ["--cache", str(self.options.cache.absolute())] if self.options.cache else []
+            cache = ["--cache", self.options.cache] if self.options.cache else []
             words = [*flags, *guide, *cache, "--output", str(folder), "--batch-size", "32"]
             self.command("-m", "ldm_lab", "evaluate", str(self.runs / name), *words)
         return read_evaluation(next(iter(sorted(folder.glob("*.json")))))

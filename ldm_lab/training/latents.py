@@ -9,8 +9,10 @@ from torch import Tensor
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.data.datamodule import ImageDataModule
 from ldm_lab.data.latents import LatentCache
+from ldm_lab.data.shared_latents import SharedLatentCache
 from ldm_lab.models.first_stage import FirstStage
-from ldm_lab.utils import randomness
+from ldm_lab.utils import cache_folder, randomness
+from ldm_lab.utils.urls import URL, is_url
 
 Shape = tuple[int, int, int]
 PRECISIONS = {"float32": "32-true", "bfloat16": "bfloat16"}  # `data.latents_precision` -> its name in a cache's key
@@ -48,7 +50,8 @@ def latent_cache(autoencoder: FirstStage, data: ImageDataModule) -> LatentCache:
         "precision": PRECISIONS[data.latents_precision],
     }
     shape = (2 if data.train_set.flip else 1, *moments_shape(autoencoder, data.image_size))
-    return LatentCache(f"{data.cache_dir}/latents", what, data.num_train, shape, data.latents_dtype)
+    arguments = cache_folder.local(data.cache_dir) / "latents", what, data.num_train, shape, data.latents_dtype
+    return SharedLatentCache(URL(data.cache_dir), *arguments) if is_url(data.cache_dir) else LatentCache(*arguments)
 
 
 def posterior_noise(

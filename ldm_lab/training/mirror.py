@@ -148,11 +148,6 @@ class Mirror:
                 raise LoadError(f"{self.store.root / MANIFEST}: {name!r} is no file of a stage")
         return found
 
-    def check(self) -> None:
-        """Write a small object, so that a missing bucket is heard of before hours of training."""
-        with tempfile.NamedTemporaryFile() as file:
-            self.store.upload(Path(file.name), "started")
-
     def restore(self) -> bool:
         """Copy the stage's files from the store if these are newer than the folder; returns whether they were.
 
@@ -202,7 +197,7 @@ def restore(configs: Sequence[dict[str, Any]]) -> None:
         if mirror is None:
             continue
         if is_first_process():
-            mirror.check()
+            mirror.store.require_writable()
         if config["resume"] == "never":
             if mirror.manifest() is not None:
                 raise UserError(f"resume=never, but {mirror.store.root} holds this run: choose another name=")

@@ -12,6 +12,7 @@ import importlib
 import os
 import random
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +140,11 @@ class Store:
                 shutil.copyfile(path, temporary)
             return
         self._try(lambda fs: fs.put_file(str(path), self._at(name)), name)
+
+    def require_writable(self) -> None:
+        """Write a small object, so that a missing bucket is heard of before hours of work."""
+        with tempfile.NamedTemporaryFile() as file:
+            self.upload(Path(file.name), "started")
 
     def remove(self, name: str) -> None:
         """Remove an object."""

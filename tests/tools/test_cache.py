@@ -5,9 +5,12 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 
+from ldm_lab.data.images import FolderImages
 from ldm_lab.data.latents import LatentCache
 from ldm_lab.tools import cache as command
+from tests.data.test_remote import forget
 
 WHAT = {
     "autoencoder": {"class": "VQModel", "weights": "abcd"},
@@ -33,7 +36,7 @@ def test_caches_are_listed_with_what_they_are(tmp_path, capsys):
     old, new = make(tmp_path, 40), make(tmp_path, 20)
     os.utime(old.folder / "meta.json", (time.time() - 40 * 86400,) * 2)
     title, *lines = run(tmp_path, capsys).splitlines()
-    assert title.startswith(f"{tmp_path}/latents: 2 cache(s)")
+    assert title.startswith(f"{tmp_path}: 2 cache(s)")
     assert [line.split()[0] for line in lines] == [new.key, old.key]
     assert lines[1].endswith("used  40 day(s) ago  40 FolderImages of 16 x 16, mirrored too, float16, by VQModel abcd")
     lower = make(tmp_path, 30, precision="bfloat16")
@@ -68,6 +71,38 @@ def test_only_what_a_cache_is_made_of_is_removed(tmp_path, capsys):
     assert not other.folder.exists()
     assert all(path.read_text() == "mine" for path in strange)
     assert link.is_symlink()
+
+
+def test_copies_of_stores_are_listed_and_removed(tmp_path, capsys):
+    """With their last use; foreign files stay."""
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"photos/{number}.png")
+
+    def use():
+        forget()  # as a new process
+        images = FolderImages(f"file://{tmp_path}/photos", "train", 8, val_fraction=0.5, cache_dir=tmp_path)
+        assert all(images[place] for place in range(len(images)))
+        capsys.readouterr()
+
+    use()
+    folder = next((tmp_path / "stores").iterdir())
+    copies = {path for path in folder.rglob("*") if path.is_file()}
+    title, line = run(tmp_path, capsys).splitlines()
+    assert title.startswith(f"{tmp_path}: 1 cache(s)")
+    assert line.startswith(folder.name)
+    assert line.endswith(f"used   0 day(s) ago  copies of file://{tmp_path}/photos")
+    os.utime(folder / "source.txt", (time.time() - 40 * 86400,) * 2)
+    use()
+    assert run(tmp_path, capsys, "--older-than", "30d") == ""
+    os.utime(folder / "source.txt", (time.time() - 40 * 86400,) * 2)
+    (folder / "objects/mine").mkdir()
+    (folder / "mine.txt").write_text("mine")
+    assert run(tmp_path, capsys, "--verify") == ""
+    assert run(tmp_path, capsys, "--older-than", "30d").startswith(f"removed: {folder.name}")
+    assert not any(path.exists() for path in copies)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    use()
 
 
 def test_a_cache_that_is_being_filled_stays(tmp_path, capsys):

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_lab.tools.cache import default_folder
+from ldm_lab.utils.cache_folder import default_folder, local
 from ldm_lab.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--nodes", type=int, default=1, help="machines; start the command on each (default: %(default)s)")
     add("--accelerator", default="auto", help="cpu, gpu, or what there is (default: %(default)s)")
     add("--num-workers", type=int, default=0, help="processes that load images on each device (default: %(default)s)")
-    add("--cache", type=Path, help="paths.cache: drawn images, extractors, features (default: that of train.py)")
+    add("--cache", type=local, help="paths.cache: drawn images, extractors, features (default: that of train.py)")
     add("--plugins", nargs="*", default=[], help="packages whose classes the model or its data may name")
     return parser
 

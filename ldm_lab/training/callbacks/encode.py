@@ -54,14 +54,15 @@ class Encode(Callback):
             return
         cache = latent_cache(module.autoencoder, data)
         encode = Encoder(module.autoencoder, cache, data.latents_precision)
-        check_room(cache, data.cache_dir)
+        check_room(cache)
         cache.open_folder()
-        share = len(cache.shards) * trainer.global_rank // trainer.world_size  # each rank begins at a different shard
+        if trainer.local_rank == 0:
+            cache.share()
         missing = new = cache.missing()
         with Bar(cache, missing, shown=trainer.is_global_zero and bool(missing)) as bar:
             while missing := cache.missing():
-                order = [n for n in missing if n >= share] + [n for n in missing if n < share]
-                if not encode_free(cache, order, data, encode, bar):
+                order = cache.order(missing, trainer.global_rank / trainer.world_size)
+                if not encode_free(cache, order, data, encode, bar) and cache.missing():
                     time.sleep(WAIT)
                 bar.update()
         data.cached = CachedLatents(cache, data.train_set)
@@ -80,7 +81,7 @@ def tell(logger: RunLogger, cache: LatentCache, new: bool) -> None:
         logger.use_artifact("latents", cache.key)
 
 
-def check_room(cache: LatentCache, cache_dir: object) -> None:
+def check_room(cache: LatentCache) -> None:
     """Raises `UserError` if the disk has no room for the missing latents, or the folder is not writable."""
     needed = cache.num_bytes(sum(len(cache.indices(shard)) for shard in cache.missing()))
     if needed:
@@ -88,8 +89,9 @@ def check_room(cache: LatentCache, cache_dir: object) -> None:
     folder = next(path for path in cache.folder.absolute().parents if path.exists())
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
-            f"paths.cache={cache_dir}: {readable(free)} are free, and the latents need {readable(needed)}:"
-            " choose another place, or data.latents=online; python -m ldm_lab cache shows what is kept"
+            f"paths.cache={cache.folder.parents[1]}: {readable(free)} are free, and the latents need"
+            f" {readable(needed)}: choose another place, or data.latents=online;"
+            " python -m ldm_lab cache shows what is kept"
         )
 
 

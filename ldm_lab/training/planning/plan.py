@@ -112,7 +112,7 @@ def encoding_line(trial: Trial) -> str:
     count = sum(len(cache.indices(shard)) for shard in cache.missing())
     if not count:
         return f"done, by an earlier run: {cache.folder}"
-    check_room(cache, data.cache_dir)
+    check_room(cache)
     autoencoder.to(trial.device)
     encode, ends, images = Encoder(autoencoder, cache, data.latents_precision), [], []
     for batch in data.training_sample(data.num_train):
