@@ -20,6 +20,7 @@ from ldm_lab.utils.hub import INDEX
 from ldm_lab.utils.lengths import parse_images, short
 from ldm_lab.utils.reading import LoadError, read_json
 from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.urls import is_url, masked
 
 RESULTS = {"autoencoder": "config.json", "diffusion": INDEX}  # written last, so this file marks a complete result
 SNAPSHOTS = "snapshots"
@@ -67,8 +68,11 @@ def search(source: str | Path, stage: str) -> State | None:
     the same command will reach exactly that state again.
 
     Raises:
-        LoadError: there is no such file, folder or snapshot.
+        LoadError: there is no such file, folder or snapshot, or it is an address in a store.
     """
+    if is_url(source):
+        advice = "with its paths.mirror= the same train.py command brings a run here"
+        raise LoadError(f"{masked(str(source))}: models are read from a folder of this machine; {advice}")
     path = shell.path(source)
     if path.is_file():
         return _checkpoint(path, path)

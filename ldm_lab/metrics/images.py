@@ -206,10 +206,10 @@ class WholeFolder(FolderImages):
     """All images of a folder or archive, sorted by name, without a held-out split.
 
     Args:
-        root: the folder, or a zip or tar archive.
+        root: the folder, or a zip or tar archive; with `cache_dir` also in a store.
         image_size: pixels, one number or (height, width).
         max_pixels: maximum pixels of an image; None: Pillow's limit.
-        **values: `channels` and `value_range` of `FolderImages`.
+        **values: `channels`, `value_range` and `cache_dir` of `FolderImages`.
 
     Raises:
         UserError: the folder is missing or holds fewer than two images.

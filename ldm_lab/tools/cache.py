@@ -1,4 +1,4 @@
-"""List the latents and the copies of images in stores that runs have cached, check latents, and remove what is old.
+"""List cached latents and copies of images from stores, and remove what is not needed any more.
 
 Without a flag they are listed: key, size, when a run last used them, and what they are of. Only caches are removed,
 only when asked for by one of --prune, --older-than and --all, and of their folders only the files that they are made

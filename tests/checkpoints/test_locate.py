@@ -117,6 +117,8 @@ def test_nothing_to_find(tmp_path):
         find(mark(tmp_path / "autoencoder/final", "config.json"))
     with pytest.raises(LoadError, match="elsewhere: no such file or folder"):
         find(tmp_path / "elsewhere")
+    with pytest.raises(LoadError, match=r"^s3://\*\*\*@host/run: models are read from a folder of this machine"):
+        find("s3://me:secret@host/run")
 
 
 def test_a_first_stage_is_found_likewise(tmp_path):

@@ -94,7 +94,7 @@ class Request:
         """
         features.check(self.features, self.weights, pixels.channels)
         if self.data:
-            more = (self.num_reference, self.max_pixels, pixels)
+            more = (self.num_reference, self.max_pixels, pixels, self.cache_dir)
             found = sources.named_data(self.data, size, self.said_of(run), *more)
         else:
             found = self.run_data(run)

@@ -25,6 +25,7 @@ from ldm_lab.utils.errors import UserError, one_line
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat
 from ldm_lab.utils.reading import LoadError, blaming, read_json, read_yaml
+from ldm_lab.utils.urls import is_url, masked
 
 CONFIG = "config.yaml"
 SETS = (AvatarImages, FolderImages, HubImages, DrawnImages, drawn_or_folder)
@@ -181,8 +182,9 @@ def named_data(
     most: int | None = None,
     max_pixels: int | None = None,
     pixels: PixelFormat = RGB_8_BIT,
+    cache_dir: str | Path | None = None,
 ) -> Target:
-    """The target of `--data`: statistics, images in an `.npz`, or all images of a folder or archive.
+    """The target of `--data`: statistics, images in an `.npz`, or all images of a folder, an archive or a store.
 
     Args:
         name: the name as typed.
@@ -191,14 +193,16 @@ def named_data(
         most: maximum number of images to compare with.
         max_pixels: maximum pixels of an image file; None: Pillow's limit.
         pixels: channels and range of the evaluated images.
+        cache_dir: folder for copies of what a store holds.
 
     Raises:
         LoadError: the data cannot be used.
     """
     path = Path(name)
     if path.suffix != ".npz":
-        known = DataPixels(WholeFolder(path, size, max_pixels, **of_format(pixels)), name)
-        return Target(DataPixels(known.data, name, most), known=known)
+        place = name if is_url(name) else path
+        known = DataPixels(WholeFolder(place, size, max_pixels, cache_dir=cache_dir, **of_format(pixels)), masked(name))
+        return Target(DataPixels(known.data, known.source, most), known=known)
     if not path.is_file():
         raise LoadError(f"--data {name}: no such file")
     if read_header(path) is None and "arr_0" in names(path):

@@ -154,7 +154,7 @@ def test_folders_and_arrays_of_the_samples_have_the_figures_of_the_run(run, cach
     assert [read_evaluation(path).content["kind"] for path in beside.glob("*.json")] == ["images"]
 
 
-def test_real_images_may_be_a_folder_or_an_array(run, cache, tmp_path):
+def test_real_images_may_be_a_folder_in_a_store_or_an_array(run, cache, tmp_path, s3):
     colours = np.random.default_rng(0).integers(0, 256, (20, 48, 40, 3), dtype=np.uint8)
     for index, picture in enumerate(colours):
         (tmp_path / "real").mkdir(exist_ok=True)
@@ -163,6 +163,8 @@ def test_real_images_may_be_a_folder_or_an_array(run, cache, tmp_path):
     assert folder.keys() == DISTRIBUTION  # none is held out
     (content,) = written(run)
     assert content["reference"]["count"] == 20
+    store = evaluate(request(run, cache, data=s3.put_folder(tmp_path / "real", "real")))
+    assert {name: value.value for name, value in store.items()} == {name: value.value for name, value in folder.items()}
     np.savez(tmp_path / "real.npz", arr_0=colours[:, :32, :32])
     assert evaluate(request(run, cache, data=str(tmp_path / "real.npz"))).keys() == DISTRIBUTION
 
