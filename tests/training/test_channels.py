@@ -1,6 +1,7 @@
 """Both stages on images that are not 8-bit RGB: grey ones of 16 bits with a KL first stage, five channels with VQ."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from ldm_lab.tools.evaluate.evaluate import evaluate, evaluate_autoencoder
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.pixels import PixelFormat
 from ldm_lab.utils.reading import read_yaml
+from tests.reliability.commands import ROOT, torchrun
 from tests.tools.evaluate.requests import request
 from tests.trained import SMALL, metrics, snapshot, train, undisturbed
+from tests.training.test_resume import assert_same_training, interrupt
 
 GREY, FIVE = PixelFormat(1, (0.0, 65535.0)), PixelFormat(5, (-3.0, 900.0))
 RECIPES = {GREY: ("lsun_churches", "data.value_range=[0,65535]"), FIVE: ("celebahq", "data.value_range=[-3,900]")}
@@ -69,6 +72,33 @@ def test_diffusers_loads_the_result(runs):
     images = [pipe(2, torch.Generator().manual_seed(0), **draw).images for pipe in (ours, theirs)]
     assert images[0].shape == (2, 32, 32, 5)
     np.testing.assert_allclose(*images, atol=1e-3)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("pixels", RECIPES)
+def test_both_stages_resume_exactly(runs, pixels, tmp_path):
+    own = (*settings(pixels), *SHORT, "data.preview_channels=[0]")
+    for stage in ("autoencoder", "diffusion"):
+        with pytest.raises(SystemExit):
+            train(tmp_path, *own, *interrupt(stage, 16))
+    train(tmp_path, *own)
+    for stage in ("autoencoder", "diffusion"):
+        assert_same_training(run_of(tmp_path, pixels) / stage, run_of(runs, pixels) / stage)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("pixels", RECIPES)
+def test_two_processes_draw_the_samples_of_one(runs, pixels, tmp_path):
+    run = run_of(runs, pixels)
+    with undisturbed():
+        sample.job(command(run, tmp_path / "one", num_samples=5))
+    several = {"num_samples": 5, "trainer": "ddp", "trainer.accelerator": "cpu", "trainer.devices": 2}
+    done = subprocess.run(torchrun("sample.py", *command(run, tmp_path / "two", **several)), cwd=ROOT, check=False)
+    assert done.returncode == 0
+    one, two = (sorted((tmp_path / name / "images").iterdir()) for name in ("one", "two"))
+    assert len(one) == 5
+    assert [path.name for path in one] == [path.name for path in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
 
 
 def command(run, output, **more):
