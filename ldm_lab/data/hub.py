@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from ldm_lab.data.files import Files, Found, Place
 from ldm_lab.data.images import FolderImages
+from ldm_lab.data.storage.files import Files, Found, Place
 from ldm_lab.utils import cache_folder, shell
 from ldm_lab.utils.errors import UserError, first_line
 from ldm_lab.utils.limits import Harmless

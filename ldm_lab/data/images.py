@@ -14,15 +14,15 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from PIL import Image, ImageColor
 
-from ldm_lab.data.archives import ARCHIVES
 from ldm_lab.data.arrays import ArrayImage, MismatchError
 from ldm_lab.data.dataset import ImageDataset, digest, sorted_marks
-from ldm_lab.data.decode import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, limited
-from ldm_lab.data.decode_arrays import NPY_FILES
-from ldm_lab.data.files import Files, Folder, Found, Place
+from ldm_lab.data.decoding.arrays import NPY_FILES
+from ldm_lab.data.decoding.pictures import EXTENSIONS, FORMATS, NoImageError, PixelLimitError, limited
+from ldm_lab.data.decoding.reader import PixelReader
 from ldm_lab.data.held_out import is_held_out
-from ldm_lab.data.pixel_reader import PixelReader
-from ldm_lab.data.shards import Shards, open_files
+from ldm_lab.data.storage.archives import ARCHIVES
+from ldm_lab.data.storage.files import Files, Folder, Found, Place
+from ldm_lab.data.storage.shards import Shards, open_files
 from ldm_lab.data.transforms import covering_size
 from ldm_lab.data.value_range import Range, ValueRange, measured, parse_range
 from ldm_lab.utils import signatures

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_lab.data.dataset import ImageDataset, digest, spread
-from ldm_lab.data.decode import EXTENSIONS
-from ldm_lab.data.decode_arrays import NPY_FILES
-from ldm_lab.data.files import Found
+from ldm_lab.data.decoding.arrays import NPY_FILES
+from ldm_lab.data.decoding.pictures import EXTENSIONS
 from ldm_lab.data.images import FolderImages
-from ldm_lab.data.stack import open_array
+from ldm_lab.data.storage.files import Found
+from ldm_lab.data.storage.stack import open_array
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.images import to_unit
 from ldm_lab.utils.pixels import RGB_8_BIT, PixelFormat

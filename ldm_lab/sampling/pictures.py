@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_lab.data.decode import EXTENSIONS, PixelLimitError
-from ldm_lab.data.decode_arrays import NPY_FILES
-from ldm_lab.data.pixel_reader import PixelReader
+from ldm_lab.data.decoding.arrays import NPY_FILES
+from ldm_lab.data.decoding.pictures import EXTENSIONS, PixelLimitError
+from ldm_lab.data.decoding.reader import PixelReader
 from ldm_lab.data.transforms import center_crop, resize_to_cover, to_tensor
 from ldm_lab.diffusion.denoising import denoise
 from ldm_lab.diffusion.guidance import NO_GUIDANCE, Guidance

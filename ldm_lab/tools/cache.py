@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import filelock
 
-from ldm_lab.data import copies, latents
+from ldm_lab.data import latents
 from ldm_lab.data.latents import KEY, META, is_intact
+from ldm_lab.data.storage import copies
 from ldm_lab.utils.cache_folder import default_folder, local
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, read_json

@@ -28,6 +28,8 @@ MOVED = {
     "checkpoint": "checkpoints.checkpoint", "parts": "checkpoints.parts", "states": "checkpoints.locate",
     "state_dicts": "checkpoints.state_dicts", "interop": "checkpoints",
     "diffusion.thresholding": "diffusion.broadcast",
+    "data.files": "data.storage.files", "data.archives": "data.storage.archives",
+    "data.decode": "data.decoding.pictures", "data.metadata": "data.decoding.metadata",
     "models.encoder": "models.encoder_decoder", "models.decoder": "models.encoder_decoder",
     "models.gaussian": "models.outputs", "training.slurm": "training.launcher",
     "training.callbacks.same_start": "training.callbacks.ranks",

@@ -16,8 +16,8 @@ from ldm_lab.checkpoints import checkpoint
 from ldm_lab.checkpoints.compvis import is_checkpoint
 from ldm_lab.checkpoints.locate import find
 from ldm_lab.checkpoints.state_dicts import tensors_in, unwrapped
-from ldm_lab.data.archives import open_root
 from ldm_lab.data.images import FolderImages, ImageError
+from ldm_lab.data.storage.archives import open_root
 from ldm_lab.losses.perceptual import LPIPS
 from ldm_lab.metrics.extractors import read_again
 from ldm_lab.metrics.images import open_array

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ldm_lab.data.arrays import ArrayImage, MismatchError, Samples, to_image, turned
 from ldm_lab.data.datamodule import ImageDataModule
-from ldm_lab.data.decode_arrays import decode_samples
+from ldm_lab.data.decoding.arrays import decode_samples
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.data.images import FolderImages, ImageError
 from ldm_lab.data.transforms import center_crop, is_flipped, resize_to_cover

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm_lab.data import archives
-from ldm_lab.data.archives import TarArchive, ZipArchive, open_root
-from ldm_lab.data.decode import EXTENSIONS
+from ldm_lab.data.decoding.pictures import EXTENSIONS
 from ldm_lab.data.drawn import drawn_or_folder
-from ldm_lab.data.files import Folder
 from ldm_lab.data.images import FolderImages, ImageError
+from ldm_lab.data.storage import archives
+from ldm_lab.data.storage.archives import TarArchive, ZipArchive, open_root
+from ldm_lab.data.storage.files import Folder
 from tests.data.pictures import save
 
 NAMES = ["a.png", "b/c.png", "b/deep/er/d.JPG", "ünï/çødé 猫.webp", f"{'long' * 40}/e.png", "notes.txt"]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from ldm_lab.data import decode
-from ldm_lab.data.decode import EXTENSIONS
+from ldm_lab.data.decoding import pictures
+from ldm_lab.data.decoding.pictures import EXTENSIONS
 from ldm_lab.data.images import FolderImages, ImageError
 from tests.data.pictures import (
     BLUE,
@@ -58,12 +58,12 @@ def test_every_type(tmp_path, suffix):
 
 
 def test_what_pillow_does_not_read_here_is_no_image(monkeypatch):
-    monkeypatch.setattr(decode.features, "check_module", lambda name: False)
-    monkeypatch.setattr(decode.features, "check_codec", lambda name: False)
+    monkeypatch.setattr(pictures.features, "check_module", lambda name: False)
+    monkeypatch.setattr(pictures.features, "check_codec", lambda name: False)
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
-    assert not {"AVIF", "JPEG2000", "HEIF"} & set(decode._formats())
+    assert not {"AVIF", "JPEG2000", "HEIF"} & set(pictures._formats())
     monkeypatch.setitem(Image.OPEN, "HEIF", None)  # as a plugin registers it
-    assert ".heic" in decode._formats()["HEIF"]
+    assert ".heic" in pictures._formats()["HEIF"]
 
 
 @pytest.mark.parametrize("content", ["JPEG", "WEBP", "PNG"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from ldm_lab.data.decode import FORMATS, decode
+from ldm_lab.data.decoding.pictures import FORMATS, decode
 from ldm_lab.data.images import ImageError
 from tests.data.pictures import assert_four_corners, four_corners, read
 from tests.security.guard import guarded

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ldm_lab.data import remote, shards
-from ldm_lab.data.copies import Copies, pack, unpack
 from ldm_lab.data.images import FolderImages
-from ldm_lab.data.shards import expanded, open_files
+from ldm_lab.data.storage import remote, shards
+from ldm_lab.data.storage.copies import Copies, pack, unpack
+from ldm_lab.data.storage.shards import expanded, open_files
 from ldm_lab.utils import stores
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.stores import StoreError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ldm_lab.data.archives import open_root
 from ldm_lab.data.images import FolderImages, ImageError
+from ldm_lab.data.storage.archives import open_root
 from ldm_lab.utils.errors import UserError
 from tests.data.pictures import FIVE_CHANNELS, field
 

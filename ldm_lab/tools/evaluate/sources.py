@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm_lab.checkpoints import locate
-from ldm_lab.data.archives import ARCHIVES
 from ldm_lab.data.avatars import AvatarImages
 from ldm_lab.data.dataset import ImageDataset
 from ldm_lab.data.drawn import DrawnImages, drawn_or_folder
 from ldm_lab.data.hub import HubImages
 from ldm_lab.data.images import FolderImages
+from ldm_lab.data.storage.archives import ARCHIVES
 from ldm_lab.metrics.images import ArrayPixels, DataPixels, Pixels, WholeFolder
 from ldm_lab.metrics.reference import names, read_header
 from ldm_lab.runs.stages import STAGES

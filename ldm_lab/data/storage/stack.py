@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_lab.data.files import Files, Place
+from ldm_lab.data.storage.files import Files, Place
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError, reason
 

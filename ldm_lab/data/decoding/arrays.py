@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ldm_lab.data.arrays import FULL, RGB, MismatchError, Samples, fit_channels, full_range, turned
-from ldm_lab.data.decode import PixelLimitError, decode, opened
-from ldm_lab.data.metadata import PNG, TIFF
+from ldm_lab.data.decoding.metadata import PNG, TIFF
+from ldm_lab.data.decoding.pictures import PixelLimitError, decode, opened
 from ldm_lab.data.transforms import UPRIGHT, to_8_bit, to_rgb, turn_of
 from ldm_lab.utils import png16
 

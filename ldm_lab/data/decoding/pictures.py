@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError, features
 
-from ldm_lab.data.metadata import with_sound_tags, without_metadata
+from ldm_lab.data.decoding.metadata import with_sound_tags, without_metadata
 from ldm_lab.data.transforms import RGB, to_rgb
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import kind_of

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from ldm_lab.data.files import Files, Folder, Found, Place, is_hidden, sort_members
-from ldm_lab.data.stack import open_stack
+from ldm_lab.data.storage.files import Files, Folder, Found, Place, is_hidden, sort_members
+from ldm_lab.data.storage.stack import open_stack
 from ldm_lab.utils import shell
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import kind_of

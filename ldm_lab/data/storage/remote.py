@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm_lab.data.copies import Arrays, Copies, pack, unpack
-from ldm_lab.data.files import Files, Found, Place, is_hidden, sort_members
+from ldm_lab.data.storage.copies import Arrays, Copies, pack, unpack
+from ldm_lab.data.storage.files import Files, Found, Place, is_hidden, sort_members
 from ldm_lab.utils.stores import Object, Store, StoreError
 from ldm_lab.utils.urls import URL
 
@@ -211,7 +211,7 @@ _require_same = functools.lru_cache(maxsize=4096)(require_same)  # once in each 
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(AT_ONCE, "ldm_lab.data.remote")
+    return ThreadPoolExecutor(AT_ONCE, "ldm_lab.data.storage.remote")
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,10 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_lab.data.archives import AGAIN, ARCHIVES, Archive, TarArchive, ZipArchive, open_archive, open_root, without_top
-from ldm_lab.data.copies import Arrays, Copies, pack, unpack
-from ldm_lab.data.files import Files, Found, Place, sort_members
-from ldm_lab.data.remote import KEY, RemoteFile, RemoteFolder
+from ldm_lab.data.storage.archives import (
+    AGAIN,
+    ARCHIVES,
+    Archive,
+    TarArchive,
+    ZipArchive,
+    open_archive,
+    open_root,
+    without_top,
+)
+from ldm_lab.data.storage.copies import Arrays, Copies, pack, unpack
+from ldm_lab.data.storage.files import Files, Found, Place, sort_members
+from ldm_lab.data.storage.remote import KEY, RemoteFile, RemoteFolder
 from ldm_lab.utils import shell
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.lengths import parse_bytes

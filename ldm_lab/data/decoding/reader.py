@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import Image
 
 from ldm_lab.data.arrays import FULL, RGB, ArrayImage, Samples, extremes, fit_channels, full_range, to_image
-from ldm_lab.data.decode_arrays import decode_8_bit, decode_samples
+from ldm_lab.data.decoding.arrays import decode_8_bit, decode_samples
 from ldm_lab.data.value_range import Range
 from ldm_lab.utils.pixels import PixelFormat
 
