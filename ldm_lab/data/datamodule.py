@@ -188,7 +188,7 @@ class ImageDataModule(lightning.LightningDataModule):
     def _groups(self) -> Tensor | None:
         if self.order == "uniform":
             return None
-        if (groups := self.train_set.groups()) is None:
+        if (groups := self.train_set.groups(self.shard_window)) is None:
             raise UserError("data.order=shards: needs a set of archives, such as data.root=shards-{000..099}.tar")
         return torch.from_numpy(groups)
 

@@ -89,8 +89,11 @@ class ImageDataset(Dataset):
         """A phrase on the files beside the images that are not images; "" without such files."""
         return ""
 
-    def groups(self) -> np.ndarray | None:
-        """Number of the archive that holds each image: `(N,)`; `None` unless the images lie in a set of archives."""
+    def groups(self, window: int) -> np.ndarray | None:
+        """Number of the archive that holds each image: `(N,)`; `None` unless the images lie in a set of archives.
+
+        Raises `UserError` if the limit of copies has no room for the archives that are mixed, `window` of them.
+        """
         return None
 
     def prepare(self) -> None:

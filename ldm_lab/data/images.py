@@ -217,9 +217,12 @@ class FolderImages(ImageDataset):
         )
         return [self[key] for key in keys]
 
-    def groups(self) -> np.ndarray | None:
+    def groups(self, window: int) -> np.ndarray | None:
         """See `ImageDataset.groups`."""
-        return self._found.places[:, 0] if isinstance(self.files, Shards) else None
+        if not isinstance(self.files, Shards):
+            return None
+        self.files.require_room(window)
+        return self._found.places[:, 0]
 
     def _next_decodable(self, index: int, position: int | None) -> dict[str, Any]:
         errors = []

@@ -122,8 +122,8 @@ def test_a_local_set_of_archives_is_its_folder(ending, photos, tmp_path):
     pattern = pack_shards(photos, tmp_path / "x", ending)
     images = both(tmp_path / "x" / pattern, None)
     assert_same(images, both(photos, None))
-    assert set(images[0].groups().tolist()) == {0, 1, 2}
-    assert both(photos, None)[0].groups() is None
+    assert set(images[0].groups(8).tolist()) == {0, 1, 2}
+    assert both(photos, None)[0].groups(8) is None
     again = pickle.loads(pickle.dumps(images[0]))
     assert torch.equal(again[0]["image"], images[0][0]["image"])
     (tmp_path / "x" / f"set-01.{ending}").unlink()
@@ -171,6 +171,7 @@ def test_braces(pattern, expected):
         ("ftp://x/y", "ftp://x/y: no such kind of store; there are s3, gs, az, http, https, file"),
         ("https://me:pw@x/y?sig=abc", "data.root=https://***@x/y?***: a web server lists no files"),
         ("s3://x/y.tar.gz", "data.root=s3://x/y.tar.gz: compressed"),
+        ("s3://x/y.npy", "data.root=s3://x/y.npy: one array is read by memory map: copy it to a local folder"),
         ("s3://x/a{9..1}.tar", "data.root=s3://x/a{9..1}.tar: {9..1} must count upwards"),
         ("a{2..1}.tar", "data.root=a{2..1}.tar: {2..1} must count upwards"),
     ],
@@ -344,6 +345,11 @@ def test_reading_shard_by_shard_keeps_a_window(photos, tmp_path, s3):
     size = max(path.stat().st_size for path in (tmp_path / "x").iterdir())
     files = open_files(root, tmp_path / "cache", 2 * size)
     members = list(files.members())
+    files.require_room(1)
+    with pytest.raises(
+        UserError, match=rf"^paths\.cache_limit={2 * size}: data\.shard_window=2 may need [\d,]+ bytes, "
+    ):
+        files.require_room(2)
     for number in (2, 0, 1):
         wanted = [member for member in members if member[1][0] == number]
         files.ahead(wanted, stream=True)

@@ -19,6 +19,7 @@ import numpy as np
 from ldm_lab.data.storage.archives import (
     AGAIN,
     ARCHIVES,
+    STACKS,
     Archive,
     TarArchive,
     ZipArchive,
@@ -71,6 +72,9 @@ class Shards(Files):
         """Size by the archive's directory."""
         return self.archives[place[0]].size(name, place[1:])
 
+    def require_room(self, window: int) -> None:
+        """Raise `UserError` if the limit of copies is too low to read `window` archives at a time."""
+
     def modified(self, name: str, place: Place) -> int:
         """Time of the last change of the member's archive."""
         return self.archives[place[0]].modified(name, place[1:])
@@ -110,6 +114,15 @@ class RemoteShards(Shards):
             file = archives[number].root
             if (stream or kept[number]) and not file.copy.exists():
                 _begin_to_copy(file, self.copies)
+
+    def require_room(self, window: int) -> None:
+        """Raise `UserError` if the limit of copies does not hold the window and the archive that comes next."""
+        needed = int(np.sort(_indexed(self)[1]["shard_sizes"])[-window - 1 :].sum())
+        if self.copies.limit is not None and needed > self.copies.limit:
+            raise UserError(
+                f"paths.cache_limit={self.copies.limit}: data.shard_window={window} may need {needed:,} bytes, of the"
+                " largest archives in the window and the next one: raise the limit, or lower the window"
+            )
 
     def modified(self, name: str, place: Place) -> int:
         """Hash of the tag of the member's archive."""
@@ -160,6 +173,8 @@ def open_files(root: str | Path | None, cache_dir: str | Path | None, cache_limi
             raise UserError(f"{KEY}={url}: compressed, so that no image can be read without all before it; {AGAIN}")
         if url.scheme.startswith("http") and not url.name.lower().endswith(ARCHIVES):
             raise UserError(f"{KEY}={url}: a web server lists no files: name a .zip or .tar file, or a set of them")
+        if url.name.lower().endswith(STACKS):
+            raise UserError(f"{KEY}={url}: one array is read by memory map: copy it to a local folder")
         kind = RemoteShards if url.name.lower().endswith(ARCHIVES) else RemoteFolder
         return kind(url, Copies.of(url, cache_dir, limit))
     if root is not None and BRACES.search(str(root)) and not shell.path(root).exists():
