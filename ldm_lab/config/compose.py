@@ -45,7 +45,7 @@ from ldm_lab.utils.terminal import lenient
 from ldm_lab.utils.threads import wait_asleep
 from ldm_lab.utils.urls import masked, without_secrets
 
-# Keys with a number of images, which may be typed as 250k, 2M or 100ep.
+# Keys with a number of images, which may be typed as 250k, 2M or 100ep, all but the first also as 25% of the first.
 LENGTHS = ("max_images", "validate_every", "checkpoint_every", "preview_every", "snapshots")
 
 FILES = ("data.root", "data.channels", "data.value_range")  # keys that both stages must have alike
@@ -185,7 +185,8 @@ def check(config: DictConfig, plugins: Any) -> DictConfig:  # noqa: ANN401
         for key in LENGTHS:
             if isinstance(text := OmegaConf.select(config, key), str):
                 epoch = _epoch(config) if text.strip().endswith("ep") else None
-                OmegaConf.update(config, key, parse_images(text, key, epoch))
+                stage = None if key == "max_images" else config.max_images
+                OmegaConf.update(config, key, parse_images(text, key, epoch, stage))
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error

@@ -18,6 +18,13 @@ def test_epochs_are_of_the_training_images_and_never_cut_short():
     assert parse_images("0.5ep", "max_images", epoch=3) == 2
 
 
+def test_a_share_is_of_the_stage():
+    assert parse_images("25%", "snapshots", stage=24_000) == 6000
+    assert parse_images("33.3%", "snapshots", stage=100) == 34
+    with pytest.raises(ValueError, match=r"^max_images=25%: must be a whole number of images, such as 4000"):
+        parse_images("25%", "max_images")
+
+
 @pytest.mark.parametrize("text", ["many", "2m", "-3", "1e6", "", "M", "2 Mio", "1.0005", "0.0000001M", None])
 def test_anything_else_is_refused_by_name(text):
     with pytest.raises(ValueError, match=f"^max_images={text}: "):
