@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ldm_lab.config.compose import Recipe, run
-from ldm_lab.utils import shell
 from ldm_lab.utils.errors import doing
 
 USAGE = """Train a latent diffusion model: an autoencoder, then diffusion on its latents.
@@ -50,8 +49,8 @@ def job(overrides: list[str]) -> float | None:
             config.autoencoder = f"{before.paths.stage}/final"
         with watched(), doing(f"training stage {config.stage} of {config.paths.runs}/{config.name}"):
             metrics = stages.train(config, command, recipe.typed)
-    sampling = shell.command("sample.py", f"ckpt={configs[-1].paths.runs}/{configs[-1].name}")
-    say(f"Done. Next: {sampling if configs[-1].stage == 'diffusion' else recipe.command('diffusion')}")
+    trained = configs[-1]
+    say(f"Done. Next: {stages.sampling(trained) if trained.stage == 'diffusion' else recipe.command('diffusion')}")
     return stages.optimized(metrics, configs[-1].optimized_metric)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from ldm_lab.checkpoints import locate
 from ldm_lab.checkpoints.checkpoint import fingerprint
 from ldm_lab.config import channels, kinds
 from ldm_lab.config.checks import check_code
@@ -27,14 +28,17 @@ from ldm_lab.training.power_ema import PowerEMA
 from ldm_lab.training.quiet import quiet
 from ldm_lab.training.run import RunFolder, Schedule, Stopped, essentials, first_stage, fit
 from ldm_lab.training.stage_module import StageModule
-from ldm_lab.utils import cache_folder, locks, signatures
+from ldm_lab.utils import cache_folder, locks, shell, signatures
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.lengths import short
 from ldm_lab.utils.limits import Positive
 from ldm_lab.utils.nested import find
 from ldm_lab.utils.signals import STOPPING
 from ldm_lab.utils.terminal import is_first_process, say
 from ldm_lab.utils.urls import without_secrets
 from ldm_lab.utils.writing import require_writable
+
+GUIDANCE = 1.5  # w of autoguidance that lowers the distance on every set that was tried: docs/guidance.md
 
 
 def initial_settings(config: DictConfig, typed: Collection[str]) -> dict[str, Any]:
@@ -240,6 +244,14 @@ def _train(
     if copy and is_first_process():
         copy.save()
     return stop
+
+
+def sampling(config: DictConfig) -> str:
+    """The command that draws samples of a finished run, guided by its first snapshot if it has one."""
+    run = f"{config.paths.runs}/{config.name}"
+    first = min(locate.snapshots(Path(config.paths.stage, locate.SNAPSHOTS)), default=config.max_images)
+    guided = (f"guide={run}@{short(first)}", f"guidance={GUIDANCE}") if first < config.max_images else ()
+    return shell.command("sample.py", f"ckpt={run}", *guided)
 
 
 def end_by(status: int, line: str) -> NoReturn:

@@ -116,7 +116,7 @@ VARIANTS = (
         "post_hoc", "moving average", "post hoc, length 0.03",
         ("model.power_ema=[0.05,0.1]", "snapshots=700"), flags=("--ema", "0.03"),
     ),
-    Variant("autoguidance", "guidance", "by its snapshot at a quarter of the training, w = 2", guidance=2.0),
+    Variant("autoguidance", "guidance", "by its snapshot at a quarter of the training, w = 1.5", guidance=1.5),
 )  # fmt: skip
 SAMPLERS = (("ddim", 10, 0), ("ddim", 20, 0), ("ddim", 50, 0), ("ddim", 200, 0), ("ddim", 50, 1),
             ("dpm_solver", 10, 0), ("dpm_solver", 20, 0))  # fmt: skip

@@ -84,6 +84,6 @@ def test_a_guided_row_is_guided_by_its_own_snapshot(tmp_path, monkeypatch):
         shop.evaluate(variant, 0, quality.STANDARD)
     run = tmp_path / f"{variant.name}_0"
     assert "snapshots=5600" in lines[0]
-    assert f"--guidance 2.0 --guide {run}@5600" in lines[1]
-    folder = run / "tables/num-samples_8_sampler_dpm_solver_steps_20_eta_0_guidance_2.0"
+    assert f"--guidance 1.5 --guide {run}@5600" in lines[1]
+    folder = run / "tables/num-samples_8_sampler_dpm_solver_steps_20_eta_0_guidance_1.5"
     assert str(folder) in lines[1]

@@ -1,18 +1,31 @@
 """Both stages from the command line on, in their tiny form: what is written, skipped, continued and refused."""
 
 import json
+import shlex
 
 import pytest
 import torch
 
+import sample
 from ldm_lab.config import stages
+from ldm_lab.config.compose import Recipe
 from ldm_lab.data.drawn import DrawnImages
 from ldm_lab.models.vq_model import VQModel
 from ldm_lab.pipeline import LDMPipeline
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.reading import LoadError
 from tests.helpers import assert_close_relative
-from tests.trained import EXPERIMENTS, WEIGHTS, assert_equal, final_weights, last_checkpoint, metrics, snapshot, train
+from tests.trained import (
+    EXPERIMENTS,
+    WEIGHTS,
+    assert_equal,
+    final_weights,
+    last_checkpoint,
+    metrics,
+    snapshot,
+    train,
+    undisturbed,
+)
 
 STAGES = ("autoencoder", "diffusion")
 CELEBAHQ = "experiment=celebahq"
@@ -103,6 +116,23 @@ def test_a_second_run_trains_nothing_and_touches_nothing(tiny_runs, capsys):
     assert lines[-1] == f"Done. Next: python sample.py ckpt={tiny_runs}/celebahq"
     assert loss == pytest.approx(metrics(tiny_runs / "celebahq/diffusion")[64]["val/loss"], rel=1e-5)
     assert snapshot(tiny_runs) == before
+
+
+def test_a_run_with_snapshots_is_sampled_with_the_first_as_its_guide(tiny_runs, tmp_path, capsys):
+    """The line that a training ends with is one that runs."""
+    train(tmp_path, f"{CELEBAHQ}/diffusion", f"autoencoder={tiny_runs}/celebahq", "snapshots=25%", "max_images=32")
+    run, line = tmp_path / "celebahq", capsys.readouterr().out.splitlines()[-1]
+    assert line == f"Done. Next: python sample.py ckpt={run} guide={run}@8 guidance=1.5"
+    with undisturbed():
+        sample.job([*shlex.split(line)[4:], "num_samples=2", "sampler.steps=2", "trainer=cpu"])
+    (manifest,) = run.glob("samples/*/manifest.json")
+    assert json.loads(manifest.read_text())["guidance"] == 1.5
+
+
+@pytest.mark.parametrize("recipe", ["avatars", "folder"])
+def test_small_models_keep_a_guide(recipe):
+    config = Recipe.parse([f"experiment={recipe}/diffusion", "data.root=x"][: 1 + (recipe == "folder")]).compose()[0]
+    assert config.snapshots == config.max_images / 4
 
 
 @pytest.mark.parametrize(
