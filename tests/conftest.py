@@ -27,10 +27,10 @@ os.environ["LDM_LAB_CACHE"] = CACHE.name
 TESTS = Path(__file__).parent
 # Rooms and files whose tests train, start processes or build whole models. `-m "not slow"` leaves a minute or so.
 SLOW = (
-    "clusters", "reliability", "rehearsal", "scripts", "security", "training",
-    "checkpoints/test_checkpoint", "checkpoints/test_compvis_checkpoint", "checkpoints/test_foreign_files",
-    "checkpoints/test_foreign_models", "config/test_configs", "config/test_kinds", "config/test_recipes",
-    "config/test_sweep", "data/test_avatars", "data/test_remote", "losses/test_autoencoder", "models/test_codebook",
+    "clusters", "reliability", "rehearsal", "scripts", "security", "training", "checkpoints/test_checkpoint",
+    "checkpoints/test_compvis_checkpoint", "checkpoints/test_foreign_files", "checkpoints/test_foreign_models",
+    "config/test_configs", "config/test_kinds", "config/test_recipes", "config/test_sweep", "data/test_avatars",
+    "data/test_remote", "data/test_shared_latents", "losses/test_autoencoder", "models/test_codebook",
     "models/test_diffusers_parity", "models/test_from_pretrained", "pipeline/test_pipeline_namesake",
     "pipeline/test_pipeline_recorded", "pipeline/test_pipeline_schedulers", "sampling/test_pictures",
     "sampling/test_sample_command", "test_extending", "test_quickstart", "tools/evaluate", "tools/test_benchmark",
