@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import logging
 import os
@@ -30,10 +29,14 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-@functools.cache
 def say_once(line: str) -> None:
-    """Log a warning once per text, as training opens and writes many files."""
-    log.warning(line)
+    """Log a warning once per text, as training opens and writes many files, in several threads."""
+    mine = object()
+    if said_once.setdefault(line, mine) is mine:  # no lock, which a forked process would find taken
+        log.warning(line)
+
+
+said_once: dict[str, object] = {}  # lines that this process has logged
 
 
 class Output(io.FileIO):

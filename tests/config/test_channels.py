@@ -17,7 +17,7 @@ def composed(*overrides, experiment="celebahq"):
 
 
 def test_networks_follow_the_images_and_one_line_says_what_else(caplog):
-    terminal.say_once.cache_clear()
+    terminal.said_once.clear()
     model = composed("data.channels=5")
     assert model["autoencoder"]["in_channels"] == model["autoencoder"]["out_channels"] == 5
     assert model["loss"]["discriminator"]["in_channels"] == 5
@@ -27,7 +27,7 @@ def test_networks_follow_the_images_and_one_line_says_what_else(caplog):
 
 
 def test_lpips_sees_grey_images(caplog):
-    terminal.say_once.cache_clear()
+    terminal.said_once.clear()
     model = composed("data.channels=1")
     assert model["autoencoder"]["in_channels"] == model["loss"]["discriminator"]["in_channels"] == 1
     assert model["loss"]["perceptual"]["_target_"].endswith(".LPIPS")

@@ -46,7 +46,7 @@ def assert_equal_batches(found, expected):
 
 def test_too_little_shared_memory_is_not_used_and_said_once(monkeypatch, caplog):
     expected = batches(0)
-    terminal.say_once.cache_clear()
+    terminal.said_once.clear()
     monkeypatch.setattr(loading, "free", lambda: loading.ROOM * 2 * 4 * SIZE - 1)
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda *_, **__: os._exit(1))  # in the workers
     with caplog.at_level(logging.WARNING):

@@ -24,7 +24,7 @@ from ldm_lab.data.storage.shards import expanded, open_files
 from ldm_lab.utils import stores
 from ldm_lab.utils.errors import UserError
 from ldm_lab.utils.stores import StoreError
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from tests.stores import Pages, web
 
 NAMES = [f"{part}/{n:02}.png" for part in ("a", "b c", "ü") for n in range(2)] + ["d.png", "notes.txt", ".hidden/x.png"]
@@ -45,7 +45,8 @@ def photos(tmp_path_factory):
 def quick(monkeypatch):
     """Nobody waits too long, nothing is remembered from another test."""
     monkeypatch.setattr(stores, "PATIENCE", 20.0)
-    for cached in (say_once, remote._require_same, remote._find_once, shards._find_once, shards._indexed):
+    said_once.clear()
+    for cached in (remote._require_same, remote._find_once, shards._find_once, shards._indexed):
         cached.cache_clear()
 
 

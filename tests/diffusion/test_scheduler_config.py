@@ -16,7 +16,7 @@ from ldm_lab.diffusion.dpm_solver import DPMSolverMultistepScheduler
 from ldm_lab.diffusion.flow import is_flow
 from ldm_lab.diffusion.samplers import SAMPLERS
 from ldm_lab.utils.reading import LoadError
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from tests.diffusion.golden import COMPVIS, diffusers_meta
 from tests.helpers import GOLDEN
 
@@ -196,7 +196,7 @@ def test_settings_that_a_scheduler_does_not_have_survive_it():
 
 
 def test_a_setting_that_no_scheduler_has_is_named(caplog):
-    say_once.cache_clear()
+    said_once.clear()
     with caplog.at_level(logging.WARNING):
         DDIMScheduler.from_config({"beta_strat": 0.1, "rho": 7.0, "solver_order": 2, "_diffusers_version": "0.42.1"})
     assert [record.getMessage() for record in caplog.records] == [
@@ -207,7 +207,7 @@ def test_a_setting_that_no_scheduler_has_is_named(caplog):
 @ALL
 def test_the_settings_of_every_scheduler_of_diffusers_pass_in_silence(scheduler_class, caplog):
     diffusers = pytest.importorskip("diffusers")
-    say_once.cache_clear()
+    said_once.clear()
     for kind in diffusers.schedulers.KarrasDiffusionSchedulers:
         theirs = getattr(diffusers, kind.name)
         settings = inspect.signature(theirs.__init__).parameters.values()

@@ -10,7 +10,7 @@ import torch
 
 from ldm_lab import DDIMScheduler, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
 from ldm_lab.utils.reading import LoadError
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
 
@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def said(caplog):
-    say_once.cache_clear()
+    said_once.clear()
     caplog.set_level(logging.WARNING)
     return lambda: caplog.messages
 

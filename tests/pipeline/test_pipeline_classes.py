@@ -15,7 +15,7 @@ from ldm_lab.models.autoencoders import load_autoencoder
 from ldm_lab.training.diffusion_module import DiffusionModule
 from ldm_lab.training.ema import EMA
 from ldm_lab.utils.reading import LoadError
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from tests.models.weights import assert_equal_weights
 
 VAE = {
@@ -122,7 +122,7 @@ def test_diffusers_refuses_heads(diffusers, tmp_path):
 
 
 def test_saving_says_once_what_diffusers_refuses(tmp_path, caplog):
-    say_once.cache_clear()
+    said_once.clear()
     with caplog.at_level(logging.WARNING):
         build().save_pretrained(tmp_path / "for both")
         assert caplog.messages == []
@@ -141,7 +141,6 @@ from torch import nn
 from ldm_lab.diffusion.ddim import DDIMScheduler
 from ldm_lab.models.outputs import UNet2DOutput
 from ldm_lab.models.vq_model import VQModel
-from ldm_lab.utils.terminal import say_once
 from ldm_lab.models.pretrained import PretrainedModel, register_to_config
 
 

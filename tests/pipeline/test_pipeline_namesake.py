@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldm_lab import DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
 
@@ -28,7 +28,7 @@ def pipe():
 
 @pytest.fixture
 def said(caplog):
-    say_once.cache_clear()
+    said_once.clear()
     caplog.set_level(logging.WARNING)
     return lambda: caplog.messages
 

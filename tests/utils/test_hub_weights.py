@@ -9,7 +9,7 @@ import torch
 from ldm_lab import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from ldm_lab.utils import hub
 from ldm_lab.utils.reading import LoadError
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from tests.helpers import contents
 from tests.models.weights import assert_equal_weights
 from tests.utils.test_hub import LEGACY, TINY, failure, generate, world  # noqa: F401
@@ -48,7 +48,7 @@ def test_of_two_variants_one_is_downloaded(world, served, tmp_path):  # noqa: F8
 
 
 def test_the_only_variant_is_downloaded(world, served, tmp_path, caplog):  # noqa: F811
-    say_once.cache_clear()
+    said_once.clear()
     files = saved(tmp_path / "half", variant="fp16")
     world.add("owner/half", files)
     with caplog.at_level(logging.WARNING):

@@ -2,16 +2,19 @@
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from ldm_lab.utils.errors import reporting
-from ldm_lab.utils.terminal import cry, lenient
+from ldm_lab.utils.terminal import cry, lenient, said_once, say_once
 
 ROOT = Path(__file__).resolve().parents[2]
 UNPRINTABLE = "/data/\udcff/фото"
@@ -30,6 +33,27 @@ def output(monkeypatch):
     for stream in opened:
         with contextlib.suppress(OSError):
             stream.close()
+
+
+def test_a_line_is_logged_once_by_many_threads(monkeypatch):
+    logged, start = [], threading.Barrier(8)
+
+    def warning(line):
+        time.sleep(0.05)  # the other threads come before the first has finished
+        logged.append(line)
+
+    def say():
+        start.wait()
+        say_once("the disk is full")
+
+    monkeypatch.setattr(logging.getLogger("ldm_lab.utils.terminal"), "warning", warning)
+    said_once.clear()
+    threads = [threading.Thread(target=say) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logged == ["the disk is full"]
 
 
 def broken_pipe():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from ldm_lab import AutoencoderKL, UNet2DModel, VQModel
 from ldm_lab.utils import weights
 from ldm_lab.utils.reading import LoadError
-from ldm_lab.utils.terminal import say_once
+from ldm_lab.utils.terminal import said_once
 from ldm_lab.utils.writing import SaveError
 from tests.helpers import GOLDEN
 from tests.models.weights import assert_equal_weights
@@ -49,7 +49,7 @@ def refusal(folder, **options):
 
 @pytest.fixture
 def said(caplog):
-    say_once.cache_clear()
+    said_once.clear()
     caplog.set_level(logging.WARNING)
     return lambda: caplog.messages
 

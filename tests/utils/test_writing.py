@@ -169,12 +169,12 @@ def test_a_cache_where_nothing_can_be_written_is_refused_before_stage_1(in_the_w
 def test_a_cache_that_lacks_nothing_may_lie_where_nothing_can_be_written(tmp_path):
     cache = LatentCache(tmp_path / "latents", {}, count=3, shape=(1, 2, 4, 4), dtype="float32")
     with read_only(tmp_path), pytest.raises(SaveError, match=r"^paths.cache= must name another place: .*Read-only"):
-        check_room(cache, tmp_path)
+        check_room(cache)
     cache.folder.mkdir(parents=True)
     for shard in cache.shards:
         cache.path(shard).touch()
     with read_only(tmp_path):
-        check_room(cache, tmp_path)
+        check_room(cache)
 
 
 @pytest.fixture
