@@ -17,13 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import filelock
-
 from ldm_lab.data import latents
 from ldm_lab.data.latents import KEY, META, is_intact
 from ldm_lab.data.storage import copies
 from ldm_lab.utils.cache_folder import default_folder, local
 from ldm_lab.utils.errors import UserError
+from ldm_lab.utils.locks import if_free
 from ldm_lab.utils.reading import LoadError, read_json
 
 FLOAT32 = "32-true"  # name of this precision in a key, see `ldm_lab.training.latents`
@@ -166,16 +165,9 @@ def remove(entry: Entry) -> bool:
 
 @contextlib.contextmanager
 def _held(entry: Entry) -> Iterator[bool]:
-    """Lock all shards; yields false if another process has claimed a shard."""
+    """Take all locks; yields false if another process has one, of a shard, a list or an archive."""
     with contextlib.ExitStack() as stack:
-        try:
-            for path in entry.files:
-                if path.suffix == ".lock":
-                    stack.enter_context(filelock.FileLock(path, timeout=0))
-        except filelock.Timeout:
-            yield False
-            return
-        yield True
+        yield all(stack.enter_context(if_free(path)) for path in entry.files if path.name.endswith(".lock"))
 
 
 def _gigabytes(size: int) -> str:

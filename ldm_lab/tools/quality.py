@@ -212,8 +212,7 @@ class Workshop:
         first = self.runs / f"first_{variant.first_stage}_0" / "autoencoder" / "final"
         experiment = f"experiment={self.options.experiment}/diffusion"
         settings = [experiment, f"max_images={self.options.budget}", f"autoencoder={first}"]
-        guide = [f"snapshots={self.quarter}"] if variant.guidance != 1 else []
-        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *guide, *variant.settings])
+        self.run_training(f"{variant.name}_{seed}", seed, [*settings, *variant.settings])
 
     def run_training(self, name: str, seed: int, settings: list[str]) -> None:
         """Run `train.py`, which does nothing for a finished run."""
@@ -237,7 +236,7 @@ class Workshop:
 
     @property
     def quarter(self) -> int:
-        """Training images of the snapshot that guides."""
+        """Training images of the snapshot that guides; the recipes keep one at each quarter."""
         return parse_images(self.options.budget, "--budget") // 4
 
     def evaluation(self, name: str, *flags: str, guide: Sequence[str] = ()) -> Evaluation:

@@ -31,6 +31,7 @@ def parse_images(text: str | int, key: str, epoch: int | None = None, stage: int
     known = {**UNITS, "ep": epoch, "%": None if stage is None else Decimal(stage) / 100}
     if not found or known[unit] is None:
         forms = "4000, 250k or 2M" + ("" if epoch is None else ", or 100ep for epochs")
+        forms += "" if stage is None else ", or 25% of max_images"
         raise UserError(f"{key}={text}: must be a whole number of images, such as {forms}")
     # Decimal, as 1.1 * 1_000_000 is not an integer in floating point.
     images = Decimal(found[1]) * known[unit]

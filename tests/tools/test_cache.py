@@ -9,6 +9,7 @@ from PIL import Image
 
 from ldm_lab.data.images import FolderImages
 from ldm_lab.data.latents import LatentCache
+from ldm_lab.data.storage.copies import Copies
 from ldm_lab.tools import cache as command
 from tests.data.test_remote import forget
 
@@ -96,12 +97,18 @@ def test_copies_of_stores_are_listed_and_removed(tmp_path, capsys):
     use()
     assert run(tmp_path, capsys, "--older-than", "30d") == ""
     os.utime(folder / "source.txt", (time.time() - 40 * 86400,) * 2)
-    (folder / "objects/mine").mkdir()
-    (folder / "mine.txt").write_text("mine")
+    for name in ("objects/mine/a.png", "objects/a.png", "archives/a.tar", "mine.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    with Copies(folder).fetching() as mine:
+        assert mine
+        assert run(tmp_path, capsys, "--older-than", "30d").startswith(f"in use, left: {folder.name}")
+    assert all(path.exists() for path in copies)
     assert run(tmp_path, capsys, "--verify") == ""
     assert run(tmp_path, capsys, "--older-than", "30d").startswith(f"removed: {folder.name}")
     assert not any(path.exists() for path in copies)
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {"objects/mine/a.png", "objects/a.png", "archives/a.tar", "mine.txt"}
     use()
 
 

@@ -83,7 +83,8 @@ def test_a_guided_row_is_guided_by_its_own_snapshot(tmp_path, monkeypatch):
     with pytest.raises(StopIteration):  # nothing was written
         shop.evaluate(variant, 0, quality.STANDARD)
     run = tmp_path / f"{variant.name}_0"
-    assert "snapshots=5600" in lines[0]
+    (config,) = Recipe.parse(lines[0].split()[1:]).compose()
+    assert config.snapshots == 5600  # so the recipe keeps the guide
     assert f"--guidance 1.5 --guide {run}@5600" in lines[1]
     folder = run / "tables/num-samples_8_sampler_dpm_solver_steps_20_eta_0_guidance_1.5"
     assert str(folder) in lines[1]

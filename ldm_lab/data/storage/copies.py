@@ -37,7 +37,10 @@ from ldm_lab.utils.writing import replacing
 
 FORMAT = 1  # of the index
 SOURCE = "source.txt"  # its time is that of the last use
-OWN_FILE = re.compile(r"source\.txt|index\.(npz|lock)|objects/[^/]+/[^/]+|(objects|archives)/[^/]+|\.[^/]+\.\d+\.tmp")
+OWN_FILE = re.compile(
+    r"source\.txt|index\.(npz|lock)|objects/[0-9a-f]{2}/[0-9a-f]{30}|archives/(\.lock|[^/]+-[0-9a-f]{16}(\.[^/.]+)?)"
+    r"|((objects|archives)/)?\.[^/]+\.\d+\.tmp"
+)
 OLD = 86400  # seconds after which a temporary file belongs to no living process
 CHECK = struct.Struct("<I")
 
